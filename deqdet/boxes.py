@@ -110,7 +110,7 @@ def giou(
     hull = (rb - lt).clamp(min=0).prod(-1).clamp(min=eps)
     return inter/union - (hull - union)/hull
 
-# %% ../nbs/00_boxes.ipynb #c12e4175
+# %% ../nbs/00_boxes.ipynb #03f7fb5a
 class Record(tuple):
     "A tuple with named fields that both `type(x)([...])` and `type(x)(*fields)` rebuild, as fastai and torch do"
     _fields = ()
@@ -123,7 +123,8 @@ class Record(tuple):
         missing = [f for f in cls._fields[len(fields):] if f not in named]
         unknown = [f for f in named if f not in cls._fields[len(fields):]]
         if missing or unknown or len(fields) > len(cls._fields): raise TypeError(
-            f"{cls.__name__} has fields {cls._fields}: {len(fields)} given in order, {missing=}, unknown or given twice={unknown}")
+            f"{cls.__name__} has fields {cls._fields}: {len(fields)} given in order, {missing=}, "
+            f"unknown or given twice={unknown}")
         return super().__new__(cls, (*fields, *(named[f] for f in cls._fields[len(fields):])))
 
     def __init_subclass__(cls, **kwargs):
