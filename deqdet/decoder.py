@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['State', 'Noisy', 'Queries', 'grid_boxes', 'position_embedding', 'linear', 'SelfAttention', 'tower', 'class_tower',
-           'box_tower', 'Pred', 'MixerStep', 'Stack']
+           'box_tower', 'Pred', 'MixerStep', 'Stack', 'Stacked']
 
-# %% ../nbs/05_decoder.ipynb #befd0d6a
+# %% ../nbs/05_decoder.ipynb #f526fe29
 import math, torch, torch.nn.functional as F
+from dataclasses import dataclass
 from typing import NamedTuple
 from torch import nn, Tensor
 from torchvision.ops import box_convert
@@ -36,7 +37,7 @@ class Noisy(NamedTuple):
     @classmethod
     def at(cls, content, boxes): return cls(content, xyxy_to_xyzr(boxes), boxes)
 
-# %% ../nbs/05_decoder.ipynb #4c750278
+# %% ../nbs/05_decoder.ipynb #6bca3f2d
 class Queries(nn.Module):
     "The first state: learned contents, and boxes as fractions of the picture"
     def __init__(self,
@@ -54,7 +55,7 @@ class Queries(nn.Module):
         if train_boxes: self.boxes = nn.Parameter(boxes.clone())
         else: self.register_buffer('boxes', boxes.clone())
 
-    def forward(self, sizes): # (B,2) h, w of the unpadded pictures
+    def forward(self, sizes, feats=None): # (B,2) h, w of the unpadded pictures; features are for other families
         h,w = sizes.to(self.boxes.dtype).unbind(-1)
         xyxy = box_convert(self.boxes, 'cxcywh', 'xyxy')*torch.stack([w,h,w,h], -1)[:, None]
         q = self.content.weight
@@ -186,3 +187,10 @@ class Stack(nn.Module):
         return path
 
     def forward(self, state, feats, steps=None): return [pred for _,pred in self.trajectory(state, feats, steps)]
+
+# %% ../nbs/05_decoder.ipynb #a6389d99
+@dataclass(frozen=True)
+class Stacked:
+    "The classic strategy: `stages` steps, each applied once; called on them, it makes the decoder"
+    stages: int=6 # steps with weights of their own
+    def __call__(self, steps): return Stack(steps)
