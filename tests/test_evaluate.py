@@ -1,0 +1,229 @@
+"What evaluation promises: COCO's own numbers on real and random data, files that read back identically, several processes"
+import copy, io, json, math
+from contextlib import redirect_stdout
+from functools import partial
+import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from deqdet.data import DetDL, Target, fit_size
+from deqdet.decoder import Pred
+from deqdet.evaluate import (APCallback, coco_ap, confusion, evaluate, match_table, predict_dl, to_original, to_results,
+                             worst_images, write_results)
+from deqdet.loss import decode
+
+PUBLISHED = dict(AP=.505, AP50=.697, AP75=.573, APs=.586, APm=.519, APl=.501,
+                 AR1=.387, AR10=.594, AR100=.595, ARs=.640, ARm=.566, ARl=.564)
+
+
+def plain(truth, results, max_dets=(1, 10, 100)):
+    "COCO's own program on COCO's own objects"
+    with redirect_stdout(io.StringIO()):
+        gt = COCO()
+        gt.dataset = copy.deepcopy(truth)
+        gt.createIndex()
+        e = COCOeval(gt, gt.loadRes(copy.deepcopy(results)), 'bbox')
+        e.params.maxDets = list(max_dets)
+        e.evaluate(); e.accumulate()
+        if max_dets[-1] == 100: e.summarize()
+    return e
+
+
+def made(seed, n=12, k=5, crowds=True):
+    "A random truth with gaps in its ids, crowds, and areas that are not w*h; and predictions as tensors"
+    rng = np.random.default_rng(seed)
+    cats = sorted(rng.choice(90, k, replace=False).tolist())
+    ids, anns, preds = (rng.choice(9999, n, replace=False) + 1).tolist(), [], []
+    for i in ids:
+        m = rng.integers(0, 7)
+        xy, wh = rng.uniform(0, 300, (m, 2)), np.exp(rng.uniform(1, 5.5, (m, 2)))
+        for (x, y), (w, h) in zip(xy, wh):
+            anns.append(dict(id=len(anns) + 1, image_id=i, category_id=int(rng.choice(cats[:-1])), bbox=[x, y, w, h],
+                             area=w*h*rng.uniform(.4, 1), iscrowd=int(crowds and rng.uniform() < .15)))
+        mine = [a for a in anns if a['image_id'] == i]
+        near = np.array([a['bbox'] for a in mine for _ in range(rng.integers(0, 4))]).reshape(-1, 4)
+        far = rng.uniform(5, 200, (rng.integers(0, 4), 4))
+        b = np.concatenate([near*rng.uniform(.85, 1.15, near.shape), far])
+        labels = [cats.index(a['category_id']) for a in mine]
+        labels = rng.choice(labels or [0], len(b)) if rng.uniform() < .8 else rng.integers(0, k, len(b))
+        preds.append(dict(image_id=i, boxes=torch.tensor(np.concatenate([b[:, :2], b[:, :2] + b[:, 2:]], 1)).float(),
+                          scores=torch.tensor(rng.uniform(size=len(b)).round(2)).float(), labels=torch.tensor(labels).long()))
+    truth = dict(images=[dict(id=i, width=600, height=500) for i in ids], annotations=anns,
+                 categories=[dict(id=c, name=f'c{c}') for c in cats])
+    return truth, preds, cats
+
+
+def test_real_results(data_dir):
+    "100 pictures of COCO with the results that COCO's authors publish for checking"
+    folder = data_dir/'cocoeval'
+    truth, results = folder/'instances_val2014_100.json', folder/'instances_val2014_fakebbox100_results.json'
+    r = coco_ap(results, truth)
+    assert {k: round(v, 3) for k, v in r.items()} == PUBLISHED
+    assert r == coco_ap(json.loads(results.read_text()), json.loads(truth.read_text()))
+    assert len(r.per_class) == 80 and r.per_class.AP.mean() == pytest.approx(r.AP)
+    assert r.counts['images'] == 100
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_equals_cocos_program(seed):
+    truth, preds, cats = made(seed)
+    results = to_results(preds, cats)
+    e, r = plain(truth, results), coco_ap(preds, truth)
+    ours = np.nan_to_num(list(r.values()), nan=-1)
+    np.testing.assert_array_equal(ours, e.stats)
+    for k in 'precision', 'recall', 'scores': np.testing.assert_array_equal(r.eval[k], e.eval[k])
+
+
+@pytest.mark.parametrize('max_dets', [(1, 2, 3), (1, 10, 300)])
+def test_detections_kept(max_dets):
+    truth, preds, cats = made(3, n=6, k=2)
+    e, r = plain(truth, to_results(preds, cats), max_dets), coco_ap(preds, truth, max_dets=max_dets)
+    np.testing.assert_array_equal(r.eval['precision'], e.eval['precision'])
+    assert list(r)[6:9] == [f'AR{m}' for m in max_dets]
+
+
+def test_file_reads_back_identically(tmp_path):
+    truth, preds, cats = made(11)
+    path = write_results(preds, tmp_path/'results.json', cats)
+    assert json.loads(path.read_text()) == to_results(preds, cats)
+    a, b = coco_ap(preds, truth), coco_ap(path, truth)
+    assert np.array_equal(list(a.values()), list(b.values()), equal_nan=True)
+    with redirect_stdout(io.StringIO()):  # and COCO's own loader takes it
+        gt = COCO(); gt.dataset = truth; gt.createIndex()
+        assert len(gt.loadRes(str(path)).anns) == a.counts['detections']
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    truth, preds, cats = made(1)
+    path = write_results(preds, tmp_path/'results.json', cats)
+    before = path.read_text()
+    with pytest.raises(TypeError): write_results([dict(bbox=object())], path)
+    assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ['results.json']
+
+
+def test_inputs_are_left_alone():
+    truth, preds, cats = made(5)
+    results = to_results(preds, cats)
+    before = copy.deepcopy((truth, preds, results))
+    coco_ap(preds, truth); coco_ap(results, truth); match_table(preds, truth)
+    assert truth == before[0] and results == before[2]
+    for p, q in zip(preds, before[1]): assert all(torch.equal(torch.as_tensor(p[k]), torch.as_tensor(q[k])) for k in p)
+
+
+def test_silence(capfd):
+    truth, preds, cats = made(2)
+    coco_ap(preds, truth)
+    assert capfd.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_table_accounts_for_everything(seed):
+    truth, preds, cats = made(seed)
+    table = match_table(preds, truth, score=0.)
+    objects = [a for a in truth['annotations'] if not a['iscrowd']]
+    vocab = [c['name'] for c in truth['categories']]
+    counts = confusion(table, vocab)
+    assert (table.truth != 'background').sum() == len(objects) == counts.iloc[:-1].to_numpy().sum()
+    assert counts.iloc[-1, -1] == 0
+    assert (table.pred != 'background').sum() <= sum(len(p['scores']) for p in preds)
+    assert worst_images(table, 999).to_numpy().sum() == len(table)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_boxes_return_to_original_pixels(seed):
+    "Through the very resize that feeds the model, at any scale and ratio"
+    g = torch.Generator().manual_seed(seed)
+    h, w = torch.randint(1, 3000, (2,), generator=g).tolist()
+    xy = torch.rand(20, 2, 2, generator=g).sort(1)[0]*torch.tensor([w, h])
+    t = Target(xy.flatten(1), torch.zeros(20).long(), torch.tensor([h, w]), torch.tensor(1))
+    _, fed = fit_size(int(torch.randint(32, 1333, (1,), generator=g)))(torch.zeros(3, h, w, dtype=torch.uint8), t)
+    back = to_original(fed.boxes[None], fed.size[None], fed.orig[None])[0]
+    assert (back - t.boxes).abs().max() <= 4e-7*max(h, w)  # float32
+
+
+class Items:
+    "Pictures that carry their number in the first pixel"
+    n_inp = 2
+    def __init__(self, truth, ids):
+        self.coco, self.ids = truth, ids
+        self.cat_ids = sorted(c['id'] for c in truth['categories'])
+    def __len__(self): return len(self.ids)
+    def new_empty(self): return Items(self.coco, [])
+    def __getitem__(self, i):
+        img = torch.zeros(3, 25, 30, dtype=torch.uint8)
+        img[0, 0, :2] = torch.tensor(divmod(self.ids[i], 256), dtype=torch.uint8)
+        none, hw = (torch.zeros(0, 4), torch.zeros(0).long()), torch.tensor([25, 30])
+        return img, Target(*none, hw, torch.tensor(self.ids[i]), 20*hw)
+
+
+class Knows(nn.Module):
+    "A model that looks its answer up; boxes in pixels of the fed picture, a twentieth of the original's"
+    def __init__(self, preds, k):
+        super().__init__()
+        self.p, self.k, self.w = {p['image_id']: p for p in preds}, k, nn.Parameter(torch.ones(1))
+    def forward(self, images, sizes):
+        logits, boxes = torch.full((len(images), 40, self.k), -30.), torch.zeros(len(images), 40, 4)
+        for b, (hi, lo) in enumerate(images[:, 0, 0, :2].long().tolist()):
+            p = self.p[hi*256 + lo]
+            for j, (x, s, l) in enumerate(zip(p['boxes'], p['scores'], p['labels'])):
+                boxes[b, j], logits[b, j, l] = x/20, s.clamp(.001, .999).logit()
+        return [Pred(logits*self.w, boxes)]
+    def predict(self, images, sizes, orig=None, steps=None, max_dets=100):
+        d = decode(self(images, sizes)[-1], max_dets)
+        boxes = to_original(d.boxes, sizes, orig)
+        return [dict(scores=s, labels=l, boxes=b) for s, l, b in zip(d.scores, d.labels, boxes)]
+
+
+def learner(truth, preds, cats, ids):
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    dl = DetDL(Items(truth, ids), bs=3, num_workers=0)
+    model = Knows(preds, len(cats))
+    return Learner(DataLoaders(dl, dl), model, lambda p, t: (p[-1].logits*0).mean() + model.w.sum(), lr=0., cbs=APCallback())
+
+
+def one_of_two(rank, store, out):
+    "Unequal shards, one picture in both, as padding leaves it"
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    truth, preds, cats = made(21, n=11)
+    ids = sorted(p['image_id'] for p in preds)
+    mine = ids[:8] if rank == 0 else ids[7:]
+    learn = learner(truth, preds, cats, mine)
+    found, result = predict_dl(learn.model, learn.dls.valid), evaluate(learn.model, learn.dls.valid)
+    with learn.no_logging(): learn.fit(1)
+    torch.save((found, dict(result), list(learn.recorder.values[-1])[2:]), f'{out}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    truth, preds, cats = made(21, n=11)
+    mp.spawn(one_of_two, (str(tmp_path/'store'), str(tmp_path)), nprocs=2)
+    learn = learner(truth, preds, cats, sorted(p['image_id'] for p in preds))
+    found, result = predict_dl(learn.model, learn.dls.valid), evaluate(learn.model, learn.dls.valid)
+    with learn.no_logging(): learn.fit(1)
+    columns = list(learn.recorder.values[-1])[2:]
+    assert 0 < result.AP < 1 and columns[0] == pytest.approx(result.AP)
+    same = partial(np.array_equal, equal_nan=True)
+    for rank in range(2):
+        theirs, numbers, cols = torch.load(tmp_path/f'{rank}.pt', weights_only=False)
+        assert [p['image_id'] for p in theirs] == [p['image_id'] for p in found]
+        assert all(torch.equal(p[k], q[k]) for p, q in zip(theirs, found) for k in ('boxes', 'scores', 'labels'))
+        assert same(list(numbers.values()), list(result.values())) and same(cols, columns)
+
+
+def test_callback_keeps_still_and_survives_export(tmp_path):
+    truth, preds, cats = made(21, n=11)
+    learn = learner(truth, preds, cats, sorted(p['image_id'] for p in preds))
+    with learn.no_logging(): learn.fit(2)
+    assert len(learn.recorder.values) == 2 and learn.metrics == [] and learn.ap.preds == []
+    learn.loss_func, learn.path = nn.Identity(), tmp_path
+    learn.export('a.pkl')
+    from fastai.learner import load_learner
+    assert load_learner(tmp_path/'a.pkl').ap.result.AP == learn.ap.result.AP
+
+
+def test_nothing_finite_does_not_end_training():
+    truth, preds, cats = made(21, n=11)
+    preds[0]['boxes'] = torch.full((1, 4), math.inf)
+    preds[0]['scores'], preds[0]['labels'] = torch.ones(1), torch.zeros(1).long()
+    with pytest.warns(UserWarning, match='not finite'): assert not math.isnan(coco_ap(preds, truth).AP)
