@@ -180,15 +180,15 @@ def test_batch_equals_normalise_then_pad_for_random_sizes():
         assert torch.equal(p.normalize(torch.stack([pad(x) for x in pics]), sizes), want)
         assert torch.equal(inside(sizes, 64, 64).sum((1, 2)), sizes.prod(1))
 
-@pytest.mark.parametrize('dtype,eps', [(torch.bfloat16, .15), (torch.float16, .02)])   # 8 and 11 bits
+@pytest.mark.parametrize('dtype,eps', [(torch.bfloat16, .03), (torch.float16, .01)])   # 8 and 11 bits
 def test_autocast(dtype, eps):
     torch.manual_seed(0)
-    p = Pyramid(tiny_body(), Neck((32, 64, 128, 192), width=32)).train()
+    p = Pyramid(tiny_body(), Neck((32, 64, 128, 192), width=32)).eval()
     x, sizes = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96], [50, 70]])
     want = p(x, sizes)
-    with torch.autocast('cpu', dtype=dtype): got = p(x, sizes)
+    with torch.autocast('cpu', dtype=dtype): got, learning = p(x, sizes), p.train()(x, sizes)
     for a, b in zip(got, want): assert ((a.float() - b).norm()/b.norm()).item() < eps
-    sum(f.float().square().mean() for f in got).backward()
+    sum(f.float().square().mean() for f in learning).backward()
     assert all(q.grad is not None and q.grad.isfinite().all() for q in p.parameters())
 
 def test_backbone_does_not_import_fastai():
