@@ -1,2 +1,37 @@
+"Everything that pyproject.toml calls dynamic, read from settings.ini"
+from configparser import ConfigParser
+from pathlib import Path
 from setuptools import setup, find_packages
-setup(name='deqdet', version='0.0.1', packages=find_packages(include=['deqdet*']), entry_points={'nbdev':['deqdet=deqdet._modidx:d']})
+
+here = Path(__file__).parent
+ini = ConfigParser(delimiters=['='])
+ini.read(here/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+
+licenses = {'apache2': 'Apache-2.0'}
+statuses = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
+suffix = '_requirements'
+
+setup(
+    version = cfg['version'],
+    description = cfg['description'],
+    long_description = (here/'README.md').read_text(encoding='utf-8'),
+    long_description_content_type = 'text/markdown',
+    keywords = cfg['keywords'].split(),
+    license_expression = licenses[cfg['license']],
+    author = cfg['author'],
+    author_email = cfg['author_email'],
+    classifiers = [
+        f"Development Status :: {statuses[cfg['status']]}",
+        f"Intended Audience :: {cfg['audience']}",
+        f"Natural Language :: {cfg['language']}",
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Image Recognition'],
+    project_urls = {'Source': cfg['git_url'], 'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
+    packages = find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
+    install_requires = cfg['requirements'].split(),
+    extras_require = {k.removesuffix(suffix): v.split() for k,v in cfg.items() if k.endswith(suffix)},
+    entry_points = {
+        'console_scripts': cfg['console_scripts'].split(),
+        'nbdev': [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
+)

@@ -1,0 +1,84 @@
+# Each target makes .venv itself when it is missing; plain `make` says what there is.
+MIN     := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+PYTHON  ?= python3 python3.13 python3.12 python3.11
+BIN     := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+RUN     := .venv/.installed
+DEV     := .venv/.installed-dev
+DECLARE := settings.ini setup.py constraints.txt
+QUARTO  := 1.6.42
+
+.PHONY: help demo test docs export readme bench lab clean quarto quarto-version
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     install what running needs, then draw a batch of generated data into demo/"
+	@echo "make test     install the dev extra, then everything that CI checks"
+	@echo "make export   notebooks -> deqdet/*.py and README.md, and clean the notebooks"
+	@echo "make docs     the documentation site into _docs/ (needs Quarto)"
+	@echo "make bench    the benchmarks, JSON into bench/"
+	@echo "make lab      JupyterLab on the notebooks"
+	@echo "make clean    remove what the other targets wrote, .venv and training runs excepted"
+
+# The interpreter: the first of $(PYTHON) that is new enough.
+$(BIN)/python:
+	@for p in $(PYTHON); do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN)".split("."))))' 2>/dev/null; \
+	  then echo "Making .venv with $$($$p --version)"; $$p -m venv .venv && exit; \
+	    rm -rf .venv; echo "$$p could not make it: its venv module (python3-venv on Debian and Ubuntu) is needed."; exit 1; fi; \
+	done; \
+	echo "deqdet needs Python $(MIN) or newer; none of these is: $(PYTHON)."; \
+	echo "Install one, or name it: make PYTHON=/path/to/python3 ..."; exit 1
+
+$(RUN): $(DECLARE) | $(BIN)/python
+	@echo "Installing deqdet and what it runs on (a few minutes and about 6 GB the first time)"
+	@$(INSTALL) .
+	@touch $@
+
+$(DEV): $(DECLARE) | $(BIN)/python
+	@echo "Installing deqdet with its dev extra (a few minutes and about 6 GB the first time)"
+	@$(INSTALL) '.[dev]'
+	@touch $(RUN) $@
+
+# The main job. Until deqdet_demo exists: generated pictures, through the loaders, drawn.
+demo: $(RUN)
+	@mkdir -p demo
+	@$(BIN)/python -W ignore nbs/images/batch.py demo/batch.png
+
+test: $(DEV)
+	@$(BIN)/python tests/run.py
+
+export: $(DEV)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/readme.py
+
+readme: $(DEV)
+	$(BIN)/python tests/readme.py
+
+# README.md is written first, so that nbdev_docs finds it newer than index.ipynb and leaves it alone.
+docs: quarto $(DEV)
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/readme.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+	@echo "The site is in _docs/: open _docs/index.html"
+
+quarto:
+	@command -v quarto >/dev/null || { \
+	  echo "Quarto is not installed, and 'make docs' needs it. Get version $(QUARTO) from https://quarto.org/docs/download/"; \
+	  echo "and run 'make docs' again. 'make test' checks the input of the docs without it."; exit 1; }
+
+quarto-version:
+	@echo $(QUARTO)
+
+bench: $(RUN)
+	@for f in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do \
+	  $(BIN)/python -W ignore $$f --out bench/$$(basename $$f .py).json || exit 1; done
+
+lab: $(DEV)
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+clean:
+	rm -rf _proc _docs demo bench build dist *.egg-info .pytest_cache nbs/nbdev.yml
+	find nbs deqdet tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

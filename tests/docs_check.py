@@ -1,0 +1,301 @@
+"""Faults in the documentation's input that Quarto would pass over in silence.
+
+The notebooks go through nbdev's own processors, all but the one that executes cells, and what comes out is read with
+a markdown parser. `python tests/docs_check.py` prints the faults of this project (of another one, if its root is given)."""
+import ast, builtins, posixpath, re, sys
+from collections import Counter
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+import yaml
+from execnb.nbio import dict2nb, mk_cell, read_nb
+from markdown_it import MarkdownIt
+from nbdev.doclinks import NbdevLookup, _nbpath2html, _qual_syms, nbglob
+from nbdev.process import NBProcessor
+from nbdev.processors import FilterDefaults
+
+KINDS = ('sidebar entry without a page', 'page without a sidebar entry', 'dead link', 'dead anchor', 'missing image',
+         'no stored output', 'stored error', 'unknown symbol', 'import beside other code', 'path of a machine', 'lost text')
+
+class Fault(NamedTuple):
+    kind: str   # one of KINDS
+    where: str  # file it is in, relative to the root
+    what: str   # the entry, link or name
+    def __str__(self): return f'{self.where}: {self.kind}: {self.what}'
+
+# ---- markdown
+
+parser = MarkdownIt('commonmark').enable('table')
+re_attr = re.compile(r'\s*\{([^{}]*)\}\s*$')
+re_id = re.compile(r'''\bid=["']([^"']+)["']|\{[^{}\n]*#([\w.:-]+)[^{}\n]*\}''')
+re_href = re.compile(r'''<a\b[^>]*\bhref=["']([^"']+)["']''')
+re_src = re.compile(r'''<img\b[^>]*\bsrc=["']([^"']+)["']''')
+
+def slug(text):
+    "The anchor that pandoc gives a heading"
+    text = re.sub(r'[^\w\s.-]', '', text.lower()).strip()
+    return re.sub(r'^[^a-z\u00df-\uffff]+', '', re.sub(r'\s+', '-', text)) or 'section'
+
+class Text:
+    "What a piece of markdown holds: headings, links, images, names in backticks"
+    def __init__(self, src):
+        self.headings,self.ids,self.links,self.images,self.codes = [],[],[],[],[]
+        tokens = parser.parse(src)
+        for i,t in enumerate(tokens):
+            if t.type=='heading_open': self._heading(tokens[i+1])
+            if t.type=='inline': self._inline(t)
+            if t.type=='html_block': self._html(t.content)
+
+    def _heading(self, t):
+        if not re_id.search(t.content): self.headings.append(re_attr.sub('', ''.join(c.content for c in t.children)))
+
+    def _inline(self, t):
+        for c in t.children:
+            if c.type=='link_open': self.links.append(c.attrs['href'])
+            elif c.type=='image': self.images.append(c.attrs['src'])
+            elif c.type=='code_inline': self.codes.append(c.content)
+            elif c.type in ('html_inline','text'): self._html(c.content)
+
+    def _html(self, s):
+        self.ids += [a or b for a,b in re_id.findall(s)]
+        self.links += re_href.findall(s)
+        self.images += re_src.findall(s)
+
+# ---- pages
+
+def light_procs(): return [p for p in FilterDefaults().base_procs() if p.__name__ not in ('exec_show_docs','add_links')]
+def joined(x): return x if isinstance(x, str) else ''.join(x)
+def is_export(c): return c.directives_.keys() & {'export','exports','exporti'}
+
+class Page:
+    "One page of the site, before and after nbdev's processors"
+    def __init__(self, path, nbs):
+        self.path = path.relative_to(nbs).as_posix()
+        self.url = _nbpath2html(Path(self.path)).as_posix()
+        def read(): return read_nb(path) if path.suffix=='.ipynb' else dict2nb(
+            cells=[mk_cell(path.read_text(encoding='utf-8'), 'markdown')], metadata={}, path_=str(path))
+        self.raw = NBProcessor(nb=read()).nb
+        self.nb = NBProcessor(nb=read(), procs=light_procs(), process=True).nb
+        self.code = [c.source for c in self.raw.cells if c.cell_type=='code']
+        self.outputs = [o for c in self.raw.cells for o in c.get('outputs', [])]
+        self.attachments = {k for c in self.raw.cells for k in c.get('attachments', {})}
+
+    @cached_property
+    def texts(self): return [(c.source, Text(c.source)) for c in self.nb.cells if c.cell_type=='markdown']
+
+    @cached_property
+    def shown(self):
+        "Markdown and HTML among the outputs that the page keeps"
+        data = [o.get('data', {}) for c in self.nb.cells for o in c.get('outputs', [])]
+        return [Text(joined(d[k])) for d in data for k in ('text/markdown','text/html') if k in d]
+
+    @cached_property
+    def anchors(self):
+        "Every anchor of the page, as pandoc numbers them"
+        res,seen = set(),Counter()
+        def add(h):
+            s = slug(h)
+            res.add(f'{s}-{seen[s]}' if seen[s] else s)
+            seen[s] += 1
+        for c in self.nb.cells:
+            t = Text(c.source) if c.cell_type=='markdown' else None
+            if t: res.update(t.ids)
+            heads = t.headings if t else re.findall(r'^show_doc\(\s*([\w.]+)', c.source, re.M)
+            for h in heads: add(h)
+            if not t: res.update(re.findall(r'^#\|\s*label:\s*(\S+)', c.source, re.M))
+        for t in self.shown: res.update(t.ids)
+        return res
+
+# ---- names
+
+class SiteLookup(NbdevLookup):
+    "nbdev's own lookup of names in backticks, on the index of one package"
+    def __init__(self, index):
+        self.entries,self.aliases = {'lib': _qual_syms(index)},{}
+        self.mods = self.entries['lib']['syms']
+        full = {k:v for d in self.mods.values() for k,v in d.items()}
+        self.short = {k.removeprefix(m+'.'):v for m,d in self.mods.items() for k,v in d.items()}
+        self.syms = {**self.short, **full}
+
+class Module:
+    "What a module of the package defines"
+    def __init__(self, path, root):
+        self.name = '.'.join(path.relative_to(root).with_suffix('').parts).removesuffix('.__init__')
+        self.src = path.read_text(encoding='utf-8')
+        self.defs,self.names = set(),set()
+        for t in ast.parse(self.src).body: self._add(t)
+
+    def _add(self, t):
+        if isinstance(t, (ast.FunctionDef,ast.AsyncFunctionDef,ast.ClassDef)):
+            if not any('patch' in ast.unparse(d) for d in t.decorator_list): self.defs.add(t.name)
+        elif isinstance(t, (ast.Import,ast.ImportFrom)): self.names |= {(a.asname or a.name).split('.')[0] for a in t.names}
+        else: self.names |= {n.id for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+    @property
+    def exported(self):
+        m = re.search(r'^__all__\s*=\s*(\[.*?\])', self.src, re.M|re.S)
+        return set(ast.literal_eval(m.group(1))) if m else set()
+
+class Names:
+    "What a name in backticks may mean: a symbol of the package, a word of the project's code, Python's or torch's"
+    def __init__(self, lib, lookup, code):
+        self.pkg,self.lookup = lib.name,lookup
+        self.mods = {m.name:m for m in (Module(p, lib.parent) for p in sorted(lib.rglob('*.py')) if p.name!='_modidx.py')}
+        code = '\n'.join(list(code) + [m.src for m in self.mods.values()])
+        self.words = set(re.findall(r'[A-Za-z_]\w*', code)) | set(dir(builtins))
+
+    def stale(self):
+        "Module name -> its exported functions and classes that the index does not know"
+        res = {m.name: sorted(n for n in m.exported & m.defs if self.lookup[f'{m.name}.{n}'] is None) for m in self.mods.values()}
+        return {k:v for k,v in res.items() if v}
+
+    def elsewhere(self, name):
+        "Is it a name of torch, or of another library that nbdev documented?"
+        import torch
+        homes = torch, torch.Tensor, torch.nn, torch.nn.Module, torch.nn.functional, torch.optim, torch.autograd
+        return any(hasattr(o, name) for o in homes) or any(k.endswith(f'.{name}') for k in NbdevLookup().syms)
+
+    def qualified(self, name):
+        "Does `deqdet.x.y` exist?"
+        mod = max((m for m in self.mods if f'{name}.'.startswith(f'{m}.')), key=len, default='')
+        if name==mod: return True
+        if not mod or self.lookup[name] is not None: return bool(mod)
+        head,*rest = name[len(mod)+1:].split('.')
+        m = self.mods[mod]
+        return head in m.defs|m.names and all(r in self.words for r in rest)
+
+    def wrong(self, text):
+        "What is wrong with the name in these backticks, if anything"
+        m = re.fullmatch(r'([A-Za-z_][\w.]*[\w])(\(.*\))?', text.strip(), re.S)
+        if not m: return
+        name,call = m.groups()
+        head,*rest = name.split('.')
+        if head==self.pkg: return None if self.qualified(name) else 'there is nothing of that name in the package'
+        if self.lookup[name] is not None: return
+        if rest: return f'{head} has nothing of that name' if head in self.lookup.short and not set(rest)<=self.words else None
+        if name in self.words: return
+        near = get_close_matches(name, self.lookup.short, 1, .85) if '_' in name or not name.islower() else []
+        if not (near or call) or self.elsewhere(name): return
+        return f'did you mean {near[0]}?' if near else 'a call of something that is nowhere defined'
+
+# ---- the site
+
+def entries(x):
+    "Every page that a sidebar or navbar names"
+    if isinstance(x, str): return [x]
+    if isinstance(x, list): return [e for o in x for e in entries(o)]
+    if isinstance(x, dict): return [e for k in ('href','file','section','contents','left','right','menu','tools')
+                                    if k in x and not (k=='section' and not is_page(x[k])) for e in entries(x[k])]
+    return []
+
+def is_page(s): return isinstance(s, str) and Path(urlsplit(s).path).suffix in ('.ipynb','.qmd','.md','.html')
+
+class Site:
+    "The documentation of a project: `root` holds _quarto.yml, the notebooks and the package"
+    def __init__(self, root, nbs='nbs', lib='deqdet'):
+        self.root,self.nbs = Path(root),Path(root)/nbs
+        self.yml = yaml.safe_load((self.root/'_quarto.yml').read_text(encoding='utf-8'))
+        paths = nbglob(self.nbs, file_glob='', file_re=r'\.(?:ipynb|qmd|md)$', as_path=True)
+        self.pages = {p.path:p for p in (Page(f, self.nbs) for f in paths.sorted())}
+        self.urls = {p.url:p for p in self.pages.values()}
+        scope = {}
+        exec((self.root/lib/'_modidx.py').read_text(encoding='utf-8'), scope)
+        self.lookup = SiteLookup(scope['d'])
+        self.names = Names(self.root/lib, self.lookup, (c for p in self.pages.values() for c in p.code))
+        s = scope['d']['settings']
+        self.home = s['doc_host'] + s['doc_baseurl'] + '/'
+        self.repo = [f"{s['git_url']}/{o}/{s['branch']}/" for o in ('blob','tree')]
+
+def check_sidebar(site):
+    web = site.yml['website']
+    side = [e for e in entries(web.get('sidebar', {})) if not urlsplit(e).scheme]
+    nav = [e for e in entries(web.get('navbar', {})) if not urlsplit(e).scheme]
+    for e in side+nav:
+        if e not in site.pages and e not in site.urls: yield Fault(KINDS[0], '_quarto.yml', e)
+    for e,n in Counter(side).items():
+        if n>1: yield Fault(KINDS[0], '_quarto.yml', f'{e} stands there {n} times')
+    for p in site.pages.values():
+        if p.path not in side and p.url not in side: yield Fault(KINDS[1], p.path, 'not in the sidebar of _quarto.yml')
+
+def check_link(site, page, href):
+    "The fault of one link, if it has any"
+    for r in site.repo:
+        if href.startswith(r):
+            return None if (site.root/unquote(urlsplit(href).path[len(urlsplit(r).path):])).exists() else (KINDS[2], href)
+    inside = href.startswith(site.home)
+    u = urlsplit(href[len(site.home):] if inside else href)
+    if u.scheme or u.netloc: return
+    base = '' if inside or u.path.startswith('/') else posixpath.dirname(page.path)
+    path = posixpath.normpath(posixpath.join(base, unquote(u.path).lstrip('/'))) if u.path else '' if inside else page.path
+    if path in ('','.') or u.path.endswith('/'): path = posixpath.normpath(posixpath.join(path, 'index.html'))
+    target = site.pages.get(path) or site.urls.get(path)
+    if target is None:
+        there = (site.nbs/path).is_file() and not path.endswith('.ipynb') and not path.startswith('..')
+        return None if there else (KINDS[2], href)
+    if u.fragment and unquote(u.fragment) not in target.anchors:
+        return KINDS[3], href + (' (made from backticks: show_doc it on its page, or say it in words)' if inside else '')
+
+def check_links(site):
+    for p in site.pages.values():
+        linked = [Text(site.lookup.linkify(src)) for src,_ in p.texts]
+        for href in dict.fromkeys(h for t in linked+p.shown for h in t.links):
+            bad = check_link(site, p, href)
+            if bad: yield Fault(bad[0], p.path, bad[1])
+
+def check_images(site):
+    for p in site.pages.values():
+        for src in dict.fromkeys(s for t in [t for _,t in p.texts]+p.shown for s in t.images):
+            if src.startswith('attachment:'): found = unquote(src[11:]) in p.attachments
+            elif urlsplit(src).scheme or src.startswith('//'): continue
+            else: found = (site.nbs/(unquote(src).lstrip('/') if src.startswith('/') else Path(p.path).parent/unquote(src))).is_file()
+            if not found: yield Fault(KINDS[4], p.path, src)
+
+def check_outputs(site):
+    for p in site.pages.values():
+        if any(is_export(c) for c in p.raw.cells) and not p.outputs: yield Fault(KINDS[5], p.path, 'it exports code and shows nothing')
+        for o in p.outputs:
+            if o['output_type']=='error': yield Fault(KINDS[6], p.path, f"{o['ename']}: {o['evalue']}"[:200])
+
+def check_symbols(site):
+    for mod,ns in site.names.stale().items():
+        yield Fault(KINDS[7], '_modidx.py', f'{mod} exports {", ".join(ns)}, which the index does not know: run nbdev_export')
+    for p in site.pages.values():
+        for name in dict.fromkeys(c for _,t in p.texts for c in t.codes):
+            why = site.names.wrong(name)
+            if why: yield Fault(KINDS[7], p.path, f'`{name}`: {why}')
+
+def check_imports(site):
+    "nbdev executes cells with imports to make the docs, so nothing else may stand in them"
+    for p in site.pages.values():
+        for c in p.raw.cells:
+            body = c.parsed_() or []
+            imports = [isinstance(t, (ast.Import,ast.ImportFrom)) for t in body]
+            others = [t for t in body if isinstance(t, (ast.Expr,ast.Assign)) and not isinstance(getattr(t, 'value', None), ast.Constant)]
+            if any(imports) and others: yield Fault(KINDS[8], p.path, ast.unparse(others[0]).splitlines()[0][:80])
+
+re_machine = re.compile(r'/site-packages/|/home/\w|/root/|/Users/\w|/tmp/\w')
+
+def check_machine(site):
+    "A stored output that says where it was made changes with every run, and says it to every reader"
+    for p in site.pages.values():
+        for o in p.outputs:
+            text = joined(o.get('text', '')) + joined(o.get('data', {}).get('text/plain', ''))
+            lines = [l for l in text.splitlines() if re_machine.search(l)]
+            if lines: yield Fault(KINDS[9], p.path, lines[0][:160])
+
+def check_title(site):
+    "nbdev makes the cell with the title into metadata: title, `>` and `- key: value`; anything else in it is lost"
+    for p in site.pages.values():
+        cell = next((c for c in p.raw.cells if c.cell_type=='markdown' and re.search(r'^# ', c.source, re.M)), None)
+        rest = [l for l in cell.source.splitlines() if l.strip() and not re.match(r'# |> |- .*:', l)] if cell else []
+        if rest and p.path.endswith('.ipynb'): yield Fault(KINDS[10], p.path, rest[0][:80])
+
+CHECKS = check_sidebar, check_links, check_images, check_outputs, check_symbols, check_imports, check_machine, check_title
+def faults(site): return [f for check in CHECKS for f in check(site)]
+
+if __name__=='__main__':
+    found = faults(Site(sys.argv[1] if sys.argv[1:] else Path(__file__).resolve().parents[1]))
+    print(*found, sep='\n')
+    sys.exit(bool(found))

@@ -1,0 +1,149 @@
+"""What `make test` runs: everything that CI checks, counted.
+
+In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbdev_test passes on every notebook.
+In the tree itself: pytest. The last line is `N passed, M failed`, `, K skipped` following where something was.
+A notebook of which no cell runs is not a pass."""
+import os, re, shutil, subprocess, sys, tempfile, time
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+THREADS = 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'
+WORKERS = min(os.cpu_count() or 1, 4)
+TIMEOUT = 900 # seconds for a notebook
+NOT_OURS = '.*','_proc','_docs','demo','bench','runs','build','dist','*.egg-info','__pycache__'
+
+class Result(NamedTuple):
+    name: str
+    status: str     # passed, failed or skipped
+    seconds: float
+    note: str=''    # why it failed or was skipped
+
+def copy_tree(src, dest):
+    "Copy the files of `src` that belong to the project: what git tracks or would track"
+    git = subprocess.run(['git','ls-files','-zco','--exclude-standard'], cwd=src, capture_output=True, text=True)
+    if git.returncode: return shutil.copytree(src, dest, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_OURS))
+    for f in sorted(set(git.stdout.split('\0')) - {''}):
+        if not os.path.lexists(src/f): continue
+        (dest/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(src/f, dest/f, follow_symlinks=False)
+
+def environ(root):
+    "The environment of a child: one thread each, the package of `root` first"
+    env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}
+    return env | dict.fromkeys(THREADS, '1') | {'PYTHONPATH': str(root)}
+
+def call(cmd, root, timeout=TIMEOUT):
+    "Run `cmd` in `root`: return code, what it printed, seconds"
+    start = time.time()
+    with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as f:
+        try: code = subprocess.run([str(c) for c in cmd], cwd=root, env=environ(root), stdout=f, stderr=f, timeout=timeout).returncode
+        except subprocess.TimeoutExpired: code = f'stopped after {timeout} s'
+        f.seek(0)
+        return code, re.sub(r'\x1b\[[0-9;]*m', '', f.read()), time.time()-start
+
+def contents(root):
+    "Every file below `root`, with its bytes"
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+
+def changes_nothing(name, cmd, root, before=None):
+    "A check that `cmd` leaves the tree in `root` as it was"
+    before = before or contents(root)
+    code,out,secs = call(cmd, root)
+    after = contents(root)
+    diff = sorted(f for f in before.keys()|after.keys() if before.get(f)!=after.get(f))
+    if code: return Result(name, 'failed', secs, f'{out[-2000:]}\n({code})')
+    if diff: return Result(name, 'failed', secs, 'these change: ' + ', '.join(diff))
+    return Result(name, 'passed', secs)
+
+def check_export(root):
+    "Modules are what the notebooks export, and nothing else is in the package"
+    before = contents(root)
+    for p in (root/'deqdet').rglob('*.py'):
+        if p.name!='__init__.py': p.unlink()
+    return changes_nothing('nbdev_export changes nothing', [BIN/'nbdev_export'], root, before)
+
+def check_clean(root): return changes_nothing('nbdev_clean changes nothing', [BIN/'nbdev_clean'], root)
+
+def runs(path):
+    "How many cells of a notebook nbdev_test executes"
+    from nbdev.config import get_config
+    from nbdev.frontmatter import FrontmatterProc
+    from nbdev.process import NBProcessor
+    nb = NBProcessor(path, procs=FrontmatterProc, process=True).nb
+    if str(nb.frontmatter_.get('skip_exec', False)).lower() in ('true','1'): return 0
+    flags = set(get_config().tst_flags.split())
+    def off(d): return d.get('eval:', [''])[0].lower()=='false' or flags & d.keys()
+    return sum(c.cell_type=='code' and bool(c.source.strip()) and not off(c.directives_) for c in nb.cells)
+
+def check_notebook(root, nb):
+    "nbdev_test on one notebook"
+    name = str(nb.relative_to(root))
+    code,out,secs = call([BIN/'nbdev_test', '--path', nb, '--n_workers', 0], root)
+    if code: return Result(name, 'failed', secs, f'{out[-4000:]}\n({code})')
+    if 'Success.' not in out: return Result(name, 'skipped', secs, out.strip() or 'nbdev_test did not run it')
+    if not runs(nb): return Result(name, 'skipped', secs, 'none of its cells runs')
+    return Result(name, 'passed', secs)
+
+def read_junit(path):
+    "One `Result` for each pytest case of a junit file"
+    res = []
+    for case in ET.parse(path).iter('testcase'):
+        kinds = {c.tag:c for c in case}
+        bad = kinds.get('failure', kinds.get('error'))
+        status = 'failed' if bad is not None else 'skipped' if 'skipped' in kinds else 'passed'
+        why = kinds['skipped'].get('message', '') if status=='skipped' else ''
+        res.append(Result(f"{case.get('classname')}::{case.get('name')}", status, float(case.get('time', 0)), why))
+    return res
+
+def check_pytest(root):
+    "pytest on tests/: its cases, and one more failure where pytest itself did not finish"
+    with tempfile.TemporaryDirectory() as d:
+        xml = Path(d)/'junit.xml'
+        cmd = [sys.executable, '-m', 'pytest', '-q', 'tests', '--continue-on-collection-errors', f'--junitxml={xml}']
+        code,out,secs = call(cmd, root, timeout=4*TIMEOUT)
+        res = read_junit(xml) if xml.exists() else []
+    if code and not any(r.status=='failed' for r in res): res.append(Result('pytest', 'failed', secs, f'{out[-4000:]}\n({code})'))
+    elif code: print(out)
+    return res
+
+def notebooks(root): return sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts))
+
+def report(results):
+    "Print failures, skips, the slowest notebooks and the totals; the exit status"
+    for r in results:
+        if r.status=='failed' and r.note: print(f'\n---- {r.name}\n{r.note}')
+    print()
+    for r in results:
+        if r.status!='passed': print(f'{r.status}: {r.name}' + (f' ({r.note})' if r.status=='skipped' else ''))
+    slow = sorted((r for r in results if r.name.endswith('.ipynb')), key=lambda r:-r.seconds)[:5]
+    print('Slowest notebooks: ' + ', '.join(f'{Path(r.name).name} {r.seconds:.0f} s' for r in slow))
+    n = {s:sum(r.status==s for r in results) for s in ('passed','failed','skipped')}
+    print(f"{n['passed']} passed, {n['failed']} failed" + (f", {n['skipped']} skipped" if n['skipped'] else ''), flush=True)
+    return int(n['failed']>0 or n['passed']==0)
+
+def show(results):
+    "One line for a finished job"
+    if isinstance(results, Result): results = [results]
+    if len(results)==1: r = results[0]; print(f'{r.status:8}{r.name}  {r.seconds:.1f} s', flush=True)
+    else: print(f'finished pytest: {len(results)} cases  {sum(r.seconds for r in results):.1f} s', flush=True)
+    return results
+
+def main():
+    start = time.time()
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory() as d:
+        copy = Path(d).resolve()/ROOT.name
+        copy.mkdir()
+        copy_tree(ROOT, copy)
+        results = show(check_export(copy)) + show(check_clean(copy))
+        jobs = [(check_pytest, ROOT)] + [(check_notebook, copy, nb) for nb in notebooks(copy)]
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for res in pool.map(lambda j: show(j[0](*j[1:])), jobs): results += res
+    print(f'\n{time.time()-start:.0f} s with {WORKERS} workers')
+    return report(results)
+
+if __name__=='__main__': sys.exit(main())

@@ -1,0 +1,171 @@
+"The input of the documentation is sound, and every kind of fault is caught where there is one"
+import os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+from execnb.nbio import mk_cell, new_nb, read_nb, write_nb
+import docs_check
+from docs_check import KINDS, Site, Text, faults, slug
+from readme import as_md, readme
+from run import copy_tree
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# ---- this project
+
+@pytest.fixture(scope='module')
+def site(): return Site(ROOT)
+
+@pytest.mark.parametrize('check', docs_check.CHECKS, ids=lambda o: o.__name__)
+def test_site(site, check):
+    found = list(check(site))
+    assert not found, '\n'.join(map(str, found))
+
+def test_readme_is_index():
+    assert (ROOT/'README.md').read_text(encoding='utf-8')==readme(ROOT/'nbs/index.ipynb'), 'run `make readme`'
+
+def test_index_maps_every_notebook(site):
+    numbered = {p for p in site.pages if re.match(r'\d\d_', p)}
+    assert numbered <= {h for _,t in site.pages['index.ipynb'].texts for h in t.links}
+
+def test_quarto_yml_is_linked():
+    link = ROOT/'nbs/_quarto.yml'
+    assert link.is_symlink() and os.readlink(link)=='../_quarto.yml'
+
+def test_quarto_yml_repeats_settings(site):
+    from nbdev.config import get_config
+    cfg,web = get_config(),site.yml['website']
+    assert (web['title'], web['description'], web['repo-url'], web['site-url'], web['repo-branch']) == \
+           (cfg.title, cfg.description, cfg.git_url, cfg.doc_host+cfg.doc_baseurl, cfg.branch)
+    assert site.yml['project']['output-dir']==cfg.doc_path.name
+
+def test_nbdev_renders_every_page(site, tmp_path):
+    "All of nbdev's processors, execution included, as nbdev_docs runs them before it calls Quarto"
+    copy_tree(ROOT, tmp_path)
+    env = os.environ | {'PYTHONPATH': str(tmp_path), 'PYTHONWARNINGS': 'ignore'}
+    res = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'],
+                         cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert res.returncode==0, res.stderr[-3000:]
+    for p in site.pages.values():
+        made = read_nb(tmp_path/'_proc'/p.path)
+        docs = [c for c in made.cells if c.source.startswith('show_doc(') or '\nshow_doc(' in c.source]
+        empty = [c.source for c in docs if not any('text/markdown' in o.get('data', {}) for o in c.outputs)]
+        assert not empty, f'{p.path}: {empty} show nothing'
+        heads = [h for c in docs for o in c.outputs for h in Text(docs_check.joined(o['data']['text/markdown'])).headings]
+        assert {slug(h) for h in heads} <= p.anchors, p.path
+    assert (tmp_path/'_proc/_quarto.yml').read_text()==(ROOT/'_quarto.yml').read_text()
+
+def test_backticks_become_links():
+    "The package's entry point is installed, so that nbdev knows where its symbols are documented"
+    from nbdev.doclinks import NbdevLookup
+    assert 'boxes.html#xyzr_to_xyxy' in NbdevLookup().linkify('see `xyzr_to_xyxy`')
+
+# ---- a small site, sound and broken
+
+MODIDX = """# Auto
+d = {'syms': {'deqdet.shapes': {'deqdet.shapes.Disc': ('shapes.html#disc', 'deqdet/shapes.py'),
+                                'deqdet.shapes.round_off': ('shapes.html#round_off', 'deqdet/shapes.py')}},
+     'settings': {'branch': 'main', 'doc_baseurl': '/deqdet', 'doc_host': 'https://deqdet.github.io',
+                  'git_url': 'https://github.com/deqdet/deqdet', 'lib_path': 'deqdet'}}
+"""
+MODULE = """__all__ = ['SIDES', 'Disc', 'round_off']
+SIDES = 4
+class Disc:
+    radius: float
+def round_off(x): return x
+"""
+YML = """website:
+  sidebar:
+    contents:
+      - index.ipynb
+      - section: More
+        contents: [00_shapes.ipynb]
+"""
+
+def md(s): return mk_cell(s, 'markdown')
+def code(s, text=None, **out):
+    "A code cell, with the text it printed or another output"
+    cell = mk_cell(s)
+    if text: out = dict(output_type='stream', name='stdout', text=[text])
+    if out: cell.outputs = [out]
+    return cell
+
+@pytest.fixture
+def small(tmp_path):
+    "Two pages without fault; `small(name=[cells])` adds cells to a page, or a page, and lists the faults"
+    pages = {
+        'index.ipynb': [md('# Small\n\n> A site'), md('[Shapes](00_shapes.ipynb#why-discs), [again](shapes.html), [below](#more) '
+                        '![a disc](images/disc.png) <a href="https://example.com/no">out</a>'), md('## More')],
+        '00_shapes.ipynb': [md('# Shapes\n\n> round'), code('#| default_exp shapes'), code('#| export\n' + MODULE), md('## Why *discs*?'),
+                        md('`round_off` of a `Disc`, its `Disc.radius`, `deqdet.shapes.SIDES`, `print()`, `x.y()`, `backward()`'),
+                        md('```\n[code](nowhere.ipynb) `deqdet.nothing`\n```\n`[a](b.ipynb)`'), code('round_off(1)', '1')]}
+    (tmp_path/'deqdet').mkdir()
+    (tmp_path/'nbs/images').mkdir(parents=True)
+    (tmp_path/'nbs/images/disc.png').touch()
+    def check(modidx=MODIDX, module=MODULE, yml=YML, **more):
+        for name,text in (('deqdet/_modidx.py', modidx), ('deqdet/shapes.py', module), ('_quarto.yml', yml)): (tmp_path/name).write_text(text)
+        for name in pages.keys() | {f'{k}.ipynb' for k in more}:
+            write_nb(new_nb(pages.get(name, []) + more.get(Path(name).stem, [])), tmp_path/'nbs'/name)
+        return faults(Site(tmp_path))
+    check.root = tmp_path
+    return check
+
+def test_sound_site(small): assert small()==[]
+
+NOT_ALONE = "import os\nprint(os.name)"
+ERROR = dict(output_type='error', ename='ValueError', evalue='no', traceback=['no'])
+BROKEN = [ # kind, what is said of it, the site
+    ('sidebar entry without a page', '03_gone.ipynb', dict(yml=YML.replace('- index', '- 03_gone.ipynb\n      - index'))),
+    ('sidebar entry without a page', 'stands there 2 times', dict(yml=YML.replace('- index', '- index.ipynb\n      - index'))),
+    ('page without a sidebar entry', 'not in the sidebar', {'07_new': [md('# New')]}),
+    ('dead link', '05_gone.ipynb', dict(index=[md('[x](05_gone.ipynb)')])),
+    ('dead link', 'gone.html', dict(index=[md('see <a href="gone.html">x</a>')])),
+    ('dead link', '../README.md', dict(index=[md('[x](../README.md)')])),
+    ('dead link', 'blob/main/gone.md', dict(index=[md('[x](https://github.com/deqdet/deqdet/blob/main/gone.md)')])),
+    ('dead anchor', '#below-that', dict(index=[md('[x](#below-that)')])),
+    ('dead anchor', '00_shapes.ipynb#why-squares', dict(index=[md('[x](00_shapes.ipynb#why-squares)')])),
+    ('dead anchor', 'shapes.html#disc.grow', dict(modidx=MODIDX.replace("'deqdet.shapes.round_off'", "'deqdet.shapes.Disc.grow': "
+                    "('shapes.html#disc.grow', 'deqdet/shapes.py'), 'deqdet.shapes.round_off'"), index=[md('see `Disc.grow`')])),
+    ('missing image', 'images/gone.png', dict(index=[md('![x](images/gone.png)')])),
+    ('missing image', 'gone.svg', dict(index=[md('<img src="gone.svg" width=9>')])),
+    ('missing image', 'attachment:gone.png', dict(index=[md('![x](attachment:gone.png)')])),
+    ('no stored output', 'shows nothing', {'07_quiet': [md('# Quiet'), code('#| export\nx = 1')]}),
+    ('stored error', 'ValueError: no', dict(index=[code('int("x")', **ERROR)])),
+    ('unknown symbol', '`deqdet.shapes.nothing`', dict(index=[md('`deqdet.shapes.nothing`')])),
+    ('unknown symbol', '`deqdet.squares`', dict(index=[md('`deqdet.squares`')])),
+    ('unknown symbol', '`round_of`: did you mean round_off?', dict(index=[md('`round_of`')])),
+    ('unknown symbol', '`sharpen()`', dict(index=[md('`sharpen()`')])),
+    ('unknown symbol', '`Disc.perimeter`', dict(index=[md('`Disc.perimeter`')])),
+    ('unknown symbol', 'exports grow', dict(module=MODULE.replace("'SIDES'", "'SIDES', 'grow'") + 'def grow(x): return x\n')),
+    ('import beside other code', 'print(os.name)', dict(index=[code(NOT_ALONE)])),
+    ('path of a machine', '/home/me/x.py', dict(index=[code('f()', 'File /home/me/x.py, line 1')])),
+    ('lost text', 'An introduction', {'07_title': [md('# Title\n\n> and subtitle\n\nAn introduction.')]}),
+]
+
+@pytest.mark.parametrize('kind,what,broken', BROKEN, ids=[f'{k}-{i}' for i,(k,*_) in enumerate(BROKEN)])
+def test_fault_is_caught(small, kind, what, broken):
+    new = [k for k in broken if re.match(r'\d', k) and 'page without' not in kind]
+    yml = {'yml': YML.replace('- index', f'- {new[0]}.ipynb\n      - index')} if new else {}
+    found = small(**broken, **yml)
+    assert [f.kind for f in found]==[kind] and what in str(found[0]), found
+
+def test_every_kind_is_shown(): assert {k for k,*_ in BROKEN}==set(KINDS)
+
+# ---- its parts
+
+@pytest.mark.parametrize('heading,anchor', [
+    ('Why discs?', 'why-discs'), ('3 steps: a *map* of `f(x)`', 'steps-a-map-of-fx'), ('SetLoss.decodes', 'setloss.decodes'),
+    ('xyzr_to_xyxy', 'xyzr_to_xyxy'), ('RAG — and RAP', 'rag-and-rap'), ('42', 'section')])
+def test_slug(heading, anchor):
+    "The identifiers that pandoc's manual says headings get"
+    assert slug(Text(f'## {heading}').headings[0])==anchor
+
+def test_explicit_and_repeated_anchors(small):
+    ok = [md('## Twice\n\n## Twice\n\n## Named {#own}\n\n<a id="here"></a>'), md('[a](#twice) [b](#twice-1) [c](#own) [d](#here)')]
+    assert small(**{'07_anchors': [md('# A'), *ok]}, yml=YML.replace('- index', '- 07_anchors.ipynb\n      - index'))==[]
+
+def test_readme_of_cells():
+    assert as_md(md('[a](00_boxes.ipynb) ![p](images/p.png) [out](https://x.org) [top](#top)')) == \
+        '[a](nbs/00_boxes.ipynb) ![p](nbs/images/p.png) [out](https://x.org) [top](#top)'
+    assert as_md(code('1+1', '2')) == '``` python\n1+1\n```\n\n    2'
+    with pytest.raises(ValueError, match='nbs/images'):
+        as_md(code('plot()', output_type='display_data', data={'image/png': 'x', 'text/plain': '<Figure>'}))

@@ -1,0 +1,79 @@
+"The package installs with everything it declares, and its modules stand in the order of their notebooks"
+import ast, re, subprocess, sys
+from configparser import ConfigParser
+from email.parser import Parser
+from pathlib import Path
+import pytest, tomllib
+from run import copy_tree
+
+ROOT = Path(__file__).resolve().parents[1]
+ini = ConfigParser(delimiters=['='])
+ini.read(ROOT/'settings.ini')
+cfg = ini['DEFAULT']
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    "Metadata and entry points as the build backend makes them"
+    d = tmp_path_factory.mktemp('build')
+    copy_tree(ROOT, d/'src')
+    cmd = f"from setuptools.build_meta import *; print(prepare_metadata_for_build_wheel({str(d)!r}))"
+    res = subprocess.run([sys.executable, '-c', cmd], cwd=d/'src', capture_output=True, text=True)
+    assert res.returncode==0, res.stderr
+    info = d/res.stdout.split()[-1]
+    entry = ConfigParser(delimiters=['='])
+    entry.optionxform = str
+    entry.read(info/'entry_points.txt')
+    return Parser().parsestr((info/'METADATA').read_text()), entry, res.stderr
+
+FIELDS = {'keywords': 'Keywords', 'description': 'Summary', 'version': 'Version', 'dependencies': 'Requires-Dist', 'license': 'License-Expression',
+    'optional-dependencies': 'Provides-Extra', 'readme': 'Description-Content-Type', 'authors': 'Author-email', 'classifiers': 'Classifier', 'urls': 'Project-URL'}
+
+def test_every_dynamic_field_is_supplied(built):
+    meta,entry,err = built
+    dynamic = set(tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['dynamic'])
+    assert dynamic==FIELDS.keys() | {'entry-points','scripts'}
+    assert not [k for k,v in FIELDS.items() if not meta[v] and not (k=='authors' and meta['Author'])]
+    assert entry['nbdev']['deqdet']=='deqdet._modidx:d'
+    assert 'defined outside of' not in err, err # what setuptools says of a field that pyproject.toml does not call dynamic
+
+def test_scripts_exist(built):
+    "Every console script names a function that there is"
+    _,entry,_ = built
+    for name,target in (entry['console_scripts'] if 'console_scripts' in entry else {}).items():
+        mod,func = target.split(':')
+        tree = ast.parse((ROOT/(mod.replace('.', '/') + '.py')).read_text())
+        assert func in {getattr(t, 'name', None) for t in tree.body}, f'{name} = {target}'
+
+def test_caps(built):
+    "nbdev 2.4 with the libraries it works with, in the package and in its dev extra"
+    reqs = [r.replace(' ', '') for r in built[0].get_all('Requires-Dist')]
+    assert 'fastcore<2' in reqs
+    for r in 'nbdev<3,>=2.4.14', 'execnb<0.2', 'ghapi<2': assert any(o.startswith(r + ';extra==') for o in reqs), r
+    assert built[0]['Requires-Python']==f">={cfg['min_python']}"
+
+def test_caps_stand_in_one_place():
+    for f in 'constraints.txt','Makefile','setup.py','pyproject.toml': assert not re.search(r'(fastcore|execnb|ghapi|nbdev)\s*[<>=]', (ROOT/f).read_text()), f
+
+def order():
+    "Module name -> number of its notebook and the package's modules it imports"
+    res = {}
+    for p in sorted((ROOT/'deqdet').glob('[!_]*.py')):
+        src = p.read_text()
+        nb = re.search(r'File to edit: \S*/(\d+)_', src)
+        froms = [t for t in ast.walk(ast.parse(src)) if isinstance(t, ast.ImportFrom)]
+        used = {(t.module or '').split('.')[-1] for t in froms if t.level} | {t.module.split('.')[1] for t in froms if (t.module or '').startswith('deqdet.')}
+        res[p.stem] = (int(nb.group(1)) if nb else None, used - {''})
+    return res
+
+def test_modules_import_only_earlier_ones():
+    mods = order()
+    for name,(number,used) in mods.items():
+        assert number is not None, f'{name} comes from no numbered notebook'
+        late = [u for u in used if mods[u][0] >= number]
+        assert not late, f'{number:02}_{name} imports {late}'
+
+def test_models_need_no_fastai():
+    "What a detector is made of starts quickly: fastai comes with data and learner only"
+    parts = [m for m in ('boxes','mixing','decoder','solver','equilibrium','loss','model','backbone') if (ROOT/f'deqdet/{m}.py').exists()]
+    code = f"import sys, {', '.join(f'deqdet.{m}' for m in parts)}; sys.exit('fastai' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode==0

@@ -1,0 +1,94 @@
+"The runner behind `make test` counts what happened, and nothing else"
+import os, sys
+from pathlib import Path
+import pytest
+from execnb.nbio import mk_cell, new_nb, write_nb
+import run
+from run import Result, check_clean, check_export, check_notebook, check_pytest, copy_tree, report
+
+INI = '[DEFAULT]\nrepo = deqdet\nlib_name = deqdet\nlib_path = deqdet\nnbs_path = nbs\nuser = u\nauthor = a\nbranch = main\n' \
+      'description = d\nversion = 0.0.1\n'
+EXPORTS = [mk_cell('# Page\n\n> small', 'markdown'), mk_cell('#| default_exp page'), mk_cell('#| export\ndef one(): return 1')]
+
+@pytest.fixture
+def project(tmp_path):
+    "An nbdev project with one exporting notebook, exported"
+    (tmp_path/'nbs').mkdir()
+    (tmp_path/'deqdet').mkdir()
+    (tmp_path/'settings.ini').write_text(INI)
+    write_nb(new_nb(EXPORTS), tmp_path/'nbs/00_page.ipynb')
+    code,out,_ = run.call([run.BIN/'nbdev_export'], tmp_path)
+    assert not code, out
+    run.call([run.BIN/'nbdev_clean'], tmp_path)
+    return tmp_path
+
+def test_sound_project(project):
+    assert check_export(project).status=='passed'
+    assert check_clean(project).status=='passed'
+
+def test_unexported_change_fails(project):
+    write_nb(new_nb(EXPORTS + [mk_cell('#| export\ndef two(): return 2')]), project/'nbs/00_page.ipynb')
+    res = check_export(project)
+    assert res.status=='failed' and 'deqdet/page.py' in res.note
+
+def test_module_without_notebook_fails(project):
+    (project/'deqdet/orphan.py').write_text('x = 1\n')
+    res = check_export(project)
+    assert res.status=='failed' and 'deqdet/orphan.py' in res.note
+
+def test_unclean_notebook_fails(project):
+    cell = mk_cell('1', metadata={'tags': ['x']})
+    write_nb(new_nb([cell]), project/'nbs/01_more.ipynb')
+    res = check_clean(project)
+    assert res.status=='failed' and 'nbs/01_more.ipynb' in res.note
+
+@pytest.mark.parametrize('cells,status,note', [
+    (['from deqdet.page import one', 'assert one()==1'], 'passed', ''),
+    (['assert 1+1==3'], 'failed', 'AssertionError'),
+    (['#| eval: false\n1/0', '#| notest\n1/0'], 'skipped', 'none of its cells runs'),
+    ([], 'skipped', 'none of its cells runs')], ids=['passes','fails','skips all','has no code'])
+def test_notebook(project, cells, status, note, monkeypatch):
+    monkeypatch.chdir(project)
+    path = project/'nbs/05_tried.ipynb'
+    write_nb(new_nb([mk_cell('# Tried', 'markdown')] + [mk_cell(c) for c in cells]), path)
+    res = check_notebook(project, path)
+    assert res.status==status and note in res.note, res
+
+def test_what_hangs_is_stopped(tmp_path):
+    code,out,secs = run.call([sys.executable, '-uc', 'import time; print("on"); time.sleep(60)'], tmp_path, timeout=3)
+    assert code=='stopped after 3 s' and out.strip()=='on' and secs < 30
+
+def test_pytest(tmp_path):
+    (tmp_path/'tests').mkdir()
+    (tmp_path/'tests/test_x.py').write_text('import pytest\n'
+        'def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip("no data")\n'
+        '@pytest.fixture\ndef f(): yield 1; raise ValueError\ndef test_d(f): pass\n')
+    (tmp_path/'tests/test_y.py').write_text('import nothing_of_this_name\n')
+    res = {r.name.split('::')[-1]:r for r in check_pytest(tmp_path)}
+    assert {k:r.status for k,r in res.items()} == {'test_a': 'passed', 'test_b': 'failed', 'test_c': 'skipped', 'test_d': 'failed',
+                                                   'tests.test_y': 'failed'}
+    assert res['test_c'].note=='no data'
+
+def test_pytest_that_finds_nothing_fails(tmp_path):
+    (tmp_path/'tests').mkdir()
+    assert [r.status for r in check_pytest(tmp_path)]==['failed']
+
+@pytest.mark.parametrize('statuses,last,code', [
+    (['passed','passed'], '2 passed, 0 failed', 0),
+    (['passed','failed'], '1 passed, 1 failed', 1),
+    (['passed','skipped'], '1 passed, 0 failed, 1 skipped', 0),
+    (['skipped'], '0 passed, 0 failed, 1 skipped', 1)])
+def test_last_line(capsys, statuses, last, code):
+    assert report([Result(f'{i}.ipynb', s, 1.) for i,s in enumerate(statuses)])==code
+    assert capsys.readouterr().out.splitlines()[-1]==last
+
+def test_copy_follows_git(tmp_path):
+    src,dest = tmp_path/'src',tmp_path/'dest'
+    src.mkdir()
+    for f in '.gitignore','kept','left','gone': (src/f).write_text('left\n')
+    (src/'link').symlink_to('kept')
+    run.call(['git','init','-q'], src)
+    run.call(['git','add','.'], src)
+    (src/'gone').unlink()
+    copy_tree(src, dest)
+    assert {p.name for p in dest.iterdir()}=={'.gitignore','kept','link'} and os.readlink(dest/'link')=='kept'
