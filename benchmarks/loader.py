@@ -1,0 +1,123 @@
+"Pictures per second and core: decode and the 1x recipe at 1333x800, deqdet's loader against torchvision's own way"
+import json, tempfile, time
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO
+from pathlib import Path
+import numpy as np, torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+from deqdet.augment import fit_hw, recipe_1x, recipe_2x
+from deqdet.data import collate, det_dls, load_image
+from common import alternate, parser, report
+
+cpu = time.process_time # per core: what this process used, whatever else the machine does
+SIZES = [(480, 640)]*5 + [(640, 480)]*2 + [(427, 640)]*2 + [(375, 500)] # about COCO's mixture
+
+
+def picture(rng, hw):
+    "A photograph as far as a JPEG decoder can tell: clouds at several scales, and grain"
+    im = sum(np.asarray(Image.fromarray(rng.integers(0, 256, (hw[0]//s + 2, hw[1]//s + 2, 3), dtype=np.uint8))
+             .resize(hw[::-1], Image.BICUBIC), np.float32)*w for s,w in ((80, .55), (16, .3), (4, .15)))
+    return Image.fromarray((im + rng.normal(0, 6, im.shape)).clip(0, 255).astype(np.uint8))
+
+
+def write(path, n, seed=0):
+    "A COCO folder of `n` JPEGs with seven boxes each"
+    rng,images,anns = np.random.default_rng(seed), [], []
+    for d in ('images', 'annotations'): (path/d).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        h,w = SIZES[i % len(SIZES)]
+        images.append(dict(id=i + 1, file_name=f'{i:05}.jpg', height=h, width=w))
+        picture(rng, (h, w)).save(path/'images'/images[-1]['file_name'], quality=90)
+        for _ in range(7):
+            bw,bh = rng.uniform(10, w/2), rng.uniform(10, h/2)
+            box = [float(o) for o in (rng.uniform(0, w - bw), rng.uniform(0, h - bh), bw, bh)]
+            anns.append(dict(id=len(anns) + 1, image_id=i + 1, category_id=1, bbox=box, area=float(bw*bh), iscrowd=0))
+    coco = json.dumps(dict(images=images, annotations=anns, categories=[dict(id=1, name='thing')]))
+    for split in ('train', 'valid'): (path/f'annotations/instances_{split}.json').write_text(coco)
+
+
+def plain(path, bs, floats_first):
+    "torchvision's own way: CocoDetection, Pillow, v2 transforms, float pictures, batches as lists"
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    resize = [v2.RandomHorizontalFlip(), v2.RandomShortestSize([800], max_size=1333)]
+    steps = [to_float, *resize] if floats_first else [*resize, to_float]
+    tfms = v2.Compose([v2.ToImage(), *steps, v2.SanitizeBoundingBoxes()])
+    with redirect_stdout(StringIO()):
+        ds = CocoDetection(path/'images', path/'annotations/instances_train.json', transforms=tfms)
+    ds = wrap_dataset_for_transforms_v2(ds, target_keys=('boxes', 'labels'))
+    return DataLoader(ds, batch_size=bs, shuffle=True, collate_fn=lambda b: tuple(zip(*b)))
+
+
+def run(loader):
+    def go():
+        for _ in loader: pass
+    return go
+
+
+def decoders(data):
+    "Ways to make a uint8 (3,h,w) of a JPEG in memory; all must give the same pixels"
+    buffer = lambda: torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    pil = lambda: Image.open(BytesIO(data)).convert('RGB')
+    return {'torchvision decode_image': lambda: decode_image(buffer(), ImageReadMode.RGB, apply_exif_orientation=True),
+            'torchvision decode_jpeg': lambda: decode_jpeg(buffer(), ImageReadMode.RGB),
+            'Pillow np.array': lambda: torch.from_numpy(np.array(pil())).permute(2, 0, 1),
+            'Pillow to_image': lambda: F.to_image(pil())}
+
+
+def draft(rounds, hw=(3000, 4000)):
+    "A large photograph for a small input: decoding at a reduced scale (Pillow's draft) against the whole"
+    b = BytesIO(); picture(np.random.default_rng(1), hw).save(b, 'JPEG', quality=90)
+    res = {}
+    for short,long in ((800, 1333), (128, 128)):
+        size = fit_hw(hw, short, long)
+        def go(reduced):
+            im = Image.open(BytesIO(b.getvalue()))
+            if reduced: im.draft('RGB', size[::-1])
+            return F.resize(torch.from_numpy(np.array(im)).permute(2, 0, 1), size, antialias=True)
+        t = alternate(dict(whole=lambda: go(False), draft=lambda: go(True)), rounds, clock=cpu)
+        diff = (go(True).int() - go(False).int()).abs().float()
+        res[f'{hw[1]}x{hw[0]} to {size[1]}x{size[0]}'] = dict(
+            whole_ms=t['whole']['median']*1e3, draft_ms=t['draft']['median']*1e3,
+            mean_difference=diff.mean().item(), largest_difference=diff.max().item())
+    return res
+
+
+def parts(path, rounds, n=20):
+    "Milliseconds a picture spends in each part of this package's way"
+    files = sorted((path/'images').glob('*.jpg'))[:n]
+    ds = det_dls(path, bs=4, tfms=(None, None), num_workers=0).train.dataset
+    loaded,r1,r2 = [ds[i] for i in range(n)], recipe_1x(), recipe_2x()
+    done = [r1(*s) for s in loaded]
+    steps = {'read and decode': lambda: [load_image(f) for f in files],
+             '1x recipe': lambda: [r1(*s) for s in loaded], '2x recipe': lambda: [r2(*s) for s in loaded],
+             'collate, four at a time': lambda: [collate(done[i:i + 4]) for i in range(0, n, 4)]}
+    t = alternate(steps, rounds, clock=cpu)
+    return {k: v['median']*1e3/n for k,v in t.items()}
+
+
+def main():
+    args = parser(__doc__, pictures=60, bs=4).parse_args()
+    torch.set_num_threads(args.threads); torch.manual_seed(0)
+    if args.pictures % args.bs: raise SystemExit('--pictures must be a multiple of --bs')
+    path = Path(tempfile.mkdtemp()); write(path, args.pictures)
+    data = (path/'images/00000.jpg').read_bytes()
+    ways = {'deqdet': run(det_dls(path, bs=args.bs, tfms=(recipe_1x(), recipe_1x(False)), num_workers=0).train),
+            'torchvision, uint8 resize': run(plain(path, args.bs, False)),
+            'torchvision, float resize': run(plain(path, args.bs, True))}
+    n = args.pictures
+    t = alternate(ways, args.rounds, clock=cpu)
+    d = alternate({k: lambda f=f: [f() for _ in range(20)] for k,f in decoders(data).items()}, args.rounds, clock=cpu)
+    pixels = [f() for f in decoders(data).values()]
+    report(dict(pictures_per_core_second={k: n/v['median'] for k,v in t.items()},
+                times_as_long_as_deqdet={k: v['ratio'] for k,v in t.items()}, parts_ms=parts(path, args.rounds),
+                decode_ms={k: v['median']*50 for k,v in d.items()},
+                decoders_agree=all(torch.equal(p, pixels[0]) for p in pixels), reduced_decode=draft(3)),
+           args.out, jpeg_bytes=len(data), pictures=args.pictures, batch=args.bs, clock='CPU time of one process')
+
+
+if __name__ == '__main__': main()
