@@ -90,6 +90,7 @@ def draft(rounds, hw=(3000, 4000)):
 def parts(path, rounds, n=20):
     "Milliseconds a picture spends in each part of this package's way"
     files = sorted((path/'images').glob('*.jpg'))[:n]
+    n = len(files)
     ds = det_dls(path, bs=4, tfms=(None, None), num_workers=0).train.dataset
     loaded,r1,r2 = [ds[i] for i in range(n)], recipe_1x(), recipe_2x()
     done = [r1(*s) for s in loaded]
