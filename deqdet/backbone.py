@@ -38,7 +38,7 @@ def freeze(
     for p in module.parameters(): p.requires_grad_(False)
     return module.eval()
 
-# %% ../nbs/03_backbone.ipynb #d46267a0
+# %% ../nbs/03_backbone.ipynb #2481be60
 class Body(nn.Module):
     "Four channels-first levels, at strides 4, 8, 16 and 32, from a timm feature extractor"
     def __init__(self,
@@ -48,6 +48,7 @@ class Body(nn.Module):
         out_norm: bool|None=None    # a LayerNorm per level; None: where `net` is channels-last
     ):
         super().__init__()
+        if not -1 <= frozen_stages <= 4: raise ValueError(f'frozen_stages is {frozen_stages}; expected -1 to 4')
         info = net.feature_info
         self.levels,self.strides = four_levels(info.reduction()),STRIDES
         self.net,self.frozen_stages,self.norm_eval = net,frozen_stages,norm_eval
