@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['to_results', 'write_results', 'Result', 'coco_ap', 'plot_pr', 'match_table', 'confusion', 'plot_confusion',
-           'worst_images', 'to_original', 'evaluating', 'gather_preds', 'on_first', 'predict_dl', 'evaluate',
-           'APCallback', 'multiply_adds', 'ap_vs_steps', 'plot_ap_vs_steps']
+           'worst_images', 'evaluating', 'gather_preds', 'on_first', 'predict_dl', 'evaluate', 'APCallback',
+           'multiply_adds', 'ap_vs_steps', 'plot_ap_vs_steps']
 
-# %% ../nbs/11_evaluate.ipynb #3de7be4b
-import io, json, math, os, time, warnings
+# %% ../nbs/11_evaluate.ipynb #dc9c036f
+import gc, io, json, math, os, time, warnings
 from collections import defaultdict
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -25,8 +25,9 @@ from fastai.callback.core import Callback
 from fastai.learner import ValueMetric
 from .data import Target
 from .loss import decode
+from .model import to_original
 
-# %% ../nbs/11_evaluate.ipynb #9f1b33e7
+# %% ../nbs/11_evaluate.ipynb #896b8676
 def _array(x): return torch.as_tensor(x).detach().cpu().double().numpy()
 
 def _record(p, cat_ids):
@@ -38,7 +39,7 @@ def _record(p, cat_ids):
         raise ValueError(f'image {i}: {len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels')
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(cat_ids):
         raise ValueError(f'image {i}: labels {labels.min()}..{labels.max()}, but there are {len(cat_ids)} categories')
-    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    with np.errstate(invalid='ignore'): xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
     return i, [cat_ids[l] for l in labels.tolist()], xywh.tolist(), scores.tolist()
 
 # %% ../nbs/11_evaluate.ipynb #fbdb74bb
@@ -155,7 +156,28 @@ class _Eval(COCOeval):
         p, out = self.params, {k:self.eval[k] for k in ('precision', 'recall', 'scores')}
         return out | dict(ious=p.iouThrs, recalls=p.recThrs, max_dets=list(p.maxDets), cat_ids=list(p.catIds))
 
-# %% ../nbs/11_evaluate.ipynb #aad0750d
+# %% ../nbs/11_evaluate.ipynb #7d2ed7ee
+@contextmanager
+def _collector_paused():
+    "No search for garbage cycles meanwhile"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally: gc.enable() if on else None
+
+def _prepared(preds, truth, cat_ids=None, images=None):
+    "Category names by id, ids of the pictures that count, objects and detections by (image, category), number of the latter"
+    coco  = _truth(truth)
+    names = {c['id']:c['name'] for c in coco['categories']}
+    known = {i['id'] for i in coco['images']}
+    ids   = known if images is None else set(images)
+    if ids - known: raise ValueError(f'images {sorted(ids - known)[:5]} are not in the truth')
+    with _collector_paused():
+        results = _results(preds, cat_ids or getattr(truth, 'cat_ids', None) or sorted(names))
+        dts,n = _detections(results, names, ids, images is not None)
+        return names, ids, _objects(coco, names, ids), dts, n
+
+# %% ../nbs/11_evaluate.ipynb #6480a357
 def coco_ap(
     preds: list|str|Path,     # predictions (image_id, boxes, scores, labels), a COCO results list, or its json file
     truth,                    # COCO dict, json file, `pycocotools` COCO, or a dataset with `coco`
@@ -164,28 +186,20 @@ def coco_ap(
     max_dets: int|tuple=100   # detections kept per picture and class, or COCO's three: (1, 10, 100)
 ) -> Result:                  # AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; `nan` where undefined
     "COCO's box AP and AR, computed by `pycocotools`"
-    coco, results, names, ids = _inputs(preds, truth, cat_ids, images)
     kept = sorted(max_dets) if isinstance(max_dets, tuple) else [1, 10, max_dets]
-    gts,(dts,n) = _objects(coco, names, ids), _detections(results, names, ids, images is not None)
-    e = _Eval(gts, dts, sorted(ids), sorted(names), kept).arrays()
+    names, ids, gts, dts, n = _prepared(preds, truth, cat_ids, images)
     counts = dict(images=len(ids), objects=sum(not o['iscrowd'] for objs in gts.values() for o in objs), detections=n)
+    e = _Eval(gts, dts, sorted(ids), sorted(names), kept).arrays()
     return Result(_summary(e['precision'], e['recall'], kept), _per_class(e, names, gts, dts), e, counts)
-
-def _inputs(preds, truth, cat_ids, images=None):
-    "COCO truth, COCO results, category names by id, and the ids of the pictures that count"
-    coco  = _truth(truth)
-    names = {c['id']:c['name'] for c in coco['categories']}
-    known = {i['id'] for i in coco['images']}
-    ids   = known if images is None else set(images)
-    if ids - known: raise ValueError(f'images {sorted(ids - known)[:5]} are not in the truth')
-    return coco, _results(preds, cat_ids or getattr(truth, 'cat_ids', None) or sorted(names)), names, ids
 
 def _per_class(e, names, gts, dts):
     "The same numbers class by class, with how many objects and detections there are"
-    rows, count = {}, lambda d,c: sum(len(v) for k,v in d.items() if k[1]==c)
+    rows, n = {}, {c:[0, 0] for c in names}
+    for i,d in enumerate((gts, dts)):
+        for (_,c),v in d.items(): n[c][i] += len(v)
     for k,c in enumerate(e['cat_ids']):
         rows[names[c]] = _summary(e['precision'][:, :, k], e['recall'][:, k], e['max_dets'])
-        rows[names[c]].update(objects=count(gts, c), detections=count(dts, c))
+        rows[names[c]].update(objects=n[c][0], detections=n[c][1])
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../nbs/11_evaluate.ipynb #29598321
@@ -221,7 +235,7 @@ def _pair(dets, objs, t):
         out.append((-1 if j is not None and crowd[j] else j, v))
     return out
 
-# %% ../nbs/11_evaluate.ipynb #ca885e68
+# %% ../nbs/11_evaluate.ipynb #4facee5e
 def match_table(
     preds: list|str|Path,   # as in `coco_ap`
     truth,                  # as in `coco_ap`
@@ -230,8 +244,7 @@ def match_table(
     score: float=.3         # detections below it are left out
 ) -> pd.DataFrame:          # one row a pair: image_id, truth, pred (names, or 'background'), score, iou
     "Every object and every detection with its partner"
-    coco, results, names, ids = _inputs(preds, truth, cat_ids)
-    objs, dets, rows = _objects(coco, names, ids), _detections(results, names, ids)[0], []
+    (names, ids, objs, dets, _), rows = _prepared(preds, truth, cat_ids), []
     for im in sorted(ids):
         os = [dict(o, name=names[c]) for c in names for o in objs.get((im, c), ())]
         ds = [dict(d, name=names[c]) for c in names for d in dets.get((im, c), ()) if d['score'] >= score]
@@ -281,15 +294,6 @@ def worst_images(
     kinds = dict(found=found, confused=~found & obj & det, missed=~det, invented=~obj)
     out = pd.DataFrame({k:v.groupby(table.image_id).sum() for k,v in kinds.items()})
     return out.iloc[np.argsort(-(out.sum(axis=1) - out.found).to_numpy(), kind='stable')[:n]]
-
-# %% ../nbs/11_evaluate.ipynb #9137a4bf
-def to_original(
-    boxes: Tensor, # (B,N,4) corners in pixels of the fed picture
-    size: Tensor,  # (B,2) its h, w before padding
-    orig: Tensor   # (B,2) h, w of the original
-) -> Tensor:       # (B,N,4) corners in pixels of the original, not clipped
-    "Boxes in the picture's own pixels, each axis by its own scale"
-    return boxes * (orig / size).flip(-1).repeat(1, 2)[:, None]
 
 # %% ../nbs/11_evaluate.ipynb #9e1c3167
 @contextmanager
@@ -359,7 +363,7 @@ def evaluate(
     preds = predict_dl(model, dl, steps, max_dets=max_dets, **kwargs)
     return on_first(coco_ap, preds, dl.dataset, images=[p['image_id'] for p in preds], max_dets=max_dets)
 
-# %% ../nbs/11_evaluate.ipynb #74db5188
+# %% ../nbs/11_evaluate.ipynb #bb8f5be0
 class APCallback(Callback):
     "COCO's numbers on the validation set after each epoch, as columns of the log; `result` keeps the last"
     order, run_train = 45, False
@@ -376,7 +380,7 @@ class APCallback(Callback):
     def before_validate(self): self.preds = []
     def after_pred(self):
         (scores, labels, boxes), t = decode(self.pred[-1], self.max_dets), Target(self.yb[0])
-        each = zip(scores, labels, to_original(boxes, t.size, t.orig))
+        each = zip(scores, labels, to_original(boxes, (t.size/t.orig).flip(-1)))
         self.preds += _tag([dict(scores=s, labels=l, boxes=b) for s,l,b in each], t.image_id)
     def after_validate(self):
         preds, self.preds = gather_preds(self.preds), []

@@ -8,9 +8,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from deqdet.data import DetDL, Target, fit_size
 from deqdet.decoder import Pred
-from deqdet.evaluate import (APCallback, coco_ap, confusion, evaluate, match_table, predict_dl, to_original, to_results,
-                             worst_images, write_results)
+from deqdet.evaluate import (APCallback, coco_ap, confusion, evaluate, match_table, predict_dl, to_results, worst_images,
+                             write_results)
 from deqdet.loss import decode
+from deqdet.model import to_original
 
 PUBLISHED = dict(AP=.505, AP50=.697, AP75=.573, APs=.586, APm=.519, APl=.501,
                  AR1=.387, AR10=.594, AR100=.595, ARs=.640, ARm=.566, ARl=.564)
@@ -137,7 +138,7 @@ def test_boxes_return_to_original_pixels(seed):
     xy = torch.rand(20, 2, 2, generator=g).sort(1)[0]*torch.tensor([w, h])
     t = Target(xy.flatten(1), torch.zeros(20).long(), torch.tensor([h, w]), torch.tensor(1))
     _, fed = fit_size(int(torch.randint(32, 1333, (1,), generator=g)))(torch.zeros(3, h, w, dtype=torch.uint8), t)
-    back = to_original(fed.boxes[None], fed.size[None], fed.orig[None])[0]
+    back = to_original(fed.boxes[None], (fed.size/fed.orig).flip(-1)[None])[0]
     assert (back - t.boxes).abs().max() <= 4e-7*max(h, w)  # float32
 
 
@@ -170,7 +171,7 @@ class Knows(nn.Module):
         return [Pred(logits*self.w, boxes)]
     def predict(self, images, sizes, orig=None, steps=None, max_dets=100):
         d = decode(self(images, sizes)[-1], max_dets)
-        boxes = to_original(d.boxes, sizes, orig)
+        boxes = to_original(d.boxes, (sizes/orig).flip(-1))
         return [dict(scores=s, labels=l, boxes=b) for s, l, b in zip(d.scores, d.labels, boxes)]
 
 
