@@ -6,7 +6,7 @@ import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocess
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
-from deqdet.data import DetDL, Target, fit_size
+from deqdet.data import DetDL, Target, resize_long
 from deqdet.decoder import Pred
 from deqdet.evaluate import (APCallback, coco_ap, confusion, evaluate, match_table, predict_dl, to_results, worst_images,
                              write_results)
@@ -137,7 +137,7 @@ def test_boxes_return_to_original_pixels(seed):
     h, w = torch.randint(1, 3000, (2,), generator=g).tolist()
     xy = torch.rand(20, 2, 2, generator=g).sort(1)[0]*torch.tensor([w, h])
     t = Target(xy.flatten(1), torch.zeros(20).long(), torch.tensor([h, w]), torch.tensor(1))
-    _, fed = fit_size(int(torch.randint(32, 1333, (1,), generator=g)))(torch.zeros(3, h, w, dtype=torch.uint8), t)
+    _, fed = resize_long(torch.zeros(3, h, w, dtype=torch.uint8), t, int(torch.randint(32, 1333, (1,), generator=g)))
     back = to_original(fed.boxes[None], (fed.size/fed.orig).flip(-1)[None])[0]
     assert (back - t.boxes).abs().max() <= 4e-7*max(h, w)  # float32
 
