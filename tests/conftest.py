@@ -1,6 +1,6 @@
 "What every test file may use"
 import os
-for k in 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS': os.environ.setdefault(k, '1')  # read as torch loads
+for k in 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS': os.environ.setdefault(k, '1') # before torch
 os.environ.setdefault('MPLBACKEND', 'Agg')
 from pathlib import Path
 import pytest

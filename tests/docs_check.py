@@ -1,7 +1,7 @@
 """Faults in the documentation's input that Quarto would pass over in silence.
 
 The notebooks go through nbdev's own processors, all but the one that executes cells, and what comes out is read with
-a markdown parser. `python tests/docs_check.py` prints the faults of this project (of another one, if its root is given)."""
+a markdown parser. `python tests/docs_check.py [ROOT]` prints the faults of a project, by default of this one."""
 import ast, builtins, posixpath, re, sys
 from collections import Counter
 from difflib import get_close_matches
@@ -17,7 +17,8 @@ from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
 
 KINDS = ('sidebar entry without a page', 'page without a sidebar entry', 'dead link', 'dead anchor', 'missing image',
-         'no stored output', 'stored error', 'unknown symbol', 'import beside other code', 'path of a machine', 'lost text')
+         'no stored output', 'stored error', 'unknown symbol', 'import beside other code', 'path of a machine',
+         'lost text')
 
 class Fault(NamedTuple):
     kind: str   # one of KINDS
@@ -130,7 +131,8 @@ class Module:
     def _add(self, t):
         if isinstance(t, (ast.FunctionDef,ast.AsyncFunctionDef,ast.ClassDef)):
             if not any('patch' in ast.unparse(d) for d in t.decorator_list): self.defs.add(t.name)
-        elif isinstance(t, (ast.Import,ast.ImportFrom)): self.names |= {(a.asname or a.name).split('.')[0] for a in t.names}
+        elif isinstance(t, (ast.Import,ast.ImportFrom)):
+            self.names |= {(a.asname or a.name).split('.')[0] for a in t.names}
         else: self.names |= {n.id for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
     @property
@@ -142,14 +144,15 @@ class Names:
     "What a name in backticks may mean: a symbol of the package, a word of the project's code, Python's or torch's"
     def __init__(self, lib, lookup, code):
         self.pkg,self.lookup = lib.name,lookup
-        self.mods = {m.name:m for m in (Module(p, lib.parent) for p in sorted(lib.rglob('*.py')) if p.name!='_modidx.py')}
+        mods = [Module(p, lib.parent) for p in sorted(lib.rglob('*.py')) if p.name!='_modidx.py']
+        self.mods = {m.name:m for m in mods}
         code = '\n'.join(list(code) + [m.src for m in self.mods.values()])
         self.words = set(re.findall(r'[A-Za-z_]\w*', code)) | set(dir(builtins))
 
     def stale(self):
         "Module name -> its exported functions and classes that the index does not know"
-        res = {m.name: sorted(n for n in m.exported & m.defs if self.lookup[f'{m.name}.{n}'] is None) for m in self.mods.values()}
-        return {k:v for k,v in res.items() if v}
+        def unknown(m): return sorted(n for n in m.exported & m.defs if self.lookup[f'{m.name}.{n}'] is None)
+        return {k:unknown(m) for k,m in self.mods.items() if unknown(m)}
 
     def elsewhere(self, name):
         "Is it a name of torch, or of another library that nbdev documented?"
@@ -174,7 +177,9 @@ class Names:
         head,*rest = name.split('.')
         if head==self.pkg: return None if self.qualified(name) else 'there is nothing of that name in the package'
         if self.lookup[name] is not None: return
-        if rest: return f'{head} has nothing of that name' if head in self.lookup.short and not set(rest)<=self.words else None
+        if rest:
+            ours = head in self.lookup.short
+            return f'{head} has nothing of that name' if ours and not set(rest) <= self.words else None
         if name in self.words: return
         near = get_close_matches(name, self.lookup.short, 1, .85) if '_' in name or not name.islower() else []
         if not (near or call) or self.elsewhere(name): return
@@ -213,29 +218,31 @@ def check_sidebar(site):
     side = [e for e in entries(web.get('sidebar', {})) if not urlsplit(e).scheme]
     nav = [e for e in entries(web.get('navbar', {})) if not urlsplit(e).scheme]
     for e in side+nav:
-        if e not in site.pages and e not in site.urls: yield Fault(KINDS[0], '_quarto.yml', e)
+        if e not in site.pages and e not in site.urls: yield Fault('sidebar entry without a page', '_quarto.yml', e)
     for e,n in Counter(side).items():
-        if n>1: yield Fault(KINDS[0], '_quarto.yml', f'{e} stands there {n} times')
+        if n>1: yield Fault('sidebar entry without a page', '_quarto.yml', f'{e} stands there {n} times')
     for p in site.pages.values():
-        if p.path not in side and p.url not in side: yield Fault(KINDS[1], p.path, 'not in the sidebar of _quarto.yml')
+        if not {p.path, p.url} & set(side): yield Fault('page without a sidebar entry', p.path, '_quarto.yml lacks it')
 
 def check_link(site, page, href):
     "The fault of one link, if it has any"
     for r in site.repo:
-        if href.startswith(r):
-            return None if (site.root/unquote(urlsplit(href).path[len(urlsplit(r).path):])).exists() else (KINDS[2], href)
+        if not href.startswith(r): continue
+        return None if (site.root/unquote(href[len(r):].split('#')[0])).exists() else ('dead link', href)
     inside = href.startswith(site.home)
     u = urlsplit(href[len(site.home):] if inside else href)
     if u.scheme or u.netloc: return
     base = '' if inside or u.path.startswith('/') else posixpath.dirname(page.path)
-    path = posixpath.normpath(posixpath.join(base, unquote(u.path).lstrip('/'))) if u.path else '' if inside else page.path
-    if path in ('','.') or u.path.endswith('/'): path = posixpath.normpath(posixpath.join(path, 'index.html'))
+    path = posixpath.normpath(posixpath.join(base, unquote(u.path).lstrip('/')))
+    if not u.path and not inside: path = page.path
+    elif path=='.' or u.path.endswith('/'): path = posixpath.normpath(posixpath.join(path, 'index.html'))
     target = site.pages.get(path) or site.urls.get(path)
     if target is None:
         there = (site.nbs/path).is_file() and not path.endswith('.ipynb') and not path.startswith('..')
-        return None if there else (KINDS[2], href)
+        return None if there else ('dead link', href)
     if u.fragment and unquote(u.fragment) not in target.anchors:
-        return KINDS[3], href + (' (made from backticks: show_doc it on its page, or say it in words)' if inside else '')
+        why = ' (made from backticks: show_doc it on its page, or say it in words)' if inside else ''
+        return 'dead anchor', href + why
 
 def check_links(site):
     for p in site.pages.values():
@@ -249,31 +256,36 @@ def check_images(site):
         for src in dict.fromkeys(s for t in [t for _,t in p.texts]+p.shown for s in t.images):
             if src.startswith('attachment:'): found = unquote(src[11:]) in p.attachments
             elif urlsplit(src).scheme or src.startswith('//'): continue
-            else: found = (site.nbs/(unquote(src).lstrip('/') if src.startswith('/') else Path(p.path).parent/unquote(src))).is_file()
-            if not found: yield Fault(KINDS[4], p.path, src)
+            else:
+                base = '' if src.startswith('/') else Path(p.path).parent
+                found = (site.nbs/base/unquote(src).lstrip('/')).is_file()
+            if not found: yield Fault('missing image', p.path, src)
 
 def check_outputs(site):
     for p in site.pages.values():
-        if any(is_export(c) for c in p.raw.cells) and not p.outputs: yield Fault(KINDS[5], p.path, 'it exports code and shows nothing')
+        exports = any(is_export(c) for c in p.raw.cells)
+        if exports and not p.outputs: yield Fault('no stored output', p.path, 'it exports code and shows nothing')
         for o in p.outputs:
-            if o['output_type']=='error': yield Fault(KINDS[6], p.path, f"{o['ename']}: {o['evalue']}"[:200])
+            if o['output_type']=='error': yield Fault('stored error', p.path, f"{o['ename']}: {o['evalue']}"[:200])
 
 def check_symbols(site):
     for mod,ns in site.names.stale().items():
-        yield Fault(KINDS[7], '_modidx.py', f'{mod} exports {", ".join(ns)}, which the index does not know: run nbdev_export')
+        what = f'{mod} exports {", ".join(ns)}, which the index does not know: run nbdev_export'
+        yield Fault('unknown symbol', '_modidx.py', what)
     for p in site.pages.values():
         for name in dict.fromkeys(c for _,t in p.texts for c in t.codes):
             why = site.names.wrong(name)
-            if why: yield Fault(KINDS[7], p.path, f'`{name}`: {why}')
+            if why: yield Fault('unknown symbol', p.path, f'`{name}`: {why}')
 
 def check_imports(site):
     "nbdev executes cells with imports to make the docs, so nothing else may stand in them"
     for p in site.pages.values():
         for c in p.raw.cells:
             body = c.parsed_() or []
-            imports = [isinstance(t, (ast.Import,ast.ImportFrom)) for t in body]
-            others = [t for t in body if isinstance(t, (ast.Expr,ast.Assign)) and not isinstance(getattr(t, 'value', None), ast.Constant)]
-            if any(imports) and others: yield Fault(KINDS[8], p.path, ast.unparse(others[0]).splitlines()[0][:80])
+            imports = any(isinstance(t, (ast.Import,ast.ImportFrom)) for t in body)
+            others = [t for t in body if isinstance(t, (ast.Expr,ast.Assign)) and not isinstance(t.value, ast.Constant)]
+            if imports and others:
+                yield Fault('import beside other code', p.path, ast.unparse(others[0]).splitlines()[0][:80])
 
 re_machine = re.compile(r'/site-packages/|/home/\w|/root/|/Users/\w|/tmp/\w')
 
@@ -283,16 +295,17 @@ def check_machine(site):
         for o in p.outputs:
             text = joined(o.get('text', '')) + joined(o.get('data', {}).get('text/plain', ''))
             lines = [l for l in text.splitlines() if re_machine.search(l)]
-            if lines: yield Fault(KINDS[9], p.path, lines[0][:160])
+            if lines: yield Fault('path of a machine', p.path, lines[0][:160])
 
 def check_title(site):
     "nbdev makes the cell with the title into metadata: title, `>` and `- key: value`; anything else in it is lost"
     for p in site.pages.values():
         cell = next((c for c in p.raw.cells if c.cell_type=='markdown' and re.search(r'^# ', c.source, re.M)), None)
         rest = [l for l in cell.source.splitlines() if l.strip() and not re.match(r'# |> |- .*:', l)] if cell else []
-        if rest and p.path.endswith('.ipynb'): yield Fault(KINDS[10], p.path, rest[0][:80])
+        if rest and p.path.endswith('.ipynb'): yield Fault('lost text', p.path, rest[0][:80])
 
-CHECKS = check_sidebar, check_links, check_images, check_outputs, check_symbols, check_imports, check_machine, check_title
+CHECKS = (check_sidebar, check_links, check_images, check_outputs, check_symbols, check_imports, check_machine,
+          check_title)
 def faults(site): return [f for check in CHECKS for f in check(site)]
 
 if __name__=='__main__':

@@ -1,4 +1,4 @@
-"""README.md is what index.ipynb says: its text, its code and the text it printed, with links and pictures that work on GitHub.
+"""README.md is what index.ipynb says: its text, code and printed text, with links and pictures that work on GitHub.
 
 `python tests/readme.py` writes it. nbdev_readme does the same through Quarto; this does it without."""
 import re, sys
@@ -11,14 +11,15 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTE = '<!-- Written from nbs/index.ipynb by `make readme`: change that, not this. -->'
 re_link = re.compile(r'(\]\()(?![a-z]+:|#|/)([^)\s]+)')
 
-def procs(): return [p for p in FilterDefaults().base_procs()
-                     if p.__name__ in ('strip_ansi','hide_line','filter_stream_','rm_header_dash','rm_export','clean_magics','hide_')]
+KEPT = 'strip_ansi','hide_line','filter_stream_','rm_header_dash','rm_export','clean_magics','hide_'
+
+def procs(): return [p for p in FilterDefaults().base_procs() if p.__name__ in KEPT]
 
 def printed(output):
     "The text of one output; a picture belongs in nbs/images, with a markdown link to it"
     if 'text' in output: return ''.join(output['text'])
     data = output['data']
-    if 'image/png' in data: raise ValueError('index.ipynb holds a picture as output: save it in nbs/images and link to it')
+    if 'image/png' in data: raise ValueError('index.ipynb holds a picture as output: save it in nbs/images, link to it')
     return ''.join(data.get('text/markdown', data['text/plain']))
 
 def as_md(cell):
@@ -30,7 +31,8 @@ def as_md(cell):
     res = [f'``` python\n{src}\n```'] if src else []
     for o in cell.outputs:
         text = printed(o).rstrip()
-        res.append(text if 'text/markdown' in o.get('data', {}) else '\n'.join(f'    {l}'.rstrip() for l in text.splitlines()))
+        indented = '\n'.join(f'    {l}'.rstrip() for l in text.splitlines())
+        res.append(text if 'text/markdown' in o.get('data', {}) else indented)
     return '\n\n'.join(res)
 
 def readme(path):

@@ -14,6 +14,7 @@ BIN = Path(sys.executable).parent
 THREADS = 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'
 WORKERS = min(os.cpu_count() or 1, 4)
 TIMEOUT = 900 # seconds for a notebook
+FLAG = 'notest' # cells that settings.ini (tst_flags) lets nbdev_test skip
 NOT_OURS = '.*','_proc','_docs','demo','bench','runs','build','dist','*.egg-info','__pycache__'
 
 class Result(NamedTuple):
@@ -25,7 +26,8 @@ class Result(NamedTuple):
 def copy_tree(src, dest):
     "Copy the files of `src` that belong to the project: what git tracks or would track"
     git = subprocess.run(['git','ls-files','-zco','--exclude-standard'], cwd=src, capture_output=True, text=True)
-    if git.returncode: return shutil.copytree(src, dest, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_OURS))
+    ignore = shutil.ignore_patterns(*NOT_OURS)
+    if git.returncode: return shutil.copytree(src, dest, symlinks=True, dirs_exist_ok=True, ignore=ignore)
     for f in sorted(set(git.stdout.split('\0')) - {''}):
         if not os.path.lexists(src/f): continue
         (dest/f).parent.mkdir(parents=True, exist_ok=True)
@@ -40,14 +42,16 @@ def call(cmd, root, timeout=TIMEOUT):
     "Run `cmd` in `root`: return code, what it printed, seconds"
     start = time.time()
     with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as f:
-        try: code = subprocess.run([str(c) for c in cmd], cwd=root, env=environ(root), stdout=f, stderr=f, timeout=timeout).returncode
+        kw = dict(cwd=root, env=environ(root), stdout=f, stderr=f, timeout=timeout)
+        try: code = subprocess.run([str(c) for c in cmd], **kw).returncode
         except subprocess.TimeoutExpired: code = f'stopped after {timeout} s'
         f.seek(0)
         return code, re.sub(r'\x1b\[[0-9;]*m', '', f.read()), time.time()-start
 
 def contents(root):
     "Every file below `root`, with its bytes"
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    paths = (p for p in root.rglob('*') if p.is_file() and '__pycache__' not in p.parts)
+    return {str(p.relative_to(root)): p.read_bytes() for p in paths}
 
 def changes_nothing(name, cmd, root, before=None):
     "A check that `cmd` leaves the tree in `root` as it was"
@@ -70,13 +74,11 @@ def check_clean(root): return changes_nothing('nbdev_clean changes nothing', [BI
 
 def runs(path):
     "How many cells of a notebook nbdev_test executes"
-    from nbdev.config import get_config
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
     nb = NBProcessor(path, procs=FrontmatterProc, process=True).nb
     if str(nb.frontmatter_.get('skip_exec', False)).lower() in ('true','1'): return 0
-    flags = set(get_config().tst_flags.split())
-    def off(d): return d.get('eval:', [''])[0].lower()=='false' or flags & d.keys()
+    def off(d): return d.get('eval:', [''])[0].lower()=='false' or FLAG in d
     return sum(c.cell_type=='code' and bool(c.source.strip()) and not off(c.directives_) for c in nb.cells)
 
 def check_notebook(root, nb):
@@ -106,11 +108,14 @@ def check_pytest(root):
         cmd = [sys.executable, '-m', 'pytest', '-q', 'tests', '--continue-on-collection-errors', f'--junitxml={xml}']
         code,out,secs = call(cmd, root, timeout=4*TIMEOUT)
         res = read_junit(xml) if xml.exists() else []
-    if code and not any(r.status=='failed' for r in res): res.append(Result('pytest', 'failed', secs, f'{out[-4000:]}\n({code})'))
-    elif code: print(out)
+    if not code: return res
+    if any(r.status=='failed' for r in res): print(out)
+    else: res.append(Result('pytest', 'failed', secs, f'{out[-4000:]}\n({code})'))
     return res
 
-def notebooks(root): return sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts))
+def notebooks(root):
+    "The notebooks that nbdev would take: nothing hidden or private"
+    return sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts))
 
 def report(results):
     "Print failures, skips, the slowest notebooks and the totals; the exit status"
@@ -122,7 +127,8 @@ def report(results):
     slow = sorted((r for r in results if r.name.endswith('.ipynb')), key=lambda r:-r.seconds)[:5]
     print('Slowest notebooks: ' + ', '.join(f'{Path(r.name).name} {r.seconds:.0f} s' for r in slow))
     n = {s:sum(r.status==s for r in results) for s in ('passed','failed','skipped')}
-    print(f"{n['passed']} passed, {n['failed']} failed" + (f", {n['skipped']} skipped" if n['skipped'] else ''), flush=True)
+    skipped = f", {n['skipped']} skipped" if n['skipped'] else ''
+    print(f"{n['passed']} passed, {n['failed']} failed{skipped}", flush=True)
     return int(n['failed']>0 or n['passed']==0)
 
 def show(results):
@@ -134,7 +140,6 @@ def show(results):
 
 def main():
     start = time.time()
-    os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as d:
         copy = Path(d).resolve()/ROOT.name
         copy.mkdir()

@@ -46,12 +46,11 @@ def test_nbdev_renders_every_page(site, tmp_path):
                          cwd=tmp_path, env=env, capture_output=True, text=True)
     assert res.returncode==0, res.stderr[-3000:]
     for p in site.pages.values():
-        made = read_nb(tmp_path/'_proc'/p.path)
-        docs = [c for c in made.cells if c.source.startswith('show_doc(') or '\nshow_doc(' in c.source]
-        empty = [c.source for c in docs if not any('text/markdown' in o.get('data', {}) for o in c.outputs)]
-        assert not empty, f'{p.path}: {empty} show nothing'
-        heads = [h for c in docs for o in c.outputs for h in Text(docs_check.joined(o['data']['text/markdown'])).headings]
-        assert {slug(h) for h in heads} <= p.anchors, p.path
+        for c in read_nb(tmp_path/'_proc'/p.path).cells:
+            for nm in re.findall(r'^show_doc\(\s*([\w.]+)', c.source, re.M):
+                shown = ''.join(docs_check.joined(o['data'].get('text/markdown', '')) for o in c.outputs)
+                heads = [slug(h) for h in Text(shown).headings]
+                assert slug(nm) in heads, f'{p.path}: {nm} is shown under the heading {heads}, which links miss'
     assert (tmp_path/'_proc/_quarto.yml').read_text()==(ROOT/'_quarto.yml').read_text()
 
 def test_backticks_become_links():
@@ -62,7 +61,7 @@ def test_backticks_become_links():
 # ---- a small site, sound and broken
 
 MODIDX = """# Auto
-d = {'syms': {'deqdet.shapes': {'deqdet.shapes.Disc': ('shapes.html#disc', 'deqdet/shapes.py'),
+d = {'syms': {'deqdet.shapes': { 'deqdet.shapes.Disc': ('shapes.html#disc', 'deqdet/shapes.py'),
                                 'deqdet.shapes.round_off': ('shapes.html#round_off', 'deqdet/shapes.py')}},
      'settings': {'branch': 'main', 'doc_baseurl': '/deqdet', 'doc_host': 'https://deqdet.github.io',
                   'git_url': 'https://github.com/deqdet/deqdet', 'lib_path': 'deqdet'}}
@@ -81,6 +80,9 @@ YML = """website:
         contents: [00_shapes.ipynb]
 """
 
+GROW = "'deqdet.shapes.Disc.grow': ('shapes.html#disc.grow', 'deqdet/shapes.py'), " # a method that no page shows
+
+def listed(page): return YML.replace('- index', f'- {page}.ipynb\n      - index')
 def md(s): return mk_cell(s, 'markdown')
 def code(s, text=None, **out):
     "A code cell, with the text it printed or another output"
@@ -93,16 +95,19 @@ def code(s, text=None, **out):
 def small(tmp_path):
     "Two pages without fault; `small(name=[cells])` adds cells to a page, or a page, and lists the faults"
     pages = {
-        'index.ipynb': [md('# Small\n\n> A site'), md('[Shapes](00_shapes.ipynb#why-discs), [again](shapes.html), [below](#more) '
-                        '![a disc](images/disc.png) <a href="https://example.com/no">out</a>'), md('## More')],
-        '00_shapes.ipynb': [md('# Shapes\n\n> round'), code('#| default_exp shapes'), code('#| export\n' + MODULE), md('## Why *discs*?'),
-                        md('`round_off` of a `Disc`, its `Disc.radius`, `deqdet.shapes.SIDES`, `print()`, `x.y()`, `backward()`'),
-                        md('```\n[code](nowhere.ipynb) `deqdet.nothing`\n```\n`[a](b.ipynb)`'), code('round_off(1)', '1')]}
+        'index.ipynb': [md('# Small\n\n> A site'),
+                        md('[Shapes](00_shapes.ipynb#why-discs), [again](shapes.html), [below](#more)'),
+                        md('![a disc](images/disc.png) <a href="https://example.com/no">out</a>'), md('## More')],
+        '00_shapes.ipynb': [md('# Shapes\n\n> round'), code('#| default_exp shapes'), code('#| export\n' + MODULE),
+            md('## Why *discs*?'),
+            md('`round_off` a `Disc`, `Disc.radius`, `deqdet.shapes.SIDES`, `print()`, `x.y()`, `backward()`'),
+            md('```\n[code](nowhere.ipynb) `deqdet.nothing`\n```\n`[a](b.ipynb)`'), code('round_off(1)', '1')]}
     (tmp_path/'deqdet').mkdir()
     (tmp_path/'nbs/images').mkdir(parents=True)
     (tmp_path/'nbs/images/disc.png').touch()
     def check(modidx=MODIDX, module=MODULE, yml=YML, **more):
-        for name,text in (('deqdet/_modidx.py', modidx), ('deqdet/shapes.py', module), ('_quarto.yml', yml)): (tmp_path/name).write_text(text)
+        files = {'deqdet/_modidx.py': modidx, 'deqdet/shapes.py': module, '_quarto.yml': yml}
+        for name,text in files.items(): (tmp_path/name).write_text(text)
         for name in pages.keys() | {f'{k}.ipynb' for k in more}:
             write_nb(new_nb(pages.get(name, []) + more.get(Path(name).stem, [])), tmp_path/'nbs'/name)
         return faults(Site(tmp_path))
@@ -114,17 +119,17 @@ def test_sound_site(small): assert small()==[]
 NOT_ALONE = "import os\nprint(os.name)"
 ERROR = dict(output_type='error', ename='ValueError', evalue='no', traceback=['no'])
 BROKEN = [ # kind, what is said of it, the site
-    ('sidebar entry without a page', '03_gone.ipynb', dict(yml=YML.replace('- index', '- 03_gone.ipynb\n      - index'))),
-    ('sidebar entry without a page', 'stands there 2 times', dict(yml=YML.replace('- index', '- index.ipynb\n      - index'))),
-    ('page without a sidebar entry', 'not in the sidebar', {'07_new': [md('# New')]}),
+    ('sidebar entry without a page', '03_gone.ipynb', dict(yml=listed('03_gone'))),
+    ('sidebar entry without a page', 'stands there 2 times', dict(yml=listed('index'))),
+    ('page without a sidebar entry', '_quarto.yml lacks it', {'07_new': [md('# New')]}),
     ('dead link', '05_gone.ipynb', dict(index=[md('[x](05_gone.ipynb)')])),
     ('dead link', 'gone.html', dict(index=[md('see <a href="gone.html">x</a>')])),
     ('dead link', '../README.md', dict(index=[md('[x](../README.md)')])),
     ('dead link', 'blob/main/gone.md', dict(index=[md('[x](https://github.com/deqdet/deqdet/blob/main/gone.md)')])),
     ('dead anchor', '#below-that', dict(index=[md('[x](#below-that)')])),
     ('dead anchor', '00_shapes.ipynb#why-squares', dict(index=[md('[x](00_shapes.ipynb#why-squares)')])),
-    ('dead anchor', 'shapes.html#disc.grow', dict(modidx=MODIDX.replace("'deqdet.shapes.round_off'", "'deqdet.shapes.Disc.grow': "
-                    "('shapes.html#disc.grow', 'deqdet/shapes.py'), 'deqdet.shapes.round_off'"), index=[md('see `Disc.grow`')])),
+    ('dead anchor', 'shapes.html#disc.grow', dict(modidx=MODIDX.replace("{ '", '{ ' + GROW + "'", 1),
+                                                   index=[md('see `Disc.grow`')])),
     ('missing image', 'images/gone.png', dict(index=[md('![x](images/gone.png)')])),
     ('missing image', 'gone.svg', dict(index=[md('<img src="gone.svg" width=9>')])),
     ('missing image', 'attachment:gone.png', dict(index=[md('![x](attachment:gone.png)')])),
@@ -135,7 +140,7 @@ BROKEN = [ # kind, what is said of it, the site
     ('unknown symbol', '`round_of`: did you mean round_off?', dict(index=[md('`round_of`')])),
     ('unknown symbol', '`sharpen()`', dict(index=[md('`sharpen()`')])),
     ('unknown symbol', '`Disc.perimeter`', dict(index=[md('`Disc.perimeter`')])),
-    ('unknown symbol', 'exports grow', dict(module=MODULE.replace("'SIDES'", "'SIDES', 'grow'") + 'def grow(x): return x\n')),
+    ('unknown symbol', 'exports grow', dict(module=MODULE.replace("'SIDES'", "'grow'") + 'def grow(x): return x\n')),
     ('import beside other code', 'print(os.name)', dict(index=[code(NOT_ALONE)])),
     ('path of a machine', '/home/me/x.py', dict(index=[code('f()', 'File /home/me/x.py, line 1')])),
     ('lost text', 'An introduction', {'07_title': [md('# Title\n\n> and subtitle\n\nAn introduction.')]}),
@@ -144,7 +149,7 @@ BROKEN = [ # kind, what is said of it, the site
 @pytest.mark.parametrize('kind,what,broken', BROKEN, ids=[f'{k}-{i}' for i,(k,*_) in enumerate(BROKEN)])
 def test_fault_is_caught(small, kind, what, broken):
     new = [k for k in broken if re.match(r'\d', k) and 'page without' not in kind]
-    yml = {'yml': YML.replace('- index', f'- {new[0]}.ipynb\n      - index')} if new else {}
+    yml = {'yml': listed(new[0])} if new else {}
     found = small(**broken, **yml)
     assert [f.kind for f in found]==[kind] and what in str(found[0]), found
 
@@ -153,15 +158,17 @@ def test_every_kind_is_shown(): assert {k for k,*_ in BROKEN}==set(KINDS)
 # ---- its parts
 
 @pytest.mark.parametrize('heading,anchor', [
-    ('Why discs?', 'why-discs'), ('3 steps: a *map* of `f(x)`', 'steps-a-map-of-fx'), ('SetLoss.decodes', 'setloss.decodes'),
-    ('xyzr_to_xyxy', 'xyzr_to_xyxy'), ('RAG — and RAP', 'rag-and-rap'), ('42', 'section')])
+    ('Why discs?', 'why-discs'), ('3 steps: a *map* of `f(x)`', 'steps-a-map-of-fx'),
+    ('SetLoss.decodes', 'setloss.decodes'), ('xyzr_to_xyxy', 'xyzr_to_xyxy'), ('RAG — and RAP', 'rag-and-rap'),
+    ('42', 'section')])
 def test_slug(heading, anchor):
     "The identifiers that pandoc's manual says headings get"
     assert slug(Text(f'## {heading}').headings[0])==anchor
 
 def test_explicit_and_repeated_anchors(small):
-    ok = [md('## Twice\n\n## Twice\n\n## Named {#own}\n\n<a id="here"></a>'), md('[a](#twice) [b](#twice-1) [c](#own) [d](#here)')]
-    assert small(**{'07_anchors': [md('# A'), *ok]}, yml=YML.replace('- index', '- 07_anchors.ipynb\n      - index'))==[]
+    ok = [md('# A'), md('## Twice\n\n## Twice\n\n## Named {#own}\n\n<a id="here"></a>'),
+          md('[a](#twice) [b](#twice-1) [c](#own) [d](#here)')]
+    assert small(**{'07_anchors': ok}, yml=listed('07_anchors'))==[]
 
 def test_readme_of_cells():
     assert as_md(md('[a](00_boxes.ipynb) ![p](images/p.png) [out](https://x.org) [top](#top)')) == \

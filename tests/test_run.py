@@ -6,9 +6,10 @@ from execnb.nbio import mk_cell, new_nb, write_nb
 import run
 from run import Result, check_clean, check_export, check_notebook, check_pytest, copy_tree, report
 
-INI = '[DEFAULT]\nrepo = deqdet\nlib_name = deqdet\nlib_path = deqdet\nnbs_path = nbs\nuser = u\nauthor = a\nbranch = main\n' \
-      'description = d\nversion = 0.0.1\n'
-EXPORTS = [mk_cell('# Page\n\n> small', 'markdown'), mk_cell('#| default_exp page'), mk_cell('#| export\ndef one(): return 1')]
+INI = '[DEFAULT]\nrepo = deqdet\nlib_name = deqdet\nlib_path = deqdet\nnbs_path = nbs\nversion = 0.0.1\n' \
+      'user = u\nauthor = a\nbranch = main\ndescription = d\n'
+EXPORTS = [mk_cell('# Page\n\n> small', 'markdown'), mk_cell('#| default_exp page'),
+           mk_cell('#| export\ndef one(): return 1')]
 
 @pytest.fixture
 def project(tmp_path):
@@ -47,8 +48,7 @@ def test_unclean_notebook_fails(project):
     (['assert 1+1==3'], 'failed', 'AssertionError'),
     (['#| eval: false\n1/0', '#| notest\n1/0'], 'skipped', 'none of its cells runs'),
     ([], 'skipped', 'none of its cells runs')], ids=['passes','fails','skips all','has no code'])
-def test_notebook(project, cells, status, note, monkeypatch):
-    monkeypatch.chdir(project)
+def test_notebook(project, cells, status, note):
     path = project/'nbs/05_tried.ipynb'
     write_nb(new_nb([mk_cell('# Tried', 'markdown')] + [mk_cell(c) for c in cells]), path)
     res = check_notebook(project, path)
@@ -65,8 +65,8 @@ def test_pytest(tmp_path):
         '@pytest.fixture\ndef f(): yield 1; raise ValueError\ndef test_d(f): pass\n')
     (tmp_path/'tests/test_y.py').write_text('import nothing_of_this_name\n')
     res = {r.name.split('::')[-1]:r for r in check_pytest(tmp_path)}
-    assert {k:r.status for k,r in res.items()} == {'test_a': 'passed', 'test_b': 'failed', 'test_c': 'skipped', 'test_d': 'failed',
-                                                   'tests.test_y': 'failed'}
+    assert {k:r.status for k,r in res.items()} == {
+        'test_a': 'passed', 'test_b': 'failed', 'test_c': 'skipped', 'test_d': 'failed', 'tests.test_y': 'failed'}
     assert res['test_c'].note=='no data'
 
 def test_pytest_that_finds_nothing_fails(tmp_path):
