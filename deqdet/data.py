@@ -71,7 +71,7 @@ def uncollate(
     return [(x[:, :h, :w], Target(t.boxes[i][keep[i]], t.labels[i][keep[i]], t.size[i], t.image_id[i], t.orig[i]))
             for i,(x,(h,w)) in enumerate(zip(images, sizes.tolist()))]
 
-# %% ../nbs/01_data.ipynb #a74281be
+# %% ../nbs/01_data.ipynb #11adc023
 class DataError(ValueError): "Something is wrong with the data; the message names the file, and the field in it"
 
 warnings.filterwarnings('ignore', 'The image decoding and encoding capabilities of TorchVision are deprecated')
@@ -83,7 +83,7 @@ def _from_pil(im, turn=True):
 def _from_bytes(data, turn=True):
     "uint8 (3,h,w) by torchvision where it can, by Pillow for the rest"
     try: x = tio.decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), tio.ImageReadMode.RGB, turn)
-    except (RuntimeError, ValueError, AttributeError): return _from_pil(Image.open(io.BytesIO(data)), turn)
+    except (RuntimeError, ValueError, AttributeError, Warning): return _from_pil(Image.open(io.BytesIO(data)), turn)
     return x if x.dtype==torch.uint8 else (x.int() >> 8).to(torch.uint8) # a PNG of 16 bits
 
 def _from_array(x):
@@ -244,7 +244,7 @@ class Source:
     file: Path = Path('annotations') # where the annotations came from, for messages
     problems: list = field(default_factory=list) # of `Problem`, found in reading
 
-# %% ../nbs/01_data.ipynb #aa42eb5b
+# %% ../nbs/01_data.ipynb #87366f3c
 _ALSO = dict(valid=('valid','val')) # other names of a split
 _COCO_FILES = ('annotations/instances_{}*.json', 'annotations/{}*.json', '{}*/_annotations.coco.json',
                'instances_{}*.json', '{}*.json')
@@ -271,13 +271,13 @@ def _picture_folder(file, images, split):
     some = [o['file_name'] for o in images[::max(1, len(images)//20)]]
     return max([file.parent, *named, *near], key=lambda d: sum((d/o).exists() for o in some))
 
-# %% ../nbs/01_data.ipynb #b6eb2ffd
 def picture_size(
     path # picture file
 ) -> tuple: # (height, width) of the upright picture in pixels; None when it cannot be read
     "Size by the file's head, without decoding"
     try:
-        with Image.open(path) as im: (w,h),turned = im.size, im.getexif().get(0x112, 1) >= 5
+        with Image.open(path) as im: # Pillow turns a TIFF by itself
+            (w,h),turned = im.size, im.format!='TIFF' and im.getexif().get(0x112, 1) >= 5
     except Exception: return None
     return (w,h) if turned else (h,w)
 
@@ -495,7 +495,7 @@ def clean(
     if len(seen) <= len(anns) or 0 in seen: anns = [dict(a, id=i) for i,a in enumerate(anns, 1)]
     return dict(images=list(images.values()), annotations=anns, categories=cats), problems
 
-# %% ../nbs/01_data.ipynb #664fb7a9
+# %% ../nbs/01_data.ipynb #a7c4f3f7
 def _warn(file, problems):
     "One warning for all that was left out"
     lost = [o for o in problems if o.kind not in _KEPT]
@@ -537,6 +537,7 @@ class DetDataset:
     def __len__(self): return len(self.images)
 
     def __getitem__(self, i):
+        if not -len(self) <= i < len(self): raise IndexError(f'{self.file}: item {i} of {len(self)}')
         for j in range(len(self)):
             try: return self.sample((i+j) % len(self))
             except DataError as e:
