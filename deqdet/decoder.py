@@ -83,10 +83,10 @@ def position_embedding(
     angle = p[..., None]*10000**(-2*(i//2)/(width//4))
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-3)
 
-# %% ../nbs/05_decoder.ipynb #61531540
-def linear(n_in, n_out):
+# %% ../nbs/05_decoder.ipynb #5cc4e528
+def linear(n_in, n_out, bias=True):
     "A linear layer with Xavier weights and PyTorch's default bias"
-    layer = nn.Linear(n_in, n_out)
+    layer = nn.Linear(n_in, n_out, bias)
     nn.init.xavier_uniform_(layer.weight)
     return layer
 
@@ -105,17 +105,20 @@ class SelfAttention(nn.Module):
         bias = None if bias is None else bias.to(q.dtype)
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1,2).flatten(2))
 
-# %% ../nbs/05_decoder.ipynb #7e3a4519
+# %% ../nbs/05_decoder.ipynb #9f79e1f6
 def tower(
-    width: int, # D: numbers in a content vector
-    n_out: int  # numbers to read
+    width: int,   # D: numbers in a content vector
+    n_out: int,   # numbers to read
+    layers: int=1,# hidden layers
+    bias=True     # do hidden layers have one? Layer norm brings its own
 ):
-    "Linear, layer norm, ReLU, linear: reads `n_out` numbers off a content"
-    return nn.Sequential(linear(width, width), nn.LayerNorm(width), nn.ReLU(), linear(width, n_out))
+    "Linear, layer norm, ReLU as often as there are `layers`, then linear: reads `n_out` numbers off a content"
+    hidden = [m for _ in range(layers) for m in (linear(width, width, bias), nn.LayerNorm(width), nn.ReLU())]
+    return nn.Sequential(*hidden, linear(width, n_out))
 
-def class_tower(width, n_classes, prior=.01):
+def class_tower(width, n_classes, prior=.01, **kwargs):
     "A tower whose scores start at `prior`"
-    t = tower(width, n_classes)
+    t = tower(width, n_classes, **kwargs)
     nn.init.constant_(t[-1].bias, -math.log(1/prior - 1))
     return t
 
@@ -131,9 +134,10 @@ class Pred(Record):
     logits: Tensor # (B,N,K) one score per class, before the sigmoid
     boxes: Tensor  # (B,N,4) corners in pixels of the fed picture
 
-# %% ../nbs/05_decoder.ipynb #44e5256c
+# %% ../nbs/05_decoder.ipynb #3f0fdf05
 class MixerStep(nn.Module):
     "AdaMixer's refinement step"
+    shares_features = True  # rB rows of queries may look at B pictures, r rows at each
     def __init__(self,
         n_classes: int,     # K: classes
         width: int=256,     # D: numbers in a content vector
