@@ -251,7 +251,7 @@ def _mean_octave(weights, strides, points):
     if weights is None: return torch.zeros(points.shape[:-1])
     return torch.as_tensor(weights).detach().cpu().float() @ torch.tensor(strides).float().log2()
 
-# %% ../nbs/12_viz.ipynb #5013fab3
+# %% ../nbs/12_viz.ipynb #2e6457ba
 def plot_residuals(
     traces: dict,      # name -> (iterations, images) residuals, such as `solution.trace.rel[..., 0]`
     tol: float=0.,     # a line at the tolerance
@@ -267,7 +267,8 @@ def plot_residuals(
         line, = ax.semilogy(t, mid, label=name)
         ax.fill_between(t, lo, hi, color=line.get_color(), alpha=.2, lw=0)
     if tol: ax.axhline(tol, color='k', lw=.8, ls=':', label='tolerance')
-    ax.set(xlabel='application of f', ylabel='relative residual'); ax.legend(fontsize=8)
+    ax.set(xlabel='application of f', ylabel='relative residual')
+    if ax.lines: ax.legend(fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 

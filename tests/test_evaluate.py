@@ -6,12 +6,13 @@ import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocess
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
-from deqdet.data import DetDL, Target, resize_long
+from deqdet.data import DetDL, Target, det_dls, resize_long, synth_coco
 from deqdet.decoder import Pred
 from deqdet.evaluate import (APCallback, coco_ap, confusion, evaluate, match_table, predict_dl, to_results, worst_images,
                              write_results)
-from deqdet.loss import decode
-from deqdet.model import to_original
+from deqdet.equilibrium import Settled
+from deqdet.loss import SetLoss, decode
+from deqdet.model import AdaMixer, to_original
 
 PUBLISHED = dict(AP=.505, AP50=.697, AP75=.573, APs=.586, APm=.519, APl=.501,
                  AR1=.387, AR10=.594, AR100=.595, ARs=.640, ARm=.566, ARl=.564)
@@ -221,6 +222,22 @@ def test_callback_keeps_still_and_survives_export(tmp_path):
     learn.export('a.pkl')
     from fastai.learner import load_learner
     assert load_learner(tmp_path/'a.pkl').ap.result.AP == learn.ap.result.AP
+
+
+def test_callback_agrees_with_evaluate_on_a_detector(tmp_path):
+    "Pictures of 100x150 fed at 64: the callback's AP is that of `model.predict`, bit for bit"
+    from fastai.learner import Learner
+    dls = det_dls(synth_coco(tmp_path, n_train=8, n_valid=6, size=(100, 150)), bs=4, size=64, num_workers=0)
+    torch.manual_seed(0)
+    model = AdaMixer(4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=6, grid=(2, 3, .4), width=32,
+                     heads=4, points=(4,), out_points=8, hidden=64, strategy=Settled()).build()
+    loss = SetLoss()
+    learn = Learner(dls, model, lambda p, t: loss(p, Target(t)), lr=1e-3, cbs=APCallback(max_dets=10))
+    with learn.no_logging(): learn.fit(1)
+    result = evaluate(model, dls.valid, max_dets=10)
+    assert result.counts == dict(images=6, objects=len(dls.valid.dataset.coco['annotations']), detections=60)
+    for k in 'precision', 'recall', 'scores': np.testing.assert_array_equal(learn.ap.result.eval[k], result.eval[k])
+    assert list(learn.recorder.metric_names)[3:9] == ['AP', 'AP50', 'AP75', 'APs', 'APm', 'APl']
 
 
 def test_nothing_finite_does_not_end_training():
