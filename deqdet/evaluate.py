@@ -54,7 +54,7 @@ def to_results(
         out += [dict(image_id=i, category_id=c, bbox=b, score=s) for c,b,s in zip(cats, boxes, scores)]
     return out
 
-# %% ../nbs/11_evaluate.ipynb #acfdda23
+# %% ../nbs/11_evaluate.ipynb #3889b06f
 def write_results(
     preds: list,  # predictions with image_id, boxes, scores, labels, or a COCO results list
     path: str|Path, # json file to write
@@ -73,6 +73,7 @@ def _results(preds, cat_ids):
     if not isinstance(preds, (list, tuple)):
         raise ValueError(f'predictions: expected a list or a json file of one, got {type(preds).__name__}')
     if not len(preds) or 'bbox' in preds[0]: return list(preds)
+    if cat_ids is None: raise ValueError('predictions with labels need cat_ids, the category id of each label')
     return to_results(preds, cat_ids)
 
 # %% ../nbs/11_evaluate.ipynb #345352c6
@@ -111,7 +112,7 @@ def _detections(results, cats, ids, subset=False):
     if bad: warnings.warn(f'{bad} of {len(results)} detections are not finite and were dropped')
     return out, n
 
-# %% ../nbs/11_evaluate.ipynb #83d29951
+# %% ../nbs/11_evaluate.ipynb #8b0fc9b0
 def _mean(x):
     x = x[x > -1]
     return x.mean().item() if x.size else math.nan
@@ -124,7 +125,6 @@ def _summary(precision, recall, max_dets):
     out |= {f'AR{m}':_mean(recall[..., 0, i]) for i,m in enumerate(max_dets)}
     return out | {f'AR{a}':_mean(recall[..., i, -1]) for i,a in enumerate('sml', 1)}
 
-# %% ../nbs/11_evaluate.ipynb #6e70059d
 class Result(dict):
     "COCO's numbers by name, with `per_class`, `eval` (raw arrays) and `counts`"
     def __init__(self, numbers=(), per_class=None, eval=None, counts=None):
@@ -142,6 +142,27 @@ class Result(dict):
         area = dict(s='small', m='medium', l='large').get(k[2:], 'all')
         return f"{k:6}{v:6.3f}  {dict(AP50='0.50', AP75='0.75').get(k, '0.50:0.95'):<10}{area:<8}{kept}"
 
+# %% ../nbs/11_evaluate.ipynb #adb51085
+@contextmanager
+def _collector_paused():
+    "No search for garbage cycles meanwhile"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally: gc.enable() if on else None
+
+def _prepared(preds, truth, cat_ids=None, images=None):
+    "Names by category id, ids of the pictures that count, objects and detections grouped, number of detections"
+    coco  = _truth(truth)
+    names = {c['id']:c['name'] for c in coco['categories']}
+    known = {i['id'] for i in coco['images']}
+    ids   = known if images is None else set(images)
+    if ids - known: raise ValueError(f'images {sorted(ids - known)[:5]} are not in the truth')
+    with _collector_paused():
+        results = _results(preds, cat_ids or getattr(truth, 'cat_ids', None) or sorted(names))
+        dts,n = _detections(results, names, ids, images is not None)
+        return names, ids, _objects(coco, names, ids), dts, n
+
 # %% ../nbs/11_evaluate.ipynb #69391f7c
 class _Eval(COCOeval):
     "COCO's arithmetic on annotations that are already grouped"
@@ -155,27 +176,6 @@ class _Eval(COCOeval):
         with redirect_stdout(io.StringIO()): self.evaluate(); self.accumulate()
         p, out = self.params, {k:self.eval[k] for k in ('precision', 'recall', 'scores')}
         return out | dict(ious=p.iouThrs, recalls=p.recThrs, max_dets=list(p.maxDets), cat_ids=list(p.catIds))
-
-# %% ../nbs/11_evaluate.ipynb #7d2ed7ee
-@contextmanager
-def _collector_paused():
-    "No search for garbage cycles meanwhile"
-    on = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally: gc.enable() if on else None
-
-def _prepared(preds, truth, cat_ids=None, images=None):
-    "Category names by id, ids of the pictures that count, objects and detections by (image, category), number of the latter"
-    coco  = _truth(truth)
-    names = {c['id']:c['name'] for c in coco['categories']}
-    known = {i['id'] for i in coco['images']}
-    ids   = known if images is None else set(images)
-    if ids - known: raise ValueError(f'images {sorted(ids - known)[:5]} are not in the truth')
-    with _collector_paused():
-        results = _results(preds, cat_ids or getattr(truth, 'cat_ids', None) or sorted(names))
-        dts,n = _detections(results, names, ids, images is not None)
-        return names, ids, _objects(coco, names, ids), dts, n
 
 # %% ../nbs/11_evaluate.ipynb #6480a357
 def coco_ap(
@@ -388,7 +388,7 @@ class APCallback(Callback):
         self.result = on_first(coco_ap, preds, self.dl.dataset, images=images, max_dets=self.max_dets)
     def after_fit(self): self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.cols)
 
-# %% ../nbs/11_evaluate.ipynb #ad632871
+# %% ../nbs/11_evaluate.ipynb #a01314ce
 def multiply_adds(
     f, *args, **kwargs # a function and what it is called with
 ) -> int:              # multiply-adds of its products and convolutions
@@ -396,7 +396,6 @@ def multiply_adds(
     with FlopCounterMode(display=False) as c: f(*args, **kwargs)
     return c.get_total_flops() // 2
 
-# %% ../nbs/11_evaluate.ipynb #c1ed5f50
 def ap_vs_steps(
     model: torch.nn.Module, # with `predict(images, sizes, orig=, steps=)`
     dl,                     # loader of (images, sizes, target) batches
