@@ -12,7 +12,7 @@ QUARTO  := 1.6.42
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo     install what running needs, then draw a batch of generated data into demo/"
+	@echo "make demo     install what running needs, then train on drawn shapes for minutes: a page in demo/"
 	@echo "make test     install the dev extra, then everything that CI checks"
 	@echo "make export   notebooks -> deqdet/*.py and README.md, and clean the notebooks"
 	@echo "make docs     the documentation site into _docs/ (needs Quarto)"
@@ -40,10 +40,9 @@ $(DEV): $(DECLARE) | $(BIN)/python
 	@$(INSTALL) '.[dev]'
 	@touch $(RUN) $@
 
-# The main job. Until deqdet_demo exists: generated pictures, through the loaders, drawn.
+# The main job; options as in `make demo DEMO='--minutes 2'`
 demo: $(RUN)
-	@mkdir -p demo
-	@$(BIN)/python -W ignore nbs/images/batch.py demo/batch.png
+	@$(BIN)/deqdet_demo --out demo $(DEMO)
 
 test: $(DEV)
 	@$(BIN)/python tests/run.py

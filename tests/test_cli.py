@@ -1,0 +1,433 @@
+"What the commands promise: one line for what the user can put right, nothing half written, nothing lost"
+import errno, json, os, re, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from PIL import Image
+from deqdet import cli
+from deqdet.data import load_image, synth_coco
+from deqdet.model import AdaMixer
+
+SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,
+             points=(4,), out_points=8, hidden=64)
+RUN = dict(bs=2, epochs=2, lr=1e-3, every=1, device='cpu')
+
+
+@pytest.fixture(scope='session')
+def world(tmp_path_factory):
+    "A set of shapes, an untrained detector, and a training of it: `shapes`, `start`, `run`"
+    d = tmp_path_factory.mktemp('cli')
+    synth_coco(d/'shapes', n_train=4, n_valid=2, size=64, seed=1)
+    torch.manual_seed(0)
+    model = AdaMixer(n_classes=4, **SMALL).build(vocab=['disc', 'triangle', 'square', 'cross'])
+    cli.save_detector(model, cli.Feed(64, 64), d/'start')
+    train(d, 'run')
+    return d
+
+
+def train(d, out, data='shapes', **kwargs):
+    "Train on a set of `d`"
+    options = {} if kwargs.get('resume') else dict(RUN, model=str(d/'start'))
+    cli.deqdet_train(str(d/data), out=str(d/out), **options | kwargs)
+
+
+def refused(capsys, status, says, f, *args, **kwargs):
+    "The command ends with a status and, as its last line, one that names command and place"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e: f(*args, **kwargs)
+    err = capsys.readouterr().err
+    assert e.value.code == status, err
+    lines = [o for o in err.splitlines() if not o.startswith('warning: ')]
+    assert len(lines) == 1 and says in lines[0], err
+    return lines[0]
+
+
+def bad(capsys, says, f, *args, **kwargs): return refused(capsys, 2, says, f, *args, **kwargs)
+
+
+def altered(world, tmp_path, split='train', **change):
+    "A copy of the shapes with other lists in an annotation file"
+    path = Path(shutil.copytree(world/'shapes', tmp_path/'set'))
+    file = path/f'annotations/instances_{split}.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    return path
+
+
+def weights(folder): return cli.load_detector(folder, device='cpu')[0].state_dict()
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --------------------------------------------------------------------------------------- the commands as a whole
+
+COMMANDS = [v for k, v in vars(cli).items() if k.startswith('deqdet_')]
+
+def test_starts_quickly():
+    "`--help` waits for none of the large libraries"
+    code = "import sys, deqdet.cli; sys.exit(bool({'torch', 'fastai', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_help_is_worth_reading():
+    from fastcore.script import anno_parser
+    for f in COMMANDS:
+        p = anno_parser(f, f.__name__)
+        assert f.__name__ in p.description, f'{f.__name__}: an example was expected'
+        assert all(a.help for a in p._actions), f.__name__
+
+
+def test_every_command_is_a_script():
+    ini = (Path(__file__).parents[1]/'settings.ini').read_text()
+    for f in COMMANDS: assert f'{f.__name__}=deqdet.cli:{f.__name__}' in ini
+
+
+def test_a_bug_is_no_fault_of_the_user(capsys):
+    def f(): raise AttributeError('ours')
+    with pytest.raises(AttributeError): cli.command(f)()
+    def g(): raise OSError(errno.EBADF, 'ours')
+    with pytest.raises(OSError): cli.command(g)()
+    def h(): raise KeyboardInterrupt
+    refused(capsys, 130, 'h: stopped', cli.command(h))
+
+
+def test_a_traceback_on_request(monkeypatch):
+    monkeypatch.setenv('DEQDET_TRACEBACK', '1')
+    with pytest.raises(ValueError): cli.deqdet_check('nowhere')
+
+
+# --------------------------------------------------------------------------------------- bad data
+
+def test_no_such_things(world, tmp_path, capsys):
+    nowhere = str(tmp_path/'nowhere')
+    for f, args in ((cli.deqdet_check, (nowhere,)), (cli.deqdet_train, (nowhere,)), (cli.deqdet_eval, (nowhere, nowhere)),
+                    (cli.deqdet_eval, (str(world/'start'), nowhere)), (cli.deqdet_predict, (str(world/'start'), [nowhere])),
+                    (cli.deqdet_convert, (nowhere, nowhere))):
+        bad(capsys, nowhere, f, *args)
+    bad(capsys, 'deqdet_r50_1x', cli.deqdet_train, str(world/'shapes'), model='deqdet_r50_1y', out=nowhere)
+    bad(capsys, 'yolo', cli.deqdet_models, 'yolo')
+    bad(capsys, '--device tpu', cli.deqdet_eval, str(world/'start'), str(world/'shapes'), device='tpu')
+    assert not Path(nowhere).exists() or not list(Path(nowhere).iterdir())
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{', '{"images": []}', '{"images": [{}], "annotations": [], "categories": []}'])
+def test_no_annotation_file(world, tmp_path, capsys, text):
+    path = altered(world, tmp_path)
+    file = path/'annotations/instances_train.json'
+    file.write_text(text)
+    bad(capsys, str(file), cli.deqdet_check, str(path))
+    bad(capsys, str(file), train, world, tmp_path/'out', path)
+
+
+def test_wrong_categories(world, tmp_path, capsys):
+    coco = json.loads((world/'shapes/annotations/instances_valid.json').read_text())
+    path = altered(world, tmp_path, 'valid', categories=[dict(id=i, name=f'thing {i}') for i in range(1, 5)])
+    assert cli.deqdet_check(str(path)) == 1
+    bad(capsys, 'thing 1', cli.deqdet_eval, str(world/'start'), str(path))
+    (path/'annotations/instances_valid.json').write_text(json.dumps(coco | dict(categories=coco['categories'][:1] + [dict(id=9, name='x')])))
+    capsys.readouterr()
+    cli.deqdet_eval(str(world/'start'), str(path), device='cpu') # what is known is counted
+    assert 'unknown category' in capsys.readouterr().err
+
+
+def test_nothing_to_learn_from(world, tmp_path, capsys):
+    path = altered(world, tmp_path, annotations=[])
+    bad(capsys, 'not one object', train, world, tmp_path/'out', path)
+    (path/'annotations/instances_train.json').write_text(json.dumps(dict(images=[], annotations=[], categories=[dict(id=1, name='disc')])))
+    bad(capsys, 'at least one picture', train, world, tmp_path/'out', path)
+    path2 = altered(world, tmp_path/'two', 'valid', images=[], annotations=[])
+    bad(capsys, 'to validate on', train, world, tmp_path/'out', path2)
+
+
+def cut(path):
+    "Cut a picture short; its path"
+    file = sorted((path/'images').glob('train*'))[0]
+    file.write_bytes(file.read_bytes()[:700])
+    return file
+
+
+def test_truncated_picture(world, tmp_path, capsys):
+    path = altered(world, tmp_path)
+    file = cut(path)
+    assert cli.deqdet_check(str(path)) == 1 and 'truncated picture' in capsys.readouterr().out
+    assert cli.deqdet_check(str(path), fast=True) == 0
+    bad(capsys, str(file), train, world, tmp_path/'out', path, epochs=1)
+    bad(capsys, str(file), train, world, tmp_path/'out', path, epochs=1, workers=1)
+    train(world, tmp_path/'skipped', path, epochs=1, skip_bad=True)
+    assert str(file) in capsys.readouterr().err
+    assert cli.deqdet_predict(str(world/'start'), [str(path/'images')], str(tmp_path/'found'), device='cpu') == 2
+    assert str(file) in capsys.readouterr().err
+    assert len(json.loads((tmp_path/'found/predictions.json').read_text())['images']) == 5
+
+
+def strange(path):
+    "Replace a set's pictures by one of a single pixel and one of 8000x50; what is annotated stays inside"
+    for split in ('train', 'valid'):
+        file, dot, strip = path/f'annotations/instances_{split}.json', f'{split}_dot.png', f'{split}_strip.png'
+        images = [dict(id=1, file_name=dot, width=1, height=1), dict(id=2, file_name=strip, width=8000, height=50)]
+        anns = [dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 1, 1]), dict(id=2, image_id=2, category_id=2, bbox=[7000, 10, 500, 30])]
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(images=images, annotations=anns)))
+        Image.new('RGB', (1, 1)).save(path/'images'/dot)
+        Image.new('L', (8000, 50), 90).save(path/'images'/strip)
+
+
+def test_strange_pictures(world, tmp_path, capsys):
+    path = altered(world, tmp_path)
+    strange(path)
+    assert cli.deqdet_check(str(path)) == 0
+    train(world, tmp_path/'out', path, epochs=1, bs=2)
+    cli.deqdet_predict(str(tmp_path/'out'), [str(path/'images/valid_*.png')], str(tmp_path/'found'), min_score=0., device='cpu')
+    coco = json.loads((tmp_path/'found/predictions.json').read_text())
+    assert [(o['width'], o['height']) for o in coco['images']] == [(1, 1), (8000, 50)]
+    assert load_image(tmp_path/'found/valid_dot.png').shape == (3, 480, 480)
+    assert load_image(tmp_path/'found/valid_strip.png').shape[2] == 1600
+
+
+def test_one_picture(world, tmp_path):
+    coco = json.loads((world/'shapes/annotations/instances_train.json').read_text())
+    one = coco['annotations'][0]['image_id']
+    path = altered(world, tmp_path, images=[o for o in coco['images'] if o['id'] == one],
+                   annotations=[o for o in coco['annotations'] if o['image_id'] == one])
+    train(world, tmp_path/'out', path, epochs=1, bs=8)
+    assert json.loads((tmp_path/'out/metrics.json').read_text())['n_train'] == 1
+
+
+# --------------------------------------------------------------------------------------- detectors and checkpoints
+
+def test_damaged_detector(world, tmp_path, capsys):
+    data = str(world/'shapes')
+    for name, spoil in (('model.safetensors', lambda b: b[:5000]), ('model.safetensors', lambda b: b''), ('config.json', lambda b: b[:50]),
+                        ('feed.json', lambda b: b'{"width": 3}')):
+        path = Path(shutil.copytree(world/'start', tmp_path/'bad', dirs_exist_ok=True))
+        (path/name).write_bytes(spoil((path/name).read_bytes()))
+        bad(capsys, str(path), cli.deqdet_eval, str(path), data)
+        bad(capsys, str(path), cli.deqdet_train, data, model=str(path), out=str(tmp_path/'out'))
+
+
+def test_another_class_count(world, tmp_path, capsys):
+    two = AdaMixer(n_classes=2, **SMALL).build()
+    cli.save_detector(two, cli.Feed(64, 64), tmp_path/'two')
+    bad(capsys, '4 classes', cli.deqdet_eval, str(tmp_path/'two'), str(world/'shapes'))
+    train(world, tmp_path/'out', epochs=1, model=str(tmp_path/'two')) # as a start it is welcome
+    assert 'start afresh' in capsys.readouterr().out
+    shutil.copytree(world/'run', tmp_path/'run')
+    config = json.loads((tmp_path/'run/config.json').read_text())
+    (tmp_path/'run/config.json').write_text(json.dumps(config | dict(vocab=['disc', 'square'])))
+    bad(capsys, 'classes', train, world, tmp_path/'run', resume=True)
+
+
+def test_damaged_checkpoint(world, tmp_path, capsys):
+    run = Path(shutil.copytree(world/'run', tmp_path/'run'))
+    whole = (run/'resume.pt').read_bytes()
+    for part in (b'', whole[:9999], b'x'*9999):
+        (run/'resume.pt').write_bytes(part)
+        bad(capsys, str(run/'resume.pt'), train, world, run, resume=True, epochs=3)
+    (run/'config.json').write_text('{')
+    bad(capsys, str(run/'config.json'), train, world, run, resume=True)
+
+
+def test_fine_tuning_keeps_weights(world, tmp_path):
+    cats = cli.start_detector(str(world/'run'), ['cat', 'dog'])
+    old, new = weights(world/'run'), cats.state_dict()
+    assert {k for k in old if old[k].shape != new[k].shape} == {f'decoder.{s}.cls.3.{p}' for s in ('init', 'step') for p in ('weight', 'bias')}
+    assert all(torch.equal(old[k], new[k]) for k in old if '.cls.3.' not in k)
+    assert any(p.requires_grad for p in cats.parameters()) and cats.training
+
+
+# --------------------------------------------------------------------------------------- places to write to
+
+def test_a_file_in_the_place_of_a_folder(world, tmp_path, capsys):
+    taken = tmp_path/'taken'
+    taken.write_text('mine')
+    start, data, pictures = (str(world/o) for o in ('start', 'shapes', 'shapes/images'))
+    for out in (taken, taken/'below'):
+        bad(capsys, str(taken), train, world, out)
+        bad(capsys, str(taken), cli.deqdet_predict, start, [pictures], str(out))
+        bad(capsys, str(taken), cli.deqdet_demo, out=str(out), quick=True)
+    bad(capsys, str(taken), cli.deqdet_eval, start, data, out=str(taken/'results.json'), device='cpu')
+    assert taken.read_text() == 'mine'
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
+def test_read_only_folder(world, tmp_path, capsys):
+    (tmp_path/'locked').mkdir(mode=0o500)
+    bad(capsys, str(tmp_path/'locked'), train, world, tmp_path/'locked/out')
+
+
+@pytest.fixture
+def little_disk(tmp_path):
+    "A folder on a disk of 4 MB, and how to make it larger"
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    def mount(size, *more): return subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join([f'size={size}m', *more]), 'tmpfs', disk], capture_output=True)
+    try: done = mount(4).returncode == 0
+    except OSError: done = False
+    if not done: pytest.skip('a tmpfs cannot be mounted here')
+    yield disk, lambda: mount(64, 'remount')
+    subprocess.run(['umount', disk])
+
+
+def test_full_disk(world, little_disk, tmp_path, capsys):
+    disk, enlarge = little_disk
+    (disk/'ballast').write_bytes(bytes(3*2**20))
+    line = bad(capsys, str(disk), train, world, disk/'run')
+    assert 'No space left' in line
+    assert not [o for o in disk.rglob('*') if o.is_file() and o.stat().st_size == 0 and o.name != 'ballast']
+    bad(capsys, str(disk), train, world, disk/'again')
+    enlarge()
+    train(world, disk/'run', resume=True)
+    assert same(disk/'run/last', world/'run/last')
+
+
+# --------------------------------------------------------------------------------------- being stopped
+
+def child(f):
+    "Run `f` in a process of its own; its id"
+    pid = os.fork()
+    if pid: return pid
+    status = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        f()
+        status = 0
+    except SystemExit as e: status = e.code
+    finally: os._exit(status)
+
+
+def end(pid):
+    "Exit status of a child, or minus the signal that killed it"
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def wait_for(file, seconds=60):
+    until = time.time() + seconds
+    while not file.exists():
+        assert time.time() < until, f'{file} did not appear'
+        time.sleep(.01)
+
+
+def test_resume_is_the_same_training(world, tmp_path):
+    "SIGTERM somewhere, then SIGKILL somewhere, then to the end: the weights are those of a training in one go"
+    run = tmp_path/'run'
+    pid = child(lambda: train(world, run))
+    wait_for(run/'resume.pt')
+    os.kill(pid, signal.SIGTERM)
+    assert end(pid) in (143, 0)
+    pid = child(lambda: train(world, run, resume=True))
+    time.sleep(.3)
+    os.kill(pid, signal.SIGKILL)
+    end(pid)
+    train(world, run, resume=True)
+    assert same(run/'last', world/'run/last')
+    names = [o.name for o in run.iterdir()]
+    assert sorted(names) == sorted(o.name for o in (world/'run').iterdir()), names
+
+
+@pytest.mark.parametrize('when', ['resume.pt', 'last', 'best', 'log.csv'])
+def test_killed_while_saving(world, tmp_path, monkeypatch, when):
+    "SIGKILL between the writing of a file and its renaming"
+    run = tmp_path/'run'
+    def die(target): when in Path(target).parts[-2:] and os.kill(os.getpid(), signal.SIGKILL)
+    replace, rename = os.replace, Path.replace
+    def patched():
+        monkeypatch.setattr(os, 'replace', lambda a, b: (die(b), replace(a, b)))
+        monkeypatch.setattr(Path, 'replace', lambda a, b: (die(b), rename(a, b))[1])
+        train(world, run)
+    assert end(child(patched)) == -signal.SIGKILL
+    train(world, run, resume=True)
+    assert same(run/'last', world/'run/last') and same(run/'best', world/'run/best')
+
+
+def test_a_training_is_not_written_over(world, capsys):
+    before = (world/'run/resume.pt').read_bytes()
+    bad(capsys, '--resume', train, world, 'run')
+    bad(capsys, '--bs 4', train, world, 'run', resume=True, bs=4)
+    assert (world/'run/resume.pt').read_bytes() == before
+
+
+def test_ctrl_c_says_how_to_go_on(world, tmp_path):
+    script = tmp_path/'script.py'
+    script.write_text('from deqdet.cli import deqdet_train\ndeqdet_train()')
+    out, args = tmp_path/'run', [str(world/'shapes'), '--model', str(world/'start'), '--every', '1', '--device', 'cpu', '--bs', '2', '--epochs', '99']
+    p = subprocess.Popen([sys.executable, script, *args, '--out', out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(out/'resume.pt')
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == 130, err
+    assert re.search(rf'stopped in epoch \d+ of 99; to go on: deqdet_train \S+ --out {out} --resume\s*$', err), err
+    assert 'Traceback' not in err
+
+
+# --------------------------------------------------------------------------------------- what comes out
+
+def test_what_a_training_leaves(world):
+    run = world/'run'
+    assert {o.name for o in run.iterdir()} == {'best', 'config.json', 'curves.png', 'last', 'log.csv', 'metrics.json', 'predictions.png', 'resume.pt'}
+    config, m = (json.loads((run/f'{o}.json').read_text()) for o in ('config', 'metrics'))
+    assert config['options'].items() >= RUN.items() and config['vocab'] == ['disc', 'triangle', 'square', 'cross']
+    assert m['pictures_seen'] == 8 and m['machine']['torch'] == torch.__version__ and m['last']['APl'] is None
+    log = (run/'log.csv').read_text().splitlines()
+    assert len(log) == 3 and log[0].startswith('epoch,train_loss,valid_loss')
+
+
+def test_evaluation_agrees_with_training(world, tmp_path, capsys):
+    "The numbers of `deqdet_eval` on what was written are those that training logged"
+    m = json.loads((world/'run/metrics.json').read_text())
+    cli.deqdet_eval(str(world/'run/last'), str(world/'shapes'), device='cpu', out=str(tmp_path/'results.json'))
+    out = capsys.readouterr().out
+    for k in ('AP', 'AP50', 'AR100'): assert re.search(rf'^{k} +{m["last"][k]:.3f} ', out, re.M), out
+    from deqdet.evaluate import coco_ap
+    again = coco_ap(tmp_path/'results.json', world/'shapes/annotations/instances_valid.json')
+    assert abs(again.AP - m['last']['AP']) < 1e-6
+
+
+def test_predictions_lie_in_the_picture_as_it_is(world, tmp_path):
+    "Twice the picture, twice the boxes; and pictures of one name do not write over each other"
+    a, b = tmp_path/'a/x.png', tmp_path/'b/x.png'
+    for f in (a, b): f.parent.mkdir()
+    im = Image.open(sorted((world/'shapes/images').iterdir())[0])
+    im.save(a)
+    im.resize((128, 128), Image.NEAREST).save(b)
+    cli.deqdet_predict(str(world/'start'), [str(tmp_path/'*/*.png')], str(tmp_path/'found'), size='64', min_score=0., device='cpu')
+    coco = json.loads((tmp_path/'found/predictions.json').read_text())
+    one, two = (torch.tensor([o['bbox'] for o in coco['annotations'] if o['image_id'] == i]) for i in (1, 2))
+    assert {o.name for o in (tmp_path/'found').iterdir()} == {'predictions.json', 'x.png', 'x_2.png'}
+    assert len(one) == len(two) == 36
+    assert (two[:, 2:].max() > 40) and torch.cdist(2*one, two).min(1)[0].median() < 2
+
+
+def test_convert(tmp_path, capsys):
+    from deqdet.convert import to_official
+    model = AdaMixer(**SMALL | dict(body='', channels=(8, 8, 8, 8))).build().eval()
+    torch.save(dict(state_dict=to_official(model)), tmp_path/'x.pth')
+    cli.deqdet_convert(str(tmp_path/'x.pth'), str(tmp_path/'x'))
+    again, feed = cli.load_detector(tmp_path/'x', device='cpu')
+    assert again.vocab == cli.COCO and feed == cli.Feed(800, 1333)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+    (tmp_path/'names.txt').write_text('cat\ndog\n')
+    bad(capsys, '2 names', cli.deqdet_convert, str(tmp_path/'x.pth'), str(tmp_path/'y'), names=str(tmp_path/'names.txt'))
+    (tmp_path/'cut.pth').write_bytes((tmp_path/'x.pth').read_bytes()[:9999])
+    for o in ('cut.pth', 'names.txt'): bad(capsys, o, cli.deqdet_convert, str(tmp_path/o), str(tmp_path/'y'))
+
+
+def test_demo(tmp_path, capsys):
+    "Everything runs and is written; so little is trained that no number means anything"
+    cli.deqdet_demo(out=str(tmp_path/'demo'), quick=True)
+    page, m = (tmp_path/'demo/index.html').read_text(), json.loads((tmp_path/'demo/metrics.json').read_text())
+    for o in re.findall('src="([^"]+)"', page): assert (tmp_path/'demo'/o).stat().st_size, o
+    assert {'machine', 'seconds', 'steps', 'numbers', 'classes'} <= m.keys() and len(m['steps']) == 4
+    with Image.open(tmp_path/'demo/refinement1.gif') as film: assert film.n_frames > 8
+    assert '0.50:0.95' in capsys.readouterr().out
+
+
+def test_two_processes(world, tmp_path):
+    "As `accelerate launch` starts them: all train, the first one writes"
+    script = tmp_path/'script.py'
+    script.write_text('from deqdet.cli import deqdet_train\ndeqdet_train()')
+    args = [str(world/'shapes'), '--model', str(world/'start'), '--device', 'cpu', '--bs', '2', '--epochs', '1', '--out', str(tmp_path/'run')]
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, *args],
+                         capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count('epoch 1 of 1:') == 1, run.stdout
+    assert json.loads((tmp_path/'run/metrics.json').read_text())['last']['AP'] is not None
