@@ -62,6 +62,10 @@ class Queries(nn.Module):
         if self.norm: q = F.layer_norm(q, q.shape[1:])
         return self.state.at(q.expand(len(sizes), -1, -1), xyxy)
 
+    def preds(self, feats):
+        "Predictions that the queries themselves make and that get a loss: none here, proposals in a two-stage detector"
+        return []
+
 # %% ../nbs/05_decoder.ipynb #c52b3629
 def grid_boxes(
     rows: int,     # rows of boxes

@@ -56,7 +56,9 @@ class Detector(nn.Module):
         **kwargs    # for the decoder
     ): # list of `Pred`: all that are supervised in training; the last one is the answer
         "Predictions in pixels of the fed pictures"
-        return self.decoder(*self.start(images, sizes), **kwargs)
+        state,feats = self.start(images, sizes)
+        own = self.queries.preds(feats) if self.training else []
+        return own + self.decoder(state, feats, **kwargs)
 
 # %% ../nbs/09_model.ipynb #a3607952
 @patch
@@ -192,7 +194,7 @@ def save_pretrained(self:Detector,
     if self.hyper is None: raise ValueError('this detector was not built from hyper-parameters, so a folder could not rebuild it')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k,v in self.state_dict().items()}, folder/'model.safetensors')
+    save_file({k: v.clone(memory_format=torch.contiguous_format) for k,v in self.state_dict().items()}, folder/'model.safetensors')
     config = dict(vocab=None if self.vocab is None else list(self.vocab), hyper=to_dict(self.hyper))
     (folder/'config.json').write_text(json.dumps(config, indent=1))
     return folder
