@@ -23,8 +23,10 @@ def families(width, queries, grid):
     "Records of equal width"
     same = dict(body='tiny', frozen_stages=-1, n_queries=queries, width=width, heads=4, hidden=4*width)
     mixed = dict(same, feat_width=width, grid=grid)
-    return dict(adamixer=AdaMixer(**mixed, norm_groups=16, points=(8,), out_points=16), sparse_rcnn=SparseRCNN(**mixed, dynamic=16, finest=14.),
-                deformable=DeformableDETR(**same, norm_groups=16, encoder_layers=1, encoder_heads=4, encoder_hidden=2*width, dropout=0., refine=True))
+    encoder = dict(encoder_layers=1, encoder_heads=4, encoder_hidden=2*width)
+    return dict(adamixer=AdaMixer(**mixed, norm_groups=16, points=(8,), out_points=16),
+                sparse_rcnn=SparseRCNN(**mixed, dynamic=16, finest=14.),
+                deformable=DeformableDETR(**same, **encoder, norm_groups=16, dropout=0., refine=True))
 
 
 def strategies(stages, steps, noise):
@@ -49,20 +51,21 @@ def measure(hyper, path, args, seed):
     seconds = time.process_time() - start
     ap, count = evaluate(model, dls.valid), lambda m: sum(p.numel() for p in m.parameters())
     wrong = stage_regressions(model, dls.valid, margin=args.margin)
-    return dict(seed=seed, **{k: ap[k] for k in ('AP', 'AP50', 'AP75')}, params=count(model), decoder_params=count(model.decoder), kept_mib=kept/2**20,
-                stages=len(model.trajectory(*batch[:2])), predictions=len(model.train()(*batch[:2])), cpu_seconds_per_epoch=seconds/args.epochs,
-                fading=wrong['fading'], exacerbation=wrong['exacerbation'])
+    return dict(seed=seed, **{k: ap[k] for k in ('AP', 'AP50', 'AP75')}, params=count(model),
+                decoder_params=count(model.decoder), kept_mib=kept/2**20, stages=len(model.trajectory(*batch[:2])), predictions=len(model.train()(*batch[:2])),
+                cpu_seconds_per_epoch=seconds/args.epochs, fading=wrong['fading'], exacerbation=wrong['exacerbation'])
 
 
 def main():
-    args = parser(__doc__, epochs=60, seeds='0,1', families='', strategies='', n_train=400, n_valid=100, size=128, bs=8, lr=8e-4, width=64, queries=12, grid='3,4,.4',
-                  stages=6, steps=4, noise=3., margin=.02).parse_args()
+    args = parser(__doc__, epochs=60, seeds='0,1', families='', strategies='', n_train=400, n_valid=100, size=128, bs=8,
+                  lr=8e-4, width=64, queries=12, grid='3,4,.4', stages=6, steps=4, noise=3., margin=.02).parse_args()
     torch.set_num_threads(args.threads)
-    path = synth_coco(Path(tempfile.mkdtemp())/'shapes', n_train=args.n_train, n_valid=args.n_valid, size=args.size, seed=1)
+    path = Path(tempfile.mkdtemp())/'shapes'
+    synth_coco(path, n_train=args.n_train, n_valid=args.n_valid, size=args.size, seed=1)
     rows, cols, side = args.grid.split(',')
     chosen = lambda found, names: {k: v for k, v in found.items() if not names or k in names.split(',')}
-    result = []
-    for f, hyper in chosen(families(args.width, args.queries, (int(rows), int(cols), float(side))), args.families).items():
+    result, grid = [], (int(rows), int(cols), float(side))
+    for f, hyper in chosen(families(args.width, args.queries, grid), args.families).items():
         for s, plan in chosen(strategies(args.stages, args.steps, args.noise), args.strategies).items():
             for seed in map(int, args.seeds.split(',')):
                 result.append(dict(family=f, strategy=s, **measure(replace(hyper, strategy=plan), path, args, seed)))

@@ -6,8 +6,8 @@
 __all__ = ['BoxState', 'TopDown', 'box_levels', 'cut_out', 'DynamicHead', 'move_corners', 'SparseStep', 'SparseRCNN',
            'mmdet_names', 'detectron2_names']
 
-# %% ../nbs/13_sparse_rcnn.ipynb #62d92c7e
-import math, torch
+# %% ../nbs/13_sparse_rcnn.ipynb #54ec37b1
+import math, re, torch
 from dataclasses import dataclass
 from typing import NamedTuple
 from torch import nn, Tensor
@@ -112,7 +112,7 @@ def move_corners(
     xy,wh = xy + d[..., :2]*wh, wh*d[..., 2:].clamp(-most, most).exp()
     return torch.cat([xy - wh/2, xy + wh/2], -1)
 
-# %% ../nbs/13_sparse_rcnn.ipynb #fd71345f
+# %% ../nbs/13_sparse_rcnn.ipynb #a9c2373e
 class SparseStep(nn.Module):
     "Sparse R-CNN's head"
     shares_features = True # rB rows of queries may look at B pictures, r rows at each
@@ -120,26 +120,27 @@ class SparseStep(nn.Module):
         n_classes: int,      # K: classes
         width: int=256,      # D: numbers in a content vector
         feat_width: int=256, # C: channels of the pyramid
+        strides=(4,8,16,32), # strides of the pyramid's levels, in pixels
         dynamic: int=64,     # width between the generated layers
         heads: int=8,        # H: attention heads
         hidden: int=2048,    # width of the feed-forward layer
-        cls_layers: int=1,   # hidden layers of the class tower
-        reg_layers: int=3,   # hidden layers of the box tower
-        strides=(4,8,16,32), # strides of the pyramid's levels, in pixels
+        learned_boxes=False, # do gradients reach the incoming boxes?
+        layers=(1,3),        # hidden layers of the class tower, and of the box tower
         size: int=7,         # cells on a side
         ratio: int=2,        # places read on each side of a cell
         finest: float=56.,   # side of a box, in pixels, from which on the next octave begins
         stds=(.5,.5,1.,1.),  # scale of the four numbers that move a box
-        limit: float=1000/16,# a side changes at most by this factor
-        learned_boxes=False  # do gradients reach the incoming boxes?
+        limit: float=1000/16 # a side changes at most by this factor
     ):
         super().__init__()
         self.cut,self.move = dict(strides=strides, size=size, ratio=ratio, finest=finest),dict(stds=stds, limit=limit)
         self.learned_boxes = learned_boxes
         self.attn,self.attn_norm = SelfAttention(width, heads),nn.LayerNorm(width)
         self.mixing,self.mix_norm = DynamicHead(width, feat_width, dynamic, size**2),nn.LayerNorm(width)
-        self.ffn,self.ffn_norm = nn.Sequential(linear(width, hidden), nn.ReLU(), linear(hidden, width)),nn.LayerNorm(width)
-        self.cls,self.reg = class_tower(width, n_classes, layers=cls_layers, bias=False),tower(width, 4, reg_layers, False)
+        self.ffn = nn.Sequential(linear(width, hidden), nn.ReLU(), linear(hidden, width))
+        self.ffn_norm = nn.LayerNorm(width)
+        self.cls = class_tower(width, n_classes, layers=layers[0], bias=False)
+        self.reg = tower(width, 4, layers[1], bias=False)
         nn.init.zeros_(self.attn.out.bias)
 
     def forward(self, state, feats):
@@ -151,7 +152,7 @@ class SparseStep(nn.Module):
 
     def read(self, state): return Pred(self.cls(state.content), state.boxes)
 
-# %% ../nbs/13_sparse_rcnn.ipynb #cd7b5f2d
+# %% ../nbs/13_sparse_rcnn.ipynb #a09d3bb1
 @dataclass(frozen=True)
 class SparseRCNN(Family):
     "Hyper-parameters of a detector whose step is Sparse R-CNN's head"
@@ -173,39 +174,52 @@ class SparseRCNN(Family):
 
     def step(self, i):
         "The step of stage `i`; gradients reach the boxes that the first one gets"
-        return SparseStep(self.n_classes, self.width, self.feat_width, self.dynamic, self.heads, self.hidden, self.cls_layers, self.reg_layers,
-                          self.strides, self.roi, self.ratio, self.finest, self.stds, self.limit, learned_boxes=i==0)
+        layers = self.cls_layers,self.reg_layers
+        return SparseStep(self.n_classes, self.width, self.feat_width, self.strides, self.dynamic, self.heads,
+                          self.hidden, i==0, layers, self.roi, self.ratio, self.finest, self.stds, self.limit)
 
-# %% ../nbs/13_sparse_rcnn.ipynb #20b4112c
+# %% ../nbs/13_sparse_rcnn.ipynb #e1142fca
 def mmdet_names(
     cls_layers: int=1, # hidden layers of the class tower
     reg_layers: int=3  # hidden layers of the box tower
 ) -> tuple:            # (pattern, replacement), in order
     "From our keys to mmdetection's"
-    conv = '.instance_interactive_conv'
-    return ((r'^decoder\.init\.', 'roi_head.bbox_head.0.'), (r'^decoder\.step\.', 'roi_head.bbox_head.1.'), (r'^decoder\.steps\.', 'roi_head.bbox_head.'),
-        (rf'\.cls\.{3*cls_layers}\.', '.fc_cls.'), (rf'\.reg\.{3*reg_layers}\.', '.fc_reg.'), (r'\.(cls|reg)\.(\d)', r'.\1_fcs.\2'),
-        (r'\.attn\.qkv\.', '.attention.attn.in_proj_'), (r'\.attn\.out\.', '.attention.attn.out_proj.'), (r'\.attn_norm\.', '.attention_norm.'),
-        (r'\.mix_norm\.', f'{conv}_norm.'), (r'\.mixing\.params\.', f'{conv}.dynamic_layer.'), (r'\.mixing\.out\.', f'{conv}.fc_layer.'),
-        (r'\.mixing\.out_norm\.', f'{conv}.fc_norm.'), (r'\.mixing\.', f'{conv}.'), (r'\.ffn\.0\.', '.ffn.layers.0.0.'), (r'\.ffn\.2\.', '.ffn.layers.1.'),
-        (r'^pyramid\.neck\.fpn\.inner_blocks\.(\d)\.0\.', r'neck.lateral_convs.\1.conv.'), (r'^pyramid\.neck\.fpn\.layer_blocks\.(\d)\.0\.', r'neck.fpn_convs.\1.conv.'),
-        (r'^queries\.content\.', 'rpn_head.init_proposal_features.'), (r'^queries\.boxes$', 'rpn_head.init_proposal_bboxes.weight'),
-        (r'^pyramid\.body\.net\.', 'backbone.'))
+    conv = 'instance_interactive_conv'
+    return (*_heads('roi_head.bbox_head.'),
+        *_parts({f'cls.{3*cls_layers}': 'fc_cls.', f'reg.{3*reg_layers}': 'fc_reg.', 'cls': 'cls_fcs.', 'reg': 'reg_fcs.',
+            'attn.qkv': 'attention.attn.in_proj_', 'attn.out': 'attention.attn.out_proj.', 'attn_norm': 'attention_norm.',
+            'mix_norm': f'{conv}_norm.', 'mixing.params': f'{conv}.dynamic_layer.', 'mixing.out': f'{conv}.fc_layer.',
+            'mixing.out_norm': f'{conv}.fc_norm.', 'mixing': f'{conv}.', 'ffn.0': 'ffn.layers.0.0.',
+            'ffn.2': 'ffn.layers.1.'}),
+        (r'^pyramid\.neck\.fpn\.inner_blocks\.(\d)\.0\.', r'neck.lateral_convs.\1.conv.'),
+        (r'^pyramid\.neck\.fpn\.layer_blocks\.(\d)\.0\.', r'neck.fpn_convs.\1.conv.'),
+        (r'^queries\.content\.', 'rpn_head.init_proposal_features.'),
+        (r'^queries\.boxes$', 'rpn_head.init_proposal_bboxes.weight'), (r'^pyramid\.body\.net\.', 'backbone.'))
 
-# %% ../nbs/13_sparse_rcnn.ipynb #6f8918b0
+def _heads(to):
+    "Where the steps are: our prefix to theirs"
+    return (r'^decoder\.init\.', f'{to}0.'), (r'^decoder\.step\.', f'{to}1.'), (r'^decoder\.steps\.', to)
+
+def _parts(names):
+    "Rules for names inside a step"
+    return tuple((rf'\.{re.escape(ours)}\.', f'.{theirs}') for ours,theirs in names.items())
+
+# %% ../nbs/13_sparse_rcnn.ipynb #0d182360
 def detectron2_names(
     cls_layers: int=1, # hidden layers of the class tower
     reg_layers: int=3  # hidden layers of the box tower
 ) -> tuple:            # (pattern, replacement), in order
     "From our keys to those of the original repository"
     up = lambda name: lambda m: f'backbone.{name}{int(m[1])+2}.'
-    return ((r'^decoder\.init\.', 'head.head_series.0.'), (r'^decoder\.step\.', 'head.head_series.1.'), (r'^decoder\.steps\.', 'head.head_series.'),
-        (rf'\.cls\.{3*cls_layers}\.', '.class_logits.'), (rf'\.reg\.{3*reg_layers}\.', '.bboxes_delta.'), (r'\.(cls|reg)\.(\d)', r'.\1_module.\2'),
-        (r'\.attn\.qkv\.', '.self_attn.in_proj_'), (r'\.attn\.out\.', '.self_attn.out_proj.'), (r'\.attn_norm\.', '.norm1.'), (r'\.mix_norm\.', '.norm2.'),
-        (r'\.ffn_norm\.', '.norm3.'), (r'\.ffn\.0\.', '.linear1.'), (r'\.ffn\.2\.', '.linear2.'), (r'\.mixing\.params\.', '.inst_interact.dynamic_layer.'),
-        (r'\.mixing\.norm_in\.', '.inst_interact.norm1.'), (r'\.mixing\.norm_out\.', '.inst_interact.norm2.'), (r'\.mixing\.out_norm\.', '.inst_interact.norm3.'),
-        (r'\.mixing\.out\.', '.inst_interact.out_layer.'), (r'^pyramid\.neck\.fpn\.inner_blocks\.(\d)\.0\.', up('fpn_lateral')),
-        (r'^pyramid\.neck\.fpn\.layer_blocks\.(\d)\.0\.', up('fpn_output')), (r'^queries\.content\.', 'init_proposal_features.'),
-        (r'^queries\.boxes$', 'init_proposal_boxes.weight'), (r'^pyramid\.body\.net\.layer(\d)\.', lambda m: f'backbone.bottom_up.res{int(m[1])+1}.'),
-        (r'^pyramid\.body\.net\.', 'backbone.bottom_up.stem.'), (r'\.downsample\.0\.', '.shortcut.'), (r'\.downsample\.1\.', '.shortcut.norm.'),
-        (r'\.bn(\d)\.', r'.conv\1.norm.'))
+    return (*_heads('head.head_series.'),
+        *_parts({f'cls.{3*cls_layers}': 'class_logits.', f'reg.{3*reg_layers}': 'bboxes_delta.', 'cls': 'cls_module.',
+            'reg': 'reg_module.', 'attn.qkv': 'self_attn.in_proj_', 'attn.out': 'self_attn.out_proj.',
+            'attn_norm': 'norm1.', 'mix_norm': 'norm2.', 'ffn_norm': 'norm3.', 'ffn.0': 'linear1.', 'ffn.2': 'linear2.',
+            'mixing.params': 'inst_interact.dynamic_layer.', 'mixing.norm_in': 'inst_interact.norm1.',
+            'mixing.norm_out': 'inst_interact.norm2.', 'mixing.out_norm': 'inst_interact.norm3.',
+            'mixing.out': 'inst_interact.out_layer.', 'downsample.0': 'shortcut.', 'downsample.1': 'shortcut.norm.'}),
+        (r'^pyramid\.neck\.fpn\.inner_blocks\.(\d)\.0\.', up('fpn_lateral')),
+        (r'^pyramid\.neck\.fpn\.layer_blocks\.(\d)\.0\.', up('fpn_output')),
+        (r'^pyramid\.body\.net\.layer(\d)\.', lambda m: f'backbone.bottom_up.res{int(m[1])+1}.'),
+        (r'^pyramid\.body\.net\.', 'backbone.bottom_up.stem.'), (r'\.bn(\d)\.', r'.conv\1.norm.'),
+        (r'^queries\.content\.', 'init_proposal_features.'), (r'^queries\.boxes$', 'init_proposal_boxes.weight'))

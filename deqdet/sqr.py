@@ -77,10 +77,10 @@ def windows(
         ends.append(2*ends[s] - starts[s])
     return tuple(starts), tuple(ends[:-1])
 
-# %% ../nbs/15_sqr.ipynb #f85a0f22
+# %% ../nbs/15_sqr.ipynb #de3a8688
 @dataclass(frozen=True)
 class Recollected:
-    "The strategy of recollection: a stack whose stages train on states of several stages before; called on steps, it makes the decoder"
+    "A stack whose stages train on states of several stages before; called on steps, it makes the decoder"
     starts: tuple=(0,0,1,2,4,7)   # first state that each stage consumes, in the list of all states so far
     ends: tuple=(1,2,4,7,12,20)   # one past the last
     recompute: bool=False         # keep states, and recompute a stage's insides in `backward`?
@@ -91,7 +91,7 @@ class Recollected:
     def __post_init__(self):
         made = 1
         for a,b in zip(self.starts, self.ends, strict=True):
-            if not 0 <= a < b <= made: raise ValueError(f'the window {a}..{b} must lie in the {made} states made so far')
+            if not 0 <= a < b <= made: raise ValueError(f'window {a}..{b} must lie in the {made} states made so far')
             made += b - a
 
     def __call__(self, steps): return Recollection(steps, self)

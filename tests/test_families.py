@@ -37,12 +37,16 @@ class Levels(nn.Module):
     def forward(self, feats): return tuple(feats)
 
 
-@pytest.mark.parametrize('strategy, n', [(Stacked(3), 3), (Recollected(*windows(3)), 6), (Settled(steps=3, supervise=(1, 3), perturb=Perturb(position=2.)), 5)])
+PLANS = {Stacked(3): 3, Recollected(*windows(3)): 6, Settled(steps=3, supervise=(1, 3), perturb=Perturb(position=2.)): 5}
+
+
+@pytest.mark.parametrize('strategy, n', PLANS.items())
 def test_a_toy_family_with_every_strategy(strategy, n):
     torch.manual_seed(0)
-    hyper, sizes = Glance(n_classes=2, body='', channels=(5,), n_queries=4, grid=(2, 2, .5), width=16, strategy=strategy), torch.tensor([[32, 32], [28, 30]])
-    model, feats = hyper.build(), [torch.randn(2, 5, 8, 8)]
-    target = Target(torch.tensor([[[2., 3, 20, 22]], [[8., 8, 16, 24]]]), torch.tensor([[0], [1]]), sizes, torch.arange(2))
+    model = Glance(n_classes=2, body='', channels=(5,), n_queries=4, grid=(2, 2, .5), width=16, strategy=strategy).build()
+    feats, sizes = [torch.randn(2, 5, 8, 8)], torch.tensor([[32, 32], [28, 30]])
+    boxes = [[[2., 3, 20, 22]], [[8., 8, 16, 24]]]
+    target = Target(torch.tensor(boxes), torch.tensor([[0], [1]]), sizes, torch.arange(2))
     loss_func, opt, losses = SetLoss(), torch.optim.Adam(model.parameters(), lr=1e-2), []
     for _ in range(15):
         preds = model(feats, sizes)
@@ -50,7 +54,9 @@ def test_a_toy_family_with_every_strategy(strategy, n):
         loss.backward(); opt.step(); opt.zero_grad(); losses.append(loss.item())
     assert len(preds) == n and losses[-1] < .7*losses[0]
     both = model.eval()(feats, sizes)[-1]
-    for i in range(2): assert torch.allclose(model([feats[0][i:i+1]], sizes[i:i+1])[-1].logits[0], both.logits[i], atol=1e-4)
+    for i in range(2):
+        alone = model([feats[0][i:i+1]], sizes[i:i+1])[-1]
+        assert torch.allclose(alone.logits[0], both.logits[i], atol=1e-4)
 
 
 @pytest.mark.parametrize('stages', range(1, 8))

@@ -1,4 +1,4 @@
-"Sparse R-CNN's head, stacked and settled, against numbers of the released code: states, predictions, losses, gradients, names"
+"Sparse R-CNN's head, stacked and settled, against numbers of the released code; levels at their borders; published keys"
 import gzip
 import json
 import re
@@ -28,9 +28,11 @@ def rename(key, names): return reduce(lambda k, rule: re.sub(*rule, k), names, k
 def detector(pair, strategy):
     "The pair's weights in our detector; features come as they are, there is no neck"
     c = pair.manifest['config']
-    hyper = SparseRCNN(n_classes=c['num_classes'], feat_width=c['in_channels'], width=c['in_channels'], n_queries=c['num_proposals'], heads=c['num_heads'], hidden=c['feedforward_channels'],
-                       dynamic=c['dynamic_feat_channels'], cls_layers=c['num_cls_fcs'], reg_layers=c['num_reg_fcs'], roi=c['roi'], ratio=c['sampling_ratio'], finest=c['finest_scale'],
-                       stds=tuple(c['target_stds']), strides=tuple(c['strides']), strategy=strategy)
+    hyper = SparseRCNN(
+        n_classes=c['num_classes'], n_queries=c['num_proposals'], feat_width=c['in_channels'], width=c['in_channels'],
+        heads=c['num_heads'], hidden=c['feedforward_channels'], dynamic=c['dynamic_feat_channels'],
+        cls_layers=c['num_cls_fcs'], reg_layers=c['num_reg_fcs'], roi=c['roi'], ratio=c['sampling_ratio'],
+        finest=c['finest_scale'], stds=tuple(c['target_stds']), strides=tuple(c['strides']), strategy=strategy)
     model = Detector(lambda feats, sizes: feats, hyper.queries(), hyper.decoder(), hyper, layout=hyper.layout)
     names = {k: rename(k, mmdet_names(c['num_cls_fcs'], c['num_reg_fcs'])) for k in model.state_dict()}
     model.load_state_dict({ours: pair.sd[theirs] for ours, theirs in names.items()})
@@ -47,16 +49,20 @@ def settled(pair, **changes):
 def check_path(model, pair, base):
     "Every state and prediction on the way, and the detections at its end"
     state, feats = model.eval().start(features(base), sizes(base))
-    near(state.boxes, base.t['rpn/bboxes'], 1e-4, 'first boxes'); near(state.content, base.t['rpn/features'], 1e-6, 'first contents')
+    near(state.boxes, base.t['rpn/bboxes'], 1e-4, 'first boxes')
+    near(state.content, base.t['rpn/features'], 1e-6, 'first contents')
     path = model.decoder.trajectory(state, feats)
     assert len(path) == len({k.split('/')[1] for k in pair.t if k.startswith('stage/')})
     for i, (s, p) in enumerate(path):
-        near(s.content, pair.t[f'stage/{i}/object_feats'], CONTENT, f'stage {i} content'); near(p.logits, pair.t[f'stage/{i}/cls_score'], LOGITS, f'stage {i} logits')
+        near(s.content, pair.t[f'stage/{i}/object_feats'], CONTENT, f'stage {i} content')
+        near(p.logits, pair.t[f'stage/{i}/cls_score'], LOGITS, f'stage {i} logits')
         near(p.boxes.flatten(0, 1), pair.t[f'stage/{i}/decoded_bboxes'], BOXES, f'stage {i} boxes')
     metas = base.manifest['config']['metas']
-    scale, found = torch.tensor([m['scale_factor'][:2] for m in metas]), decode(path[-1][1], base.manifest['config']['max_per_img'])
+    scale = torch.tensor([m['scale_factor'][:2] for m in metas])
+    found = decode(path[-1][1], base.manifest['config']['max_per_img'])
     near(model(features(base), sizes(base))[-1].boxes, path[-1][1].boxes, 1e-4, 'the answer')
-    for i in range(len(metas)): same_detections(found, i, [pair.t[f'pred/{i}/{k}'] for k in ('bboxes_rescaled', 'scores', 'labels')], scale)
+    for i in range(len(metas)):
+        same_detections(found, i, [pair.t[f'pred/{i}/{k}'] for k in ('bboxes_rescaled', 'scores', 'labels')], scale)
 
 
 def check_training(model, names, pair, base, states, shared=lambda key: key):
@@ -65,7 +71,8 @@ def check_training(model, names, pair, base, states, shared=lambda key: key):
     total = loss_func(model.train()(feats, sizes(base)), target(base, base))
     for i, name in enumerate(states):
         for ours, theirs in dict(cls='loss_cls', l1='loss_bbox', giou='loss_iou').items():
-            assert loss_func.terms[f'{i}/{ours}'].item() == pytest.approx(want[f'{name}.{theirs}'], rel=1e-4), (name, ours)
+            got = loss_func.terms[f'{i}/{ours}'].item()
+            assert got == pytest.approx(want[f'{name}.{theirs}'], rel=1e-4), (name, ours)
     assert total.item() == pytest.approx(want['total'], rel=1e-4)
     total.backward()
     grads = {names[k]: p.grad for k, p in model.named_parameters()}
@@ -91,7 +98,7 @@ def test_equilibrium(deq_sparse_pair, recompute):
     strategy = settled(pair, recompute=recompute)
     model, names = detector(base, strategy)
     with torch.no_grad(): check_path(model, pair, base)
-    once = lambda key: re.sub(r'bbox_head\.[1-9]\d*\.', 'bbox_head.1.', key)   # the shared head, repeated under every index
+    once = lambda key: re.sub(r'bbox_head\.[1-9]\d*\.', 'bbox_head.1.', key) # the shared head has every index
     states = [f'init^{i}' for i in range(1 + strategy.init_steps)] + [f'iter{i}' for i in strategy.supervise]
     check_training(model, names, pair, base, states, once)
 
@@ -123,5 +130,6 @@ KEYS = json.loads(gzip.decompress((HERE/'full_size_keys.json.gz').read_bytes()))
 @pytest.mark.parametrize('config', [k for k in KEYS if k.startswith('mmdet_sparse_rcnn')])
 def test_all_published_keys(config):
     keys = KEYS[config]
-    with torch.device('meta'): ours = SparseRCNN(n_queries=keys['rpn_head.init_proposal_bboxes.weight'][0]).build().state_dict()
+    n = keys['rpn_head.init_proposal_bboxes.weight'][0]
+    with torch.device('meta'): ours = SparseRCNN(n_queries=n).build().state_dict()
     assert {rename(k, mmdet_names()): list(v.shape) for k, v in ours.items()} == keys

@@ -1,4 +1,4 @@
-"Selective query recollection of AdaMixer against numbers of the released code: stages, losses summed over groups, gradients"
+"Selective query recollection of AdaMixer against numbers of the released code; its losses are summed over groups"
 import pytest
 import torch
 from deqdet.convert import load_official
@@ -27,7 +27,8 @@ def test_inference_is_the_stack(pair):
     state, feats = model.start(features(pair), sizes(pair))
     path = model.decoder.trajectory(state, feats)
     assert len(path) == c['num_stages'] == len(model(features(pair), sizes(pair)))
-    for i, (s, p) in enumerate(path): near_state(s, p, pair.t, f'stage/{i}', ('query_content', 'query_xyzr', 'cls_score', 'decode_bbox_pred'))
+    names = 'query_content', 'query_xyzr', 'cls_score', 'decode_bbox_pred'
+    for i, (s, p) in enumerate(path): near_state(s, p, pair.t, f'stage/{i}', names)
     found, scale = decode(path[-1][1], c['max_per_img']), torch.tensor([m['scale_factor'][:2] for m in c['metas']])
     for i in range(len(scale)):
         p = pair.t[f'pred/{i}']
@@ -58,7 +59,7 @@ def test_losses(pair, recompute):
 
 @pytest.mark.parametrize('recompute', [True, False])
 def test_gradients(pair, recompute):
-    """In float64 they agree to 1e-5 of their maximum. In float32 one ReLU of the mixing of `sqr_adamixer_tiny` falls on the
+    """In float64 they agree to 1e-5 of their maximum. In float32 one ReLU of `sqr_adamixer_tiny`'s mixing falls on the
     other side of its kink, which changes some by 2 %; elsewhere it may be the released float32 run that fell over."""
     try: check_gradients(*train(pair, torch.float64, recompute=recompute)[:2], pair)
     except AssertionError: check_gradients(*train(pair, torch.float32, recompute=recompute)[:2], pair)
