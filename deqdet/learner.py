@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['deqdet_1x', 'adamixer_1x', 'deqdet_2x', 'adamixer_3x', 'recipes', 'PARTS', 'Recipe', 'Group', 'part_of',
            'param_groups', 'DetOpt', 'DetLearner', 'Term', 'TermRecorder', 'det_learner', 'Schedule', 'draw_results',
-           'Interpretation', 'Amp', 'EMA', 'average_checkpoints', 'NonFinite', 'write_atomic', 'CSVLog', 'Resume',
-           'Stop', 'Residuals', 'deal', 'shard', 'Shards']
+           'Interpretation', 'Amp', 'write_atomic', 'EMA', 'SaveBest', 'average_checkpoints', 'NonFinite', 'CSVLog',
+           'Resume', 'Stop', 'Residuals', 'deal', 'shard', 'Shards']
 
 # %% ../nbs/10_learner.ipynb #a852f2d1
 import io, math, os, random, re, signal, threading, warnings
@@ -64,15 +64,16 @@ class Recipe:
         if self.cosine: return up*(1 + math.cos(math.pi*i/total))/2
         return up*self.drop**sum(epoch >= d for d in self.drops)
 
-# %% ../nbs/10_learner.ipynb #c93764c6
-_swin = (('^pyramid.body.*(norm|relative_position_bias_table|absolute_pos_embed)', .1, 0.), ('^pyramid.neck.norm', 1., 0.))
-_no_decay = (('norm|relative_position_bias_table|absolute_pos_embed', 1., 0.),)
+# %% ../nbs/10_learner.ipynb #b73ac751
+_no_decay = 'norm|relative_position_bias_table|absolute_pos_embed' # of a Swin
+_swin = ((f'^pyramid.body.*({_no_decay})', .1, 0.), ('^pyramid.neck.norm', 1., 0.))
 deqdet_1x,adamixer_1x = Recipe(), Recipe(wd=1e-4, mults=())
 deqdet_2x,adamixer_3x = replace(deqdet_1x, epochs=24, drops=(16,22)), replace(adamixer_1x, epochs=36, drops=(24,33))
 recipes = {
     '1x': deqdet_1x, '1x_swin': replace(deqdet_1x, mults=deqdet_1x.mults + _swin),
     '2x': deqdet_2x, '2x_swin': replace(deqdet_2x, mults=deqdet_2x.mults + _swin),
-    'adamixer_1x': adamixer_1x, '3x': adamixer_3x, '3x_swin': replace(adamixer_3x, mults=_no_decay, warmup=1000),
+    'adamixer_1x': adamixer_1x, '3x': adamixer_3x,
+    '3x_swin': replace(adamixer_3x, mults=((_no_decay, 1., 0.),), warmup=1000),
     'tiny': Recipe(epochs=60, drops=(), cosine=True, lr=8e-4, mults=(), warmup=100, batch=8)}
 
 # %% ../nbs/10_learner.ipynb #4a3d627e
@@ -127,7 +128,7 @@ class DetOpt(OptimWrapper):
     @property
     def hypers(self): return [{k: h[k] for k in ('lr','wd','mom','sqr_mom','eps') if k in h} for h in super().hypers]
 
-# %% ../nbs/10_learner.ipynb #b794ffc3
+# %% ../nbs/10_learner.ipynb #0e28af39
 class DetLearner(Learner):
     "A fastai Learner for detectors; made by `det_learner`"
     def __init__(self,
@@ -143,7 +144,8 @@ class DetLearner(Learner):
         self.fitting = False # in `fit`, but not in a search for rates or in `validate`
         self.learns = {n for n,p in model.named_parameters() if p.requires_grad}
         self.recipe = self.as_recipe(recipe)
-        super().__init__(dls, model, opt_func=opt_func, lr=self.recipe.lr, wd=self.recipe.wd, wd_bn_bias=True, train_bn=False, **kwargs)
+        super().__init__(dls, model, opt_func=opt_func, lr=self.recipe.lr, wd=self.recipe.wd,
+                         wd_bn_bias=True, train_bn=False, **kwargs)
         self.remove_cb(CastToTensor)
 
     def as_recipe(self, r):
@@ -151,7 +153,9 @@ class DetLearner(Learner):
         if not isinstance(r, Recipe) and r not in recipes: raise KeyError(f'no recipe {r!r}; there are {list(recipes)}')
         return replace(r if isinstance(r, Recipe) else recipes[r], **self.given)
 
-    def create_opt(self): self.opt = DetOpt(param_groups(get_model(self.model), self.recipe.mults, self.learns), self.opt_func, lr=self.lr)
+    def create_opt(self):
+        groups = param_groups(get_model(self.model), self.recipe.mults, self.learns)
+        self.opt = DetOpt(groups, self.opt_func, lr=self.lr)
 
     def freeze(self):
         "Stop the body"
@@ -164,7 +168,8 @@ class DetLearner(Learner):
         for i,b in enumerate(self.dl, first): self.one_batch(i, b)
 
     def _do_fit(self):
-        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        for self.epoch in range(self.first_epoch, self.n_epoch):
+            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
     @contextmanager
     def quiet(self):
@@ -207,7 +212,7 @@ class TermRecorder(Callback):
         ax.set(xlabel='iteration', ylabel='term of the loss', yscale='log'); ax.legend(fontsize=8)
         return ax
 
-# %% ../nbs/10_learner.ipynb #4b46dd29
+# %% ../nbs/10_learner.ipynb #9a528541
 def det_learner(
     dls,              # loaders, from `det_dls`
     model,            # a `Detector`
@@ -237,10 +242,11 @@ def det_learner(
 def _check_classes(model, dls):
     "As many classes in the model as in the data; a model without names takes those of the data"
     n = getattr(getattr(model, 'hyper', None), 'n_classes', None)
-    if n not in (None, len(dls.vocab)): raise ValueError(f'the model tells {n} classes apart, the data has {len(dls.vocab)}: {list(dls.vocab)[:5]}')
+    if n not in (None, len(dls.vocab)): raise ValueError(
+        f'the model tells {n} classes apart, the data has {len(dls.vocab)}: {list(dls.vocab)[:5]}')
     if getattr(model, 'vocab', None) is None: model.vocab = list(dls.vocab)
 
-# %% ../nbs/10_learner.ipynb #bd4d516a
+# %% ../nbs/10_learner.ipynb #d4df8aad
 def _peak(scheduler, n):
     "The largest rate of each group that a scheduler of fastai's will set"
     return np.max([np.broadcast_to(scheduler.scheds['lr'](p), n) for p in np.linspace(0, 1, 101)], 0)
@@ -261,13 +267,15 @@ def peak_rates(self:DetLearner,
 def plan(self:DetLearner, lr=None, cbs=None) -> str:
     "What an update will be made of"
     lrs,bs,world = self.peak_rates(lr, cbs),self.dls.train.bs,max(num_distrib(), 1)
-    n,said = bs*world*self.accumulate,[]
-    said.append(f'{n} pictures per update: {bs} in a batch x {world} processes x {self.accumulate} batches; gradient norm at most {self.recipe.clip:g}')
+    n = bs*world*self.accumulate
+    said = [f'{n} pictures per update: {bs} in a batch x {world} processes x {self.accumulate} batches; '
+            f'gradient norm at most {self.recipe.clip:g}']
     for part,lr,wd,ps in zip(self.opt.parts, lrs, self.opt.mults['wd'], self.opt.param_lists):
         said.append(f'{part:8}{sum(p.numel() for p in ps):>10,} parameters, lr {lr:g}, decay {self.wd*wd:g}')
     published = 'lr' not in self.given and np.allclose(lrs, [self.recipe.lr*m for m in self.opt.mults['lr']])
     if n != self.recipe.batch and published: said.append(
-        f'lr {self.recipe.lr:g} was chosen for {self.recipe.batch} pictures per update, not for {n}; nothing is rescaled: pass lr=…')
+        f'lr {self.recipe.lr:g} was chosen for {self.recipe.batch} pictures per update, not for {n}; '
+        'nothing is rescaled: pass lr=…')
     return '\n'.join(said)
 
 @patch
@@ -361,7 +369,7 @@ def predict(self:DetLearner,
     res = [{k: v.cpu() for k,v in d.items()} | dict(names=[self.dls.vocab[i] for i in d['labels'].tolist()]) for d in res]
     return res if many else res[0]
 
-# %% ../nbs/10_learner.ipynb #b0edccb5
+# %% ../nbs/10_learner.ipynb #91862255
 def draw_results(
     samples, # list of (image, `Target`), as `uncollate` gives
     found,   # their `Detections`
@@ -378,7 +386,8 @@ def draw_results(
     for ax,(img,t),title,scores,labels,boxes in zip(axs.flat, samples, titles or ['']*len(samples), *found):
         k = scores >= min_score
         show_sample(img, t._replace(boxes=boxes[k], labels=labels[k]), vocab, ax)
-        for x1,y1,x2,y2 in t.boxes.tolist(): ax.add_patch(Rectangle((x1-.5,y1-.5), x2-x1, y2-y1, fill=False, ls='--', color='w'))
+        for x1,y1,x2,y2 in t.boxes.tolist():
+            ax.add_patch(Rectangle((x1-.5, y1-.5), x2-x1, y2-y1, fill=False, ls='--', color='w'))
         ax.set_title(title, fontsize=8)
     plt.tight_layout(pad=.3)
     return axs
@@ -393,7 +402,7 @@ def show_results(self:DetDL,
     "Draw a batch with its detections"
     draw_results(self.decode_batch(b, max_n), out, self.dataset.vocab, **kwargs)
 
-# %% ../nbs/10_learner.ipynb #7983d73e
+# %% ../nbs/10_learner.ipynb #626d7127
 class Interpretation(interpret.Interpretation):
     "fastai's, for detectors: pictures sorted by loss"
     @classmethod
@@ -404,7 +413,8 @@ class Interpretation(interpret.Interpretation):
         act=None  # activation instead of the loss's
     ):
         "The loss of every picture, each a batch of its own"
-        return super().from_learner(learn, ds_idx, (learn.dls[ds_idx] if dl is None else dl).new(bs=1, shuffle=False, drop_last=False), act)
+        dl = learn.dls[ds_idx] if dl is None else dl
+        return super().from_learner(learn, ds_idx, dl.new(bs=1, shuffle=False, drop_last=False), act)
 
     def __getitem__(self, idxs):
         idxs = idxs.tolist() if isinstance(idxs, torch.Tensor) else list(L(idxs))
@@ -419,8 +429,9 @@ class Interpretation(interpret.Interpretation):
         **kwargs      # for `draw_results`
     ):
         "Draw the pictures with the largest losses"
-        images,_,target,found,losses = self[self.top_losses(k, largest)[1]]
-        draw_results(self.dl.decode_batch((*images, target), k), found, self.dl.dataset.vocab, titles=[f'loss {o:.1f}' for o in losses], **kwargs)
+        inputs,_,target,found,losses = self[self.top_losses(k, largest)[1]]
+        titles = [f'loss {o:.1f}' for o in losses]
+        draw_results(self.dl.decode_batch((*inputs, target), k), found, self.dl.dataset.vocab, titles=titles, **kwargs)
 
 # %% ../nbs/10_learner.ipynb #41c83d5b
 class Amp(MixedPrecision):
@@ -443,10 +454,25 @@ class Amp(MixedPrecision):
         self.on = False
     def after_cancel_batch(self): self.after_loss()
 
-# %% ../nbs/10_learner.ipynb #6de7fcec
+# %% ../nbs/10_learner.ipynb #88320047
+def write_atomic(
+    write, # function of an open binary file
+    file   # path to write to
+):         # the path
+    "Write a file so that its name never leads to half of it"
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_name(f'.{file.name}.tmp')
+    with tmp.open('wb') as f:
+        write(f)
+        f.flush(); os.fsync(f.fileno())
+    os.replace(tmp, file)
+    return file
+
+# %% ../nbs/10_learner.ipynb #00bc71b0
 class EMA(Callback):
     "A moving average of weights: it is what is validated, and what remains after fitting"
-    order = MixedPrecision.order+5
+    order = ParamScheduler.order+5
     def __init__(self,
         decay=.9998 # part of the average that stays at an update; less during the first ones
     ): self.decay = decay
@@ -470,6 +496,27 @@ class EMA(Callback):
     def state_dict(self): return dict(n=self.n, avg=self.avg)
     def load_state_dict(self, s): self.n,self.avg = s['n'],[a.copy_(b) for a,b in zip(self.avg, s['avg'])]
 
+# %% ../nbs/10_learner.ipynb #6a09dc6a
+class SaveBest(Callback):
+    "Keep the weights that were validated, whenever a column of the log is better than before"
+    order = EMA.order-1
+    def __init__(self,
+        file='best.pt', # relative to the learner's `path`
+        monitor='AP'    # column of the log; smaller is better if it is a loss
+    ): self.fname,self.monitor = file,monitor
+    def before_fit(self):
+        self.run,self.best,self.best_epoch = self.learn.fitting,math.nan,None
+        names = list(self.recorder.metric_names)
+        if self.monitor not in names: raise ValueError(f'no column {self.monitor!r} in {names}')
+    def after_validate(self):
+        v = self.recorder.log[self.recorder.metric_names.index(self.monitor)]
+        if not (math.isnan(self.best) or (v < self.best if 'loss' in self.monitor else v > self.best)): return
+        self.best,self.best_epoch = float(v),self.epoch
+        s = dict(model=get_model(self.model).state_dict(), epoch=self.epoch, monitor=self.monitor, value=self.best)
+        if not rank_distrib(): write_atomic(lambda f: torch.save(s, f), self.path/self.fname)
+    def state_dict(self): return dict(best=self.best, best_epoch=self.best_epoch)
+    def load_state_dict(self, s): self.best,self.best_epoch = s['best'],s['best_epoch']
+
 # %% ../nbs/10_learner.ipynb #dbfd929b
 def average_checkpoints(
     files # paths of what `save`, `Resume` or `save_pretrained` wrote
@@ -481,11 +528,11 @@ def average_checkpoints(
             mean[k] = mean.get(k, 0) + v.double()/len(files) if v.is_floating_point() else v
     return {k: mean[k].to(v.dtype) for k,v in sd.items()}
 
-# %% ../nbs/10_learner.ipynb #c275a682
+# %% ../nbs/10_learner.ipynb #7cfac9a8
 def _anyone(flag, device):
     "Is it so in any process?"
     if num_distrib() < 2: return bool(flag)
-    flags = torch.tensor(float(flag), device=device)
+    flags = torch.tensor(float(bool(flag)), device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
 
@@ -516,21 +563,6 @@ class NonFinite(Callback):
         warnings.warn(said + '; left out')
         raise CancelBatchException
 
-# %% ../nbs/10_learner.ipynb #88320047
-def write_atomic(
-    write, # function of an open binary file
-    file   # path to write to
-):         # the path
-    "Write a file so that its name never leads to half of it"
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f'.{file.name}.tmp')
-    with tmp.open('wb') as f:
-        write(f)
-        f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, file)
-    return file
-
 # %% ../nbs/10_learner.ipynb #2c491ec6
 class CSVLog(Callback):
     "The log as a CSV file, whole after every epoch"
@@ -544,17 +576,20 @@ class CSVLog(Callback):
         text = self.learn.history.to_csv(index_label='epoch')
         write_atomic(lambda f: f.write(text.encode()), self.path/self.fname)
 
-# %% ../nbs/10_learner.ipynb #f2540c18
+# %% ../nbs/10_learner.ipynb #7086c44c
 def _rng():
     "States of all random generators, as what `torch.load` reads without unpickling"
     kind,keys,*rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), python=random.getstate(), numpy=[kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+    return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(), numpy=numpy)
 
 def _set_rng(s):
     "Put all random generators into a state"
     kind,keys,*rest = s['numpy']
-    torch.set_rng_state(s['torch']); random.setstate(s['python']); np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(s['torch'])
+    random.setstate(s['python'])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(s['cuda'])
 
 def _everyones(x):
@@ -563,7 +598,7 @@ def _everyones(x):
     if num_distrib() > 1: dist.all_gather_object(res, x)
     return res
 
-# %% ../nbs/10_learner.ipynb #bdd9ea84
+# %% ../nbs/10_learner.ipynb #da34ca2c
 _MEMORY = ((GradientAccumulation, 'count'), (TrackerCallback, 'best'), (TermRecorder, 'values'))
 
 def _cb_state(cb):
@@ -579,8 +614,9 @@ def _set_cb_state(cb, s):
 
 def _log_state(rec):
     "What the recorder has seen, as plain numbers"
-    return dict(values=[[None if o is None else float(o) for o in v] for v in rec.values], lrs=[float(o) for o in rec.lrs], iters=list(rec.iters),
-                losses=[float(o) for o in rec.losses], smooth=[rec.smooth_loss.count, rec.smooth_loss.val])
+    values = [[None if o is None else float(o) for o in v] for v in rec.values]
+    return dict(values=values, lrs=[float(o) for o in rec.lrs], losses=[float(o) for o in rec.losses],
+                iters=list(rec.iters), smooth=[rec.smooth_loss.count, rec.smooth_loss.val])
 
 def _set_log_state(rec, s):
     "Give a recorder its memory back, and print its rows again"
@@ -588,10 +624,10 @@ def _set_log_state(rec, s):
     rec.smooth_loss.count,rec.smooth_loss.val = s['smooth']
     for e,v in enumerate(rec.values): rec.learn.logger([e, *v] + ['']*rec.add_time)
 
-# %% ../nbs/10_learner.ipynb #57fa7f34
+# %% ../nbs/10_learner.ipynb #2588642f
 class Resume(Callback):
     "Save all that training needs to go on, and go on from it"
-    order = ParamScheduler.order+5
+    order = EMA.order+5
     def __init__(self,
         file,        # where to save; relative to the learner's `path`
         every=500,   # iterations between saves; the end of an epoch saves too
@@ -608,8 +644,9 @@ class Resume(Callback):
         if s is None: return
         self.dl.set_epoch(s['order'], s['iter']*self.dl.bs)
         self.learn.train_iter,self.rng = s['train_iter'],s['rng'][rank_distrib()]
-        if s['iter']: self.learn.pct_train = s['pct_train']*s['n_epoch']/self.n_epoch if s['n_epoch']!=self.n_epoch else s['pct_train']
-        else: self._put_rng()
+        if s['n_epoch']==self.n_epoch: self.learn.pct_train = s['pct_train']
+        else: self.learn.pct_train = (s['epoch'] + s['iter']/s['n_iter'])/self.n_epoch
+        if s['iter']==0: self._put_rng()
 
     def before_batch(self):
         if not self.training: return
@@ -626,7 +663,7 @@ class Resume(Callback):
     def after_cancel_fit(self):
         if self.clean and self.training: self.save()
 
-# %% ../nbs/10_learner.ipynb #a68f2d39
+# %% ../nbs/10_learner.ipynb #e9e077ef
 @patch
 def _mark(self:Resume, epoch, i): self.place = dict(epoch=epoch, iter=i, order=self.dls.train.epoch, rng=_rng())
 
@@ -639,10 +676,11 @@ def _put_rng(self:Resume):
 def save(self:Resume):
     "Write the file"
     model = get_model(self.model)
-    s = dict(self.place, rng=_everyones(self.place['rng']), n_iter=len(self.dls.train), n_epoch=self.n_epoch, train_iter=self.train_iter,
-             pct_train=self.pct_train, model=model.state_dict(), opt=self.opt.state_dict(), log=_log_state(self.recorder),
+    s = dict(self.place, rng=_everyones(self.place['rng']), n_iter=len(self.dls.train), n_epoch=self.n_epoch,
+             train_iter=self.train_iter, pct_train=self.pct_train, log=_log_state(self.recorder),
+             model=model.state_dict(), opt=self.opt.state_dict(),
              grads={n: p.grad for n,p in model.named_parameters() if p.grad is not None},
-             scaler=self.learn.scaler.state_dict() if hasattr(self.learn, 'mixed_precision') else {},
+             scaler=self.learn.scaler.state_dict() if 'mixed_precision' in vars(self.learn) else {},
              cbs={cb.name: v for cb in self.learn.cbs if (v := _cb_state(cb))})
     if not rank_distrib(): write_atomic(lambda f: torch.save(s, f), self.file)
 
@@ -652,14 +690,15 @@ def _load(self:Resume):
     s,model = _read(self.file),get_model(self.model)
     now = dict(n_iter=len(self.dls.train), processes=max(num_distrib(), 1))
     if (then := dict(n_iter=s['n_iter'], processes=len(s['rng']))) != now:
-        raise ValueError(f'{self.file}: iterations in an epoch and processes were {then}, and are {now}; to go on they must be the same')
+        raise ValueError(f'{self.file}: iterations in an epoch and processes must be the same: {then}, now {now}')
     try: model.load_state_dict(s['model'])
-    except RuntimeError as e: raise ValueError(f'{self.file}: weights of another model: {str(e).splitlines()[1].strip()}') from None
+    except RuntimeError as e:
+        raise ValueError(f'{self.file}: weights of another model: {str(e).splitlines()[1].strip()}') from None
     self.opt.load_state_dict(s['opt'])
-    for n,p in model.named_parameters(): p.grad = s['grads'].get(n, torch.zeros(0)).to(p.device) if n in s['grads'] else None
+    for n,p in model.named_parameters(): p.grad = s['grads'][n].to(p.device) if n in s['grads'] else None
     if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
     for k,v in s['cbs'].items():
-        if hasattr(self.learn, k): _set_cb_state(getattr(self.learn, k), v)
+        if k in vars(self.learn): _set_cb_state(getattr(self.learn, k), v)
     _set_log_state(self.recorder, s['log'])
     self.learn.first_epoch,self.at = s['epoch'],s
 
@@ -667,10 +706,10 @@ def _read(file):
     "What `Resume` wrote; never runs code from the file"
     try: s = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{file}: damaged, or no checkpoint ({str(e).splitlines()[0]})') from None
-    if 'place' not in s and 'order' not in s: raise ValueError(f"{file}: weights alone are not enough to go on; expected what `Resume` writes")
+    if 'train_iter' not in s: raise ValueError(f'{file}: weights alone do not say where to go on; expected what `Resume` writes')
     return s
 
-# %% ../nbs/10_learner.ipynb #56162365
+# %% ../nbs/10_learner.ipynb #82a227fe
 class Stop(Callback):
     "End training between two iterations when a signal comes"
     order = Resume.order-1
@@ -678,8 +717,8 @@ class Stop(Callback):
         signals=(signal.SIGINT, signal.SIGTERM) # to heed
     ): self.signals,self.asked,self.old = signals,None,{}
     def before_fit(self):
-        self.asked = None
-        if threading.current_thread() is threading.main_thread(): self.old = {s: signal.signal(s, self._ask) for s in self.signals}
+        self.asked,main = None,threading.current_thread() is threading.main_thread()
+        if main and self.learn.fitting: self.old = {s: signal.signal(s, self._ask) for s in self.signals}
     def _ask(self, number, frame):
         if self.asked: raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
@@ -687,8 +726,9 @@ class Stop(Callback):
         if _anyone(self.asked, self.xb[0].device): raise CancelFitException
     def after_fit(self):
         for s,f in self.old.items(): signal.signal(s, f)
+        self.old = {}
 
-# %% ../nbs/10_learner.ipynb #34782a5e
+# %% ../nbs/10_learner.ipynb #2d4ebcb5
 class Residuals(Callback):
     "By how much a refinement step moves the state, on a fixed batch, epoch by epoch"
     order = EMA.order+1
@@ -699,11 +739,13 @@ class Residuals(Callback):
     def before_validate(self):
         model = get_model(self.model)
         batch = [x.to(next(model.parameters()).device) for x in self.batch]
-        with evaluating(model): self.traces.append(model.decoder.solve(*model.start(*batch), steps=self.steps, record=True).trace.rel.mean(1).cpu())
+        with evaluating(model): found = model.decoder.solve(*model.start(*batch), steps=self.steps, record=True)
+        self.traces.append(found.trace.rel.mean(1).cpu())
     def plot(self, part=0, ax=None):
         "Residuals of one part of the state, 0 being the contents, a line for each epoch"
         ax = ax or plt.subplots(figsize=(5,2.6))[1]
-        for e,t in enumerate(self.traces): ax.semilogy(range(1, len(t)+1), t[:, part], color=plt.cm.viridis(e/max(len(self.traces)-1, 1)), label=f'epoch {e}')
+        for e,t in enumerate(self.traces):
+            ax.semilogy(range(1, len(t)+1), t[:, part], color=plt.cm.viridis(e/len(self.traces)), label=f'epoch {e}')
         ax.set(xlabel='application of the step', ylabel='relative residual'); ax.legend(fontsize=7)
         return ax
 

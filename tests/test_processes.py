@@ -1,0 +1,139 @@
+"Two processes on a CPU: the same gradients, weights and AP as one, and nobody waits forever"
+import os, signal, subprocess, sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+import pytest, torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.torch_core import rank_distrib
+from deqdet.data import det_dls, synth_coco
+from deqdet.decoder import Stacked
+from deqdet.evaluate import evaluate
+from deqdet.learner import EMA, CSVLog, NonFinite, Recipe, Resume, Stop, det_learner
+from deqdet.model import AdaMixer
+
+HYPER = AdaMixer(n_classes=4, body='resnet10t', frozen_stages=0, feat_width=32, norm_groups=8, n_queries=49, grid=(7,7,.3), width=32, heads=4,
+                 groups=2, points=(4,), out_points=8, hidden=64)
+STACK,EQUILIBRIUM = replace(HYPER, strategy=Stacked(2)),replace(HYPER, strategy=replace(HYPER.strategy, steps=2, supervise=(2,)))
+
+def make(path, hyper, cbs=(), bs=2, **kwargs):
+    torch.manual_seed(0)
+    learn = det_learner(det_dls(path, bs=bs, num_workers=0, device='cpu'), hyper.build(), lr=1e-3, path=path, cbs=list(cbs), **kwargs)
+    learn.recorder.add_time = False
+    return learn
+
+class Gradients(Callback):
+    "Of every update, before clipping"
+    order = 9
+    def before_fit(self): self.seen = []
+    def before_step(self): self.seen.append(torch.cat([p.grad.flatten().clone() for p in self.parameters() if p.grad is not None]))
+
+class CutOff(Callback):
+    def __init__(self, n): self.n = n
+    def after_batch(self):
+        if self.training and self.train_iter==self.n: raise CancelFitException
+
+class SpoilOne(Callback):
+    "NaN for one picture of the second batch of the last process"
+    run_valid = False
+    def after_pred(self):
+        if self.train_iter==1 and rank_distrib()==1: self.learn.pred[-1].boxes[0,0] = torch.nan
+
+class KnockOne(Callback):
+    "A signal to the last process alone, in the second iteration"
+    def before_backward(self):
+        if self.train_iter==1 and rank_distrib()==1: os.kill(os.getpid(), signal.SIGTERM)
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+def fit(learn, epochs=1, many=True):
+    recipe = Recipe(epochs, drops=(1,), warmup=3)
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx() if many else nullcontext(): learn.fit_published(recipe)
+    return learn
+
+def train_and_validate(path, many, **kwargs):
+    "Gradients and weights of one epoch; AP before it. (Adam's first updates are signs of gradients, so rounding would show: SGD)"
+    learn = make(path, STACK, [Gradients()], opt_func=torch.optim.SGD, **kwargs)
+    with learn.no_bar(), learn.distrib_ctx() if many else nullcontext(): learn.validate()
+    before = dict(learn.ap.result)
+    fit(learn, 1, many)
+    return dict(grads=torch.stack(learn.gradients.seen), weights=weights(learn), before=before, after=dict(learn.ap.result),
+                evaluated=dict(evaluate(learn.model, learn.dls.valid)), train_loss=learn.history.train_loss.tolist())
+
+def resumed(path):
+    "Weights of a run, and of the same run cut off and gone on with; noise is on"
+    whole = fit(make(path, EQUILIBRIUM, [EMA(.5)]), 2)
+    file = path/'two.pt'
+    fit(make(path, EQUILIBRIUM, [EMA(.5), Resume(file, every=1), CutOff(3)]), 2)
+    again = fit(make(path, EQUILIBRIUM, [EMA(.5), Resume(file, resume=True), CSVLog()]), 2)
+    return dict(whole=weights(whole), again=weights(again), rows=len(again.history))
+
+def left_out(path):
+    "A batch that is bad in one process is left out in both"
+    learn = fit(make(path, STACK, [SpoilOne(), NonFinite(skip=1)]))
+    return dict(names=learn.non_finite.skipped, weights=weights(learn))
+
+def stopped(path):
+    "A signal to one process ends both between the same iterations"
+    learn = fit(make(path, STACK, [Stop(), KnockOne()]))
+    return dict(asked=learn.stop.asked, iterations=learn.train_iter)
+
+def worker(path):
+    out = dict(same=train_and_validate(path, True), resumed=resumed(path), left_out=left_out(path), stopped=stopped(path))
+    torch.save(out, path/f'out{rank_distrib()}.pt')
+
+def launch(*args, n=2):
+    "Run a script in several processes"
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), *map(str, args)]
+    env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', CUDA_VISIBLE_DEVICES='')
+    res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=600)
+    assert res.returncode==0, res.stdout[-2000:] + res.stderr[-4000:]
+    return res.stdout
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+    return synth_coco(tmp_path_factory.mktemp('processes')/'shapes', n_train=8, n_valid=5, size=64, seed=3)
+
+@pytest.fixture(scope='module')
+def both(path):
+    launch(__file__, path)
+    return [torch.load(path/f'out{r}.pt', weights_only=False) for r in range(2)]
+
+def test_gradients_and_weights(both, path):
+    "Two processes of two pictures are one process that accumulates two batches of two"
+    one = train_and_validate(path, False, accumulate=2)
+    for two in (b['same'] for b in both):
+        scale = one['grads'].abs().max()
+        assert len(two['grads'])==len(one['grads'])==2
+        torch.testing.assert_close(two['grads'], one['grads'], atol=1e-4*scale, rtol=0)
+        torch.testing.assert_close(two['weights'], one['weights'], atol=1e-5, rtol=0)
+    assert torch.equal(both[0]['same']['weights'], both[1]['same']['weights'])
+
+def test_ap(both, path):
+    "Five pictures, dealt in three batches to two processes, give the same numbers as in one; a repeat counts once"
+    one = train_and_validate(path, False, accumulate=2)
+    for two in (b['same'] for b in both):
+        assert two['before']==pytest.approx(one['before'], nan_ok=True, abs=1e-9)
+        assert two['before']['AR100'] > 0
+        assert two['after']==pytest.approx(two['evaluated'], nan_ok=True, abs=1e-9)
+
+def test_resume(both):
+    for b in (o['resumed'] for o in both):
+        assert torch.equal(b['whole'], b['again']) and b['rows']==2
+    assert torch.equal(both[0]['resumed']['whole'], both[1]['resumed']['whole'])
+
+def test_bad_batch_is_left_out_in_both(both):
+    a,b = (o['left_out'] for o in both)
+    assert torch.equal(a['weights'], b['weights']) and a['weights'].isfinite().all()
+    assert a['names']==[] and len(b['names'])==1
+
+def test_signal_to_one_stops_both(both):
+    assert [o['stopped']['iterations'] for o in both]==[2, 2]
+    assert [o['stopped']['asked'] for o in both]==[None, 'SIGTERM']
+
+def test_script(path):
+    "The ten lines of examples/train.py, in two processes"
+    out = launch(Path(__file__).parents[1]/'examples'/'train.py', path, 1)
+    assert out.count('pictures per update')==1 and '8 pictures per update: 4 in a batch x 2 processes' in out
+
+if __name__=='__main__': worker(Path(sys.argv[1]))

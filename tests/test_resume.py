@@ -1,0 +1,171 @@
+"Training that is cut off, anywhere and in any way, goes on as if nothing had happened"
+import os, signal, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+import pytest, torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.tracker import SaveModelCallback
+from deqdet.data import det_dls, synth_coco
+from deqdet.equilibrium import Perturb, Settled
+from deqdet.learner import EMA, CSVLog, Resume, Stop, det_learner
+from deqdet.model import AdaMixer
+
+SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32, heads=4,
+                 groups=2, points=(4,), out_points=8, hidden=32, strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))
+
+def make(path, cbs=(), num_workers=0, **kwargs):
+    torch.manual_seed(0)
+    dls = det_dls(path, bs=2, num_workers=num_workers, device='cpu')
+    learn = det_learner(dls, SMALL.build(), lr=1e-3, path=path, cbs=[EMA(.8), *cbs], **dict(accumulate=2) | kwargs)
+    learn.recorder.add_time = False
+    return learn
+
+def run(learn, epochs=2):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-3)
+    return learn
+
+class CutOff(Callback):
+    "An error after `n` iterations, or in a validation"
+    def __init__(self, n=None, validation=None): self.n,self.validation = n,validation
+    def after_batch(self):
+        if self.training and self.train_iter==self.n: raise RuntimeError('cut off')
+    def before_validate(self):
+        if self.epoch==self.validation: raise RuntimeError('cut off')
+
+def same(a, b):
+    "Same weights, averages, optimiser and log, bit for bit"
+    for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True): assert torch.equal(x, y)
+    for x,y in zip(a.ema.avg, b.ema.avg, strict=True): assert torch.equal(x, y)
+    for x,y in zip(a.opt.state_dict()['state'].values(), b.opt.state_dict()['state'].values(), strict=True):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    assert a.history.equals(b.history)
+    assert [float(o) for o in a.recorder.losses]==[float(o) for o in b.recorder.losses]
+    assert a.term_recorder.values==b.term_recorder.values
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory): return synth_coco(tmp_path_factory.mktemp('resume')/'shapes', n_train=7, n_valid=2, size=64, seed=2)
+
+@pytest.fixture(scope='module')
+def whole(path): return run(make(path))
+
+@pytest.mark.parametrize('cut', [dict(n=n) for n in range(1, 7)] + [dict(validation=v) for v in (0,1)], ids=str)
+def test_cut_anywhere(path, whole, cut, tmp_path):
+    "After each of six iterations, with accumulated gradients pending or not, and in each validation"
+    file = tmp_path/'last.pt'
+    with pytest.raises(RuntimeError, match='cut off'): run(make(path, [Resume(file, every=1), CutOff(**cut)]))
+    same(whole, run(make(path, [Resume(file, resume=True)])))
+
+def test_cut_twice_with_workers(path, whole, tmp_path):
+    "Saves are three iterations apart: what was done after the last one is done again"
+    file = tmp_path/'last.pt'
+    for n in (2, 5):
+        with pytest.raises(RuntimeError): run(make(path, [Resume(file, every=2, resume=True), CutOff(n)], num_workers=2))
+    same(whole, run(make(path, [Resume(file, resume=True)])))
+
+def test_finished_run_has_nothing_to_do(path, whole, tmp_path):
+    file = tmp_path/'last.pt'
+    run(make(path, [Resume(file)]))
+    again = run(make(path, [Resume(file, resume=True)]))
+    same(whole, again)
+    assert again.train_iter==0
+
+def test_more_epochs(path, tmp_path):
+    "A finished run may be made longer"
+    file = tmp_path/'last.pt'
+    run(make(path, [Resume(file)]))
+    longer = run(make(path, [Resume(file, resume=True)]), epochs=3)
+    assert len(longer.history)==3 and longer.train_iter==9
+
+def test_without_a_file_it_starts(path, whole, tmp_path): same(whole, run(make(path, [Resume(tmp_path/'none.pt', resume=True)])))
+
+def test_fresh_start_ignores_the_file(path, whole, tmp_path):
+    file = tmp_path/'last.pt'
+    file.write_text('an old thing')
+    same(whole, run(make(path, [Resume(file)])))
+    assert file.stat().st_size > 10**6
+
+def test_next_fit_is_whole(path, tmp_path):
+    "A resumed fit that fails does not shorten the one after it"
+    file = tmp_path/'last.pt'
+    run(make(path, [Resume(file)]))
+    learn = make(path)
+    with pytest.raises(RuntimeError), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-3, cbs=[Resume(file, resume=True), CutOff(7)])
+    run(learn, 1)
+    assert len(learn.history)==1 and learn.train_iter==3
+
+def test_validate_and_lr_find_leave_it_alone(path, tmp_path):
+    "Only `fit` loads and saves"
+    file = tmp_path/'last.pt'
+    run(make(path, [Resume(file)]))
+    stamp = file.stat().st_mtime_ns
+    learn = make(path, [Resume(file, resume=True)], accumulate=1)
+    before = [p.clone() for p in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.validate(); learn.get_preds(); learn.lr_find(num_it=8, show_plot=False)
+    assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
+    assert file.stat().st_mtime_ns==stamp
+
+def test_best_is_remembered(path, tmp_path):
+    "The best value so far survives, or the first epoch after a stop would count as better"
+    file = tmp_path/'last.pt'
+    def track(): return SaveModelCallback('valid_loss', fname='best')
+    first = run(make(path, [Resume(file, every=1), track()]), 1)
+    again = make(path, [Resume(file, resume=True), track()])
+    best = []
+    class Look(Callback):
+        order = Resume.order+1
+        def before_fit(self): best.append(self.learn.save_model.best)
+    again.add_cb(Look())
+    run(again, 1)
+    assert best==[float(first.save_model.best)]
+
+# The rest needs processes that can be killed. This file is also their program.
+PROGRAM = '''
+import os, sys, time, torch
+sys.path.insert(0, {tests!r})
+from test_resume import *
+how,n,saves = {how!r}, {n}, [0]
+def hang(): print('NOW', flush=True); time.sleep(600)
+save,fsync,move = torch.save, os.fsync, os.replace
+def torch_save(s, f):
+    saves[0] += 1
+    if saves[0] != n or how != 'write': return save(s, f)
+    import io; b = io.BytesIO(); save(s, b); f.write(b.getvalue()[:len(b.getvalue())//2]); f.flush(); hang()
+def replace_(a, b):
+    if str(b).endswith('last.pt') and saves[0]==n and how=='before move': hang()
+    move(a, b)
+    if str(b).endswith('last.pt') and saves[0]==n and how=='after move': hang()
+torch.save,os.replace = torch_save,replace_
+class Slow(Callback):
+    def before_backward(self):
+        if how=='term' and self.train_iter==n: print('NOW', flush=True); time.sleep(3)
+learn = make(Path({path!r}), [Resume({file!r}, every=1), Stop(), Slow()])
+run(learn)
+print('stopped by', learn.stop.asked, 'after', learn.train_iter)
+'''
+
+def strike(path, file, how, n, sig):
+    "Start a run, wait until it says so, send a signal; what it printed, and its exit status"
+    code = PROGRAM.format(tests=str(Path(__file__).parent), path=str(path), file=str(file), how=how, n=n)
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env=os.environ | dict(OMP_NUM_THREADS='1'))
+    for line in p.stdout:
+        if line.strip()=='NOW': p.send_signal(sig); break
+    out,err = p.communicate(timeout=120)
+    assert 'Traceback' not in err, err[-2000:]
+    return out, p.returncode
+
+@pytest.mark.parametrize('how, n, done', [('write', 3, 2), ('before move', 4, 3), ('after move', 2, 2)])
+def test_sigkill_while_saving(path, whole, tmp_path, how, n, done):
+    "The file is the last whole one, and the run goes on from it to the same end"
+    file = tmp_path/'last.pt'
+    assert strike(path, file, how, n, signal.SIGKILL)[1] == -signal.SIGKILL
+    assert torch.load(file, weights_only=True)['train_iter'] == done
+    same(whole, run(make(path, [Resume(file, resume=True)])))
+    assert [f.name for f in tmp_path.iterdir()]==['last.pt'] # what was half written is gone
+
+def test_sigterm(path, whole, tmp_path):
+    "The iteration ends, all is saved, the program ends well"
+    file = tmp_path/'last.pt'
+    out,code = strike(path, file, 'term', 3, signal.SIGTERM)
+    assert code==0 and 'stopped by SIGTERM after 4' in out
+    same(whole, run(make(path, [Resume(file, resume=True)])))
