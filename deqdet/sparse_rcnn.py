@@ -112,15 +112,14 @@ def move_corners(
     xy,wh = xy + d[..., :2]*wh, wh*d[..., 2:].clamp(-most, most).exp()
     return torch.cat([xy - wh/2, xy + wh/2], -1)
 
-# %% ../nbs/13_sparse_rcnn.ipynb #a9c2373e
+# %% ../nbs/13_sparse_rcnn.ipynb #05687a14
 class SparseStep(nn.Module):
     "Sparse R-CNN's head"
-    shares_features = True # rB rows of queries may look at B pictures, r rows at each
     def __init__(self,
         n_classes: int,      # K: classes
+        strides=(4,8,16,32), # strides of the pyramid's levels, in pixels
         width: int=256,      # D: numbers in a content vector
         feat_width: int=256, # C: channels of the pyramid
-        strides=(4,8,16,32), # strides of the pyramid's levels, in pixels
         dynamic: int=64,     # width between the generated layers
         heads: int=8,        # H: attention heads
         hidden: int=2048,    # width of the feed-forward layer
@@ -152,7 +151,9 @@ class SparseStep(nn.Module):
 
     def read(self, state): return Pred(self.cls(state.content), state.boxes)
 
-# %% ../nbs/13_sparse_rcnn.ipynb #a09d3bb1
+    shares_features = True # rB rows of queries may look at B pictures, r rows at each
+
+# %% ../nbs/13_sparse_rcnn.ipynb #1c5b0e2e
 @dataclass(frozen=True)
 class SparseRCNN(Family):
     "Hyper-parameters of a detector whose step is Sparse R-CNN's head"
@@ -175,7 +176,7 @@ class SparseRCNN(Family):
     def step(self, i):
         "The step of stage `i`; gradients reach the boxes that the first one gets"
         layers = self.cls_layers,self.reg_layers
-        return SparseStep(self.n_classes, self.width, self.feat_width, self.strides, self.dynamic, self.heads,
+        return SparseStep(self.n_classes, self.strides, self.width, self.feat_width, self.dynamic, self.heads,
                           self.hidden, i==0, layers, self.roi, self.ratio, self.finest, self.stds, self.limit)
 
 # %% ../nbs/13_sparse_rcnn.ipynb #e1142fca
