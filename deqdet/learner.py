@@ -38,7 +38,7 @@ from .data import DetDL, show_sample
 from .evaluate import APCallback, evaluating
 from .loss import SetLoss
 
-# %% ../nbs/10_learner.ipynb #e229178b
+# %% ../nbs/10_learner.ipynb #2c592a81
 @dataclass(frozen=True)
 class Recipe:
     "A training run: every number of it, once"
@@ -49,7 +49,7 @@ class Recipe:
     lr: float=2.5e-5         # learning rate of parameters that no pattern names
     wd: float=.01            # weight decay, likewise
     mults: tuple=(('^decoder', 4., 10.),) # (pattern, times lr, times wd); the first that a name contains counts
-    warmup: int=500          # updates until the full rate
+    warmup: int=500          # updates until the full rate; 0: none
     warmup_from: float=.001  # part of the rate that the first update has
     clip: float=1.           # largest norm of all gradients together
     batch: int=16            # pictures per update that these rates were chosen for
@@ -60,7 +60,8 @@ class Recipe:
         total  # updates of the whole run
     ):         # 0..1
         "Part of the learning rate that one update gets"
-        up = min(1., self.warmup_from + (1 - self.warmup_from)*i/max(self.warmup - 1, 1))
+        last = self.warmup - 1
+        up = 1. if i >= last else self.warmup_from + (1 - self.warmup_from)*i/last
         if self.cosine: return up*(1 + math.cos(math.pi*i/total))/2
         return up*self.drop**sum(epoch >= d for d in self.drops)
 
@@ -128,7 +129,7 @@ class DetOpt(OptimWrapper):
     @property
     def hypers(self): return [{k: h[k] for k in ('lr','wd','mom','sqr_mom','eps') if k in h} for h in super().hypers]
 
-# %% ../nbs/10_learner.ipynb #0e28af39
+# %% ../nbs/10_learner.ipynb #6b31f0c3
 class DetLearner(Learner):
     "A fastai Learner for detectors; made by `det_learner`"
     def __init__(self,
@@ -141,7 +142,7 @@ class DetLearner(Learner):
         **kwargs      # for `Learner`
     ):
         self.given,self.accumulate,self.said,self.first_epoch = given or {},accumulate,None,0
-        self.fitting = False # in `fit`, but not in a search for rates or in `validate`
+        self.fitting,self.logged = False,pd.DataFrame() # in `fit`, but not in `lr_find` or `validate`
         self.learns = {n for n,p in model.named_parameters() if p.requires_grad}
         self.recipe = self.as_recipe(recipe)
         super().__init__(dls, model, opt_func=opt_func, lr=self.recipe.lr, wd=self.recipe.wd,
@@ -176,11 +177,16 @@ class DetLearner(Learner):
         "No bars, no lines; `history` has the numbers"
         with self.no_bar(), self.no_logging(): yield self
 
+    def rows(self):
+        "What the recorder has logged so far"
+        rec = vars(self.recorder)
+        names = [n for n in rec.get('metric_names', ())[1:] if n != 'time']
+        return pd.DataFrame([dict(zip(names, v)) for v in rec.get('values', ())], columns=names)
+
     @property
     def history(self):
-        "What the last fit logged, one row for each epoch"
-        names = list(self.recorder.metric_names)[1:]
-        return pd.DataFrame([list(v) for v in self.recorder.values], columns=[n for n in names if n != 'time'])
+        "What the last fit logged, one row for each epoch; validating does not change it"
+        return self.rows() if self.fitting else self.logged
 
 # %% ../nbs/10_learner.ipynb #af63dd07
 class Term(Metric):
@@ -246,7 +252,7 @@ def _check_classes(model, dls):
         f'the model tells {n} classes apart, the data has {len(dls.vocab)}: {list(dls.vocab)[:5]}')
     if getattr(model, 'vocab', None) is None: model.vocab = list(dls.vocab)
 
-# %% ../nbs/10_learner.ipynb #d4df8aad
+# %% ../nbs/10_learner.ipynb #2536e00a
 def _peak(scheduler, n):
     "The largest rate of each group that a scheduler of fastai's will set"
     return np.max([np.broadcast_to(scheduler.scheds['lr'](p), n) for p in np.linspace(0, 1, 101)], 0)
@@ -294,7 +300,8 @@ def fit(self:DetLearner,
         if 'pass lr' in plan: warnings.warn(plan.splitlines()[-1])
     self.first_epoch = 0
     try: Learner.fit(self, n_epoch, lr, wd, cbs, **kwargs)
-    finally: self.fitting = False
+    finally:
+        if self.fitting: self.logged,self.fitting = self.rows(),False
 
 # %% ../nbs/10_learner.ipynb #b11882fa
 class Schedule(Callback):

@@ -1,0 +1,254 @@
+"The learner where a notebook is the wrong place: every published model, odd pictures, callbacks together"
+import math, warnings
+from dataclasses import replace
+import numpy as np, pytest, torch
+from PIL import Image
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import load_learner
+from deqdet.backbone import read_weights
+from deqdet.data import det_dls, synth_coco
+from deqdet.decoder import Stacked
+from deqdet.equilibrium import Perturb, Settled
+from deqdet.evaluate import evaluate
+from deqdet.learner import (EMA, CSVLog, DetOpt, Interpretation, NonFinite, Recipe, Residuals, Resume, SaveBest, deal, det_learner,
+                            average_checkpoints, param_groups, part_of, recipes, shard)
+from deqdet.model import AdaMixer
+from deqdet.zoo import published, zoo
+
+SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32, heads=4,
+                 groups=2, points=(4,), out_points=8, hidden=32, strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory): return synth_coco(tmp_path_factory.mktemp('learner')/'shapes', n_train=6, n_valid=3, size=64, seed=5)
+
+def make(path, hyper=SMALL, bs=2, size=None, **kwargs):
+    torch.manual_seed(0)
+    learn = det_learner(det_dls(path, bs=bs, size=size, num_workers=0, device='cpu'), hyper.build(), **dict(lr=1e-3, path=path) | kwargs)
+    learn.remove_cb(ProgressCallback)
+    learn.recorder.add_time = False
+    return learn
+
+def fit(learn, n=1, **kwargs):
+    with learn.quiet(): learn.fit(n, **kwargs)
+    return learn
+
+# ---- groups
+
+@pytest.mark.parametrize('name', [k for k in zoo if isinstance(published(k).hyper, AdaMixer)])
+def test_groups_of_published_models(name):
+    "Every parameter that learns is in one group, and the decoder's rates are the recipe's"
+    with torch.device('meta'): model = published(name).hyper.build()
+    for r in recipes.values():
+        groups = param_groups(model, r.mults)
+        ids = [id(p) for g in groups for p in g.params]
+        assert len(ids)==len(set(ids)) and set(ids)=={id(p) for p in model.parameters() if p.requires_grad}
+        assert [g.part for g in groups]==sorted((g.part for g in groups), key=('body','rest','decoder').index)
+    decoder = {n for n,_ in model.named_parameters() if n.startswith('decoder.')}
+    rates = {(g.lr, g.wd) for g in param_groups(model, recipes['1x'].mults) if g.part=='decoder'}
+    assert decoder and rates=={(4., 10.)}
+
+@pytest.mark.parametrize('name', ['deqdet_swins_2x', 'deqdet_swinl_1x'])
+def test_swin_norms_and_tables(name):
+    "In a Swin body exactly the norms and the position tables learn slower, without decay"
+    with torch.device('meta'): model = published(name).hyper.build()
+    slow = {id(p) for g in param_groups(model, recipes['2x_swin'].mults) if (g.part, g.lr, g.wd)==('body', .1, 0.) for p in g.params}
+    norms = {id(p) for m in model.pyramid.body.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
+    tables = {id(p) for n,p in model.pyramid.body.named_parameters() if n.endswith('relative_position_bias_table')}
+    assert norms and tables and slow==norms|tables
+    still = [g for g in param_groups(model, recipes['2x_swin'].mults) if g.wd==0 and g.part=='rest']
+    assert [id(p) for g in still for p in g.params]==[id(p) for p in model.pyramid.neck.norm.parameters()]
+
+def test_schedule_is_the_published_one():
+    "mmengine's LinearLR over 500 iterations and MultiStepLR, written out"
+    r,per_epoch = recipes['2x'],7330
+    def theirs(i):
+        up = 1 if i >= 499 else .001 + .999*i/499
+        return up*.1**sum(i//per_epoch >= d for d in (16,22))
+    for i in [0, 1, 250, 498, 499, 500, 16*per_epoch-1, 16*per_epoch, 22*per_epoch-1, 22*per_epoch, 24*per_epoch-1]:
+        assert math.isclose(r.factor(i, i//per_epoch, 24*per_epoch), theirs(i))
+
+def test_update_is_adamw(path):
+    "One update is torch's AdamW with the multiples, after clipping"
+    learn = make(path, replace(SMALL, strategy=Stacked(2)), lr=1e-3, wd=.05)
+    class Keep(Callback):
+        order = 8
+        def before_step(self): self.g = {n: p.grad.clone() for n,p in self.model.named_parameters()}
+        def after_step(self): raise CancelFitException
+    before = {n: p.detach().clone() for n,p in learn.model.named_parameters()}
+    learn.add_cb(Keep())
+    fit(learn)
+    scale = 1/(torch.stack([g.norm() for g in learn.keep.g.values()]).norm() + 1e-6)
+    for n,p in learn.model.named_parameters():
+        m,d = (4,10) if part_of(n)=='decoder' else (1,1)
+        g = learn.keep.g[n]*min(scale, 1)
+        want = before[n]*(1 - 1e-3*m*.05*d) - 1e-3*m*g/(g.abs() + 1e-8)
+        torch.testing.assert_close(p, want, atol=2e-6, rtol=1e-4)
+
+# ---- odd data
+
+@pytest.mark.parametrize('hw', [(1,1), (8000,50), (50,8000), (33,47)])
+def test_predict_on_odd_sizes(path, hw):
+    learn = make(path, size=64)
+    d = learn.predict(np.full((*hw,3), 90, dtype=np.uint8), min_score=0.)
+    assert len(d['boxes'])==16 and d['boxes'].isfinite().all() and set(d)=={'boxes','scores','labels','names'}
+
+def test_predict_names_a_missing_picture(path):
+    with pytest.raises(ValueError, match='nowhere.jpg'): make(path).predict('nowhere.jpg')
+
+def test_no_object_at_all(tmp_path):
+    "A training set without any object trains; AP is undefined"
+    learn = fit(make(synth_coco(tmp_path/'empty', 4, 2, size=64, empty=1.)))
+    assert math.isfinite(learn.history.train_loss[0]) and math.isnan(learn.history.AP[0])
+    assert learn.history.l1[0]==0
+
+def test_one_picture(tmp_path):
+    learn = fit(make(synth_coco(tmp_path/'one', 1, 1, size=64)), 2)
+    assert len(learn.history)==2
+    assert Interpretation.from_learner(learn).losses.shape==(1,)
+
+# ---- fastai's ways
+
+def test_ways_to_fit(path):
+    learn = make(path)
+    with learn.quiet():
+        learn.fit_flat_cos(1, 1e-3); learn.fit_one_cycle(1, 1e-3); learn.fit(1, slice(1e-4, 1e-3)); learn.fit_sgdr(1, 1, 1e-3)
+        before = learn.history
+        assert len(learn.validate())==len(before.columns) - 1 and learn.history.equals(before)
+    learn.show_training_loop()
+
+def test_unknown_arguments(path):
+    for bad in (lambda: make(path, lrr=1), lambda: Recipe(warm=3), lambda: Resume('x', evry=1), lambda: make(path).fit_published('1x', epoch=2)):
+        with pytest.raises(TypeError): bad()
+
+def test_save_and_load(path):
+    a = fit(make(path))
+    a.save('weights')
+    b = make(path)
+    b.load('weights')
+    assert all(torch.equal(x, y) for x,y in zip(a.model.parameters(), b.model.parameters()))
+    assert a.opt.state_dict()['state'].keys()==b.opt.state_dict()['state'].keys()
+
+@pytest.mark.filterwarnings('ignore')
+def test_export_with_everything(path, tmp_path):
+    learn = fit(make(path, amp='bf16', accumulate=2, cbs=[EMA(.5), NonFinite(), SaveBest(), CSVLog(), Residuals(2)]))
+    learn.export(tmp_path/'all.pkl')
+    again = load_learner(tmp_path/'all.pkl')
+    file = next((path/'images').iterdir())
+    torch.testing.assert_close(again.predict(file, 0.)['boxes'], learn.predict(file, 0.)['boxes'])
+    assert all(p.device.type=='cpu' for p in again.model.parameters())
+
+def test_frozen_stays_frozen(path):
+    "Through every way to freeze and thaw, stem and first stage of a published body do not move"
+    learn = make(path, replace(SMALL, body='resnet10t', frozen_stages=1))
+    still = {n: v.clone() for n,v in learn.model.state_dict().items()}
+    asleep = {n for n,p in learn.model.named_parameters() if not p.requires_grad}
+    assert asleep
+    with learn.quiet(): learn.fine_tune(1, base_lr=1e-2); learn.unfreeze(); learn.fit(1, reset_opt=True)
+    now = learn.model.state_dict()
+    assert all(torch.equal(still[n], now[n]) for n in asleep)
+    assert all(torch.equal(still[n], v) for n,v in now.items() if 'running_' in n)
+    assert not any(torch.equal(still[n], now[n]) for n in ('pyramid.body.net.layer4.0.conv1.weight', 'decoder.step.cls.3.weight'))
+
+def test_a_learner_made_frozen_and_thawed(path):
+    "Making a new optimiser while the body is frozen does not lose the body"
+    learn = make(path)
+    learn.freeze()
+    learn.create_opt()
+    assert sum(len(g) for g in learn.opt.param_lists)==len(list(learn.model.parameters()))
+
+# ---- callbacks
+
+def test_everything_at_once(path):
+    learn = fit(make(path, amp='bf16', accumulate=2, cbs=[EMA(.5), NonFinite(skip=1), Resume('all.pt', every=1), SaveBest(), CSVLog()]), 2)
+    assert learn.history.train_loss.notna().all() and not torch.is_autocast_enabled('cpu')
+    again = make(path, amp='bf16', accumulate=2, cbs=[EMA(.5), NonFinite(skip=1), Resume('all.pt', resume=True), SaveBest(), CSVLog()])
+    fit(again, 3)
+    assert again.train_iter==9 and len(again.csv_log.read())==3
+
+@pytest.mark.parametrize('fail', [False, True])
+def test_validation_leaves_the_average_where_it_was(path, fail):
+    "A fit that ends in the middle of a validation ends with the average all the same"
+    class Leave(Callback):
+        def before_batch(self):
+            if not self.training and fail: raise CancelFitException
+    learn = fit(make(path, cbs=[EMA(.5), Leave()]))
+    assert learn.ema.swapped
+    raw = {n for n,a,b in zip(learn.model.state_dict(), learn.ema.avg, learn.ema.weights()) if torch.equal(a, b)}
+    assert 'decoder.step.cls.3.weight' not in raw
+    before = [v.clone() for v in learn.ema.weights()]
+    fail = False
+    learn.validate()
+    assert all(torch.equal(a, b) for a,b in zip(before, learn.ema.weights()))
+
+class Bad(Callback):
+    "Gradients that are not finite, at the given updates"
+    order = 9
+    def __init__(self, *at): self.at = at
+    def before_step(self):
+        if self.train_iter in self.at: next(self.parameters()).grad[0] = math.inf
+
+@pytest.mark.parametrize('amp', [None, 'bf16'])
+def test_gradients_that_are_not_finite(path, amp):
+    learn = make(path, amp=amp, cbs=[Bad(1), NonFinite(skip=1)])
+    with pytest.warns(UserWarning, match='gradients are not finite at update 1'): fit(learn)
+    assert all(p.isfinite().all() for p in learn.model.parameters()) and len(learn.non_finite.skipped)==2
+    with pytest.raises(FloatingPointError, match='train_0000'), warnings.catch_warnings(action='ignore'):
+        fit(make(path, amp=amp, cbs=[Bad(0,1), NonFinite(skip=1)]))
+
+def test_an_error_does_not_leave_autocast_on(path):
+    "A loss that raises under autocast is followed by a fit in the same state as before"
+    class Spoil(Callback):
+        order = 99
+        def after_pred(self): self.learn.pred[-1].boxes.fill_(math.nan)
+    learn = make(path, amp='bf16', cbs=[Spoil(), NonFinite(skip=9)])
+    with warnings.catch_warnings(action='ignore'), pytest.raises(FloatingPointError): fit(make(path, amp='bf16', cbs=Spoil()))
+    with torch.autocast('cpu', enabled=False): pass
+    learn = fit(make(path, amp='bf16'))
+    assert learn.history.train_loss.notna().all()
+
+def test_best_is_what_was_validated(path, tmp_path):
+    learn = make(path, cbs=[EMA(.7), SaveBest(tmp_path/'best.pt', 'valid_loss'), Resume(tmp_path/'last.pt')], lr=4e-3)
+    fit(learn, 3)
+    logged = learn.history.valid_loss
+    learn.model.load_state_dict(read_weights(tmp_path/'best.pt'))
+    with learn.quiet(): assert learn.validate()[0]==pytest.approx(logged.min(), abs=1e-5)
+    again = make(path, cbs=[EMA(.7), SaveBest(tmp_path/'best.pt', 'valid_loss'), Resume(tmp_path/'last.pt', resume=True)], lr=4e-3)
+    fit(again, 3)
+    assert again.save_best.best==pytest.approx(logged.min())
+
+def test_average_of_checkpoints(path, tmp_path):
+    learn,files = make(path, cbs=Resume(tmp_path/'last.pt')),[]
+    for i in range(3):
+        fit(learn)
+        files.append(learn.model.save_pretrained(tmp_path/str(i))/'model.safetensors')
+    files[-1] = tmp_path/'last.pt' # the same weights, from another kind of file
+    mean,k = average_checkpoints(files),'decoder.step.cls.3.weight'
+    torch.testing.assert_close(mean[k], sum(read_weights(f)[k] for f in files)/3)
+    assert mean.keys()==learn.model.state_dict().keys() and all(mean[n].dtype==v.dtype for n,v in learn.model.state_dict().items())
+
+@pytest.mark.parametrize('n, bs, world', [(n, bs, w) for n in (1,2,5,8,13) for bs in (1,2,4) for w in (1,2,3,8)])
+def test_deal(n, bs, world):
+    "Everybody gets as many batches; together they have all pictures; successive rounds are successive batches"
+    parts = [deal(range(n), bs, r, world) for r in range(world)]
+    batches = [[p[i:i+bs] for i in range(0, len(p), bs)] for p in parts]
+    assert len({len(b) for b in batches})==1
+    assert set(sum(parts, []))==set(range(n))
+    dealt = [b for rnd in zip(*batches) for b in rnd]
+    assert dealt[:math.ceil(n/bs)]==[list(range(n))[i:i+bs] for i in range(0, n, bs)]
+
+def test_shards_follow_the_epochs(path):
+    dl = det_dls(path, bs=2, num_workers=0, device='cpu').train
+    a,b = shard(dl, 0, 2),shard(dl, 1, 2)
+    for epoch in range(2):
+        ids = [[t.image_id.tolist() for _,_,t in p] for p in (a,b)]
+        dl.set_epoch(epoch)
+        want = [t.image_id.tolist() for _,_,t in dl]
+        assert [i for pair in zip(*ids) for i in pair][:len(want)]==want
+        assert (a.epoch, b.epoch)==(epoch+1, epoch+1)
+
+def test_tensorboard(path, tmp_path):
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    fit(make(path, cbs=TensorBoardCallback(tmp_path/'tb', trace_model=False, log_preds=False)))
+    assert list((tmp_path/'tb').glob('events*'))
