@@ -440,10 +440,10 @@ class Interpretation(interpret.Interpretation):
         titles = [f'loss {o:.1f}' for o in losses]
         draw_results(self.dl.decode_batch((*inputs, target), k), found, self.dl.dataset.vocab, titles=titles, **kwargs)
 
-# %% ../nbs/10_learner.ipynb #41c83d5b
+# %% ../nbs/10_learner.ipynb #ab3a4fce
 class Amp(MixedPrecision):
     "Products in half precision, on whatever device the model is"
-    name = 'mixed_precision'
+    name,on = 'mixed_precision',False
     def __init__(self,
         mode='bf16', # or 'fp16', with scaled gradients
         **kwargs     # for `GradScaler`
@@ -453,13 +453,22 @@ class Amp(MixedPrecision):
         device = next(self.model.parameters()).device.type
         self.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16)[self.amp_mode.value]
         self.learn.scaler,self.scales = GradScaler(device, enabled=self.dtype==torch.float16, **self.kwargs),L()
-        self.autocast,self.on = torch.autocast(device, self.dtype),False
+        self.autocast = torch.autocast(device, self.dtype)
 
-    def before_batch(self): self.autocast.__enter__(); self.on = True
+    def before_batch(self):
+        self.autocast.__enter__()
+        self.on = True
     def after_loss(self):
         if self.on: self.autocast.__exit__(None, None, None)
         self.on = False
     def after_cancel_batch(self): self.after_loss()
+
+@patch
+def one_batch(self:DetLearner, i, b):
+    "fastai's; an error on the way does not leave the rest of the program in half precision"
+    try: Learner.one_batch(self, i, b)
+    finally:
+        if isinstance(amp := vars(self).get('mixed_precision'), Amp): amp.after_loss()
 
 # %% ../nbs/10_learner.ipynb #88320047
 def write_atomic(
@@ -716,7 +725,7 @@ def _read(file):
     if 'train_iter' not in s: raise ValueError(f'{file}: weights alone do not say where to go on; expected what `Resume` writes')
     return s
 
-# %% ../nbs/10_learner.ipynb #82a227fe
+# %% ../nbs/10_learner.ipynb #48c8a9c4
 class Stop(Callback):
     "End training between two iterations when a signal comes"
     order = Resume.order-1
@@ -727,7 +736,7 @@ class Stop(Callback):
         self.asked,main = None,threading.current_thread() is threading.main_thread()
         if main and self.learn.fitting: self.old = {s: signal.signal(s, self._ask) for s in self.signals}
     def _ask(self, number, frame):
-        if self.asked: raise KeyboardInterrupt
+        if self.asked or self.learn is None or not self.learn.fitting: raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
     def before_batch(self):
         if _anyone(self.asked, self.xb[0].device): raise CancelFitException

@@ -118,6 +118,15 @@ def test_best_is_remembered(path, tmp_path):
     run(again, 1)
     assert best==[float(first.save_model.best)]
 
+def test_a_signal_after_a_failed_fit(path):
+    "A fit that ends with an error does not swallow the next Ctrl-C"
+    old = signal.getsignal(signal.SIGINT)
+    try:
+        learn = make(path)
+        with pytest.raises(RuntimeError), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[Stop(), CutOff(1)])
+        with pytest.raises(KeyboardInterrupt): signal.raise_signal(signal.SIGINT)
+    finally: signal.signal(signal.SIGINT, old); signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 # The rest needs processes that can be killed. This file is also their program.
 PROGRAM = '''
 import os, sys, time, torch
