@@ -539,28 +539,27 @@ def machine() -> dict:
                 threads=torch.get_num_threads(),
                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
 
-# %% ../nbs/18_cli.ipynb #4e8bbdfe
+# %% ../nbs/18_cli.ipynb #ad414959
 def keeper(
     feed # `Feed`, to be written beside the weights
 ):       # callback
     "Write `last/` and `best/` after an epoch, and remember the numbers of the best"
     from fastai.callback.core import Callback
     from fastai.torch_core import get_model, rank_distrib
+    from deqdet.learner import EMA
     class Keep(Callback):
-        order = 55 # after the log's row, before `Resume`
+        order = EMA.order-1 # after AP is known, before averaged weights are put aside again
         best,result,last,seconds,begun = None,{},{},0.,None
         def before_train(self): self.begun = time.time()
         def after_train(self): self.seconds,self.begun = self.spent(),None
         def spent(self): return self.seconds + (time.time() - self.begun if self.begun else 0.)
-        def after_epoch(self):
+        def after_validate(self):
             if not self.learn.fitting: return
-            self.last,ema = dict(self.ap.result), getattr(self.learn, 'ema', None)
-            if ema: ema.swap()
+            self.last = dict(self.ap.result)
             self.write('last')
             if not self.result or not self.last['AP'] <= self.result['AP']:
                 self.best,self.result = self.epoch, self.last
                 self.write('best')
-            if ema: ema.swap()
         def write(self, name):
             if not rank_distrib(): save_detector(get_model(self.model), feed, self.path/name)
         def state_dict(self): return dict(best=self.best, result=self.result, last=self.last, seconds=self.spent())

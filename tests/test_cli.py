@@ -9,7 +9,7 @@ from deqdet.model import AdaMixer
 
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,
              points=(4,), out_points=8, hidden=64)
-RUN = dict(bs=2, epochs=2, lr=1e-3, every=1, device='cpu')
+RUN = dict(bs=2, epochs=2, lr=1e-3, ema=.5, every=1, device='cpu')
 
 
 @pytest.fixture(scope='session')
@@ -76,6 +76,15 @@ def test_help_is_worth_reading():
         p = anno_parser(f, f.__name__)
         assert f.__name__ in p.description, f'{f.__name__}: an example was expected'
         assert all(a.help for a in p._actions), f.__name__
+
+
+def test_the_zoo_as_a_table(capsys):
+    from fastcore.script import anno_parser
+    args = vars(anno_parser(cli.deqdet_models).parse_args(['adamixer*']))
+    cli.deqdet_models(args['pattern'])
+    names = [o.split()[0] for o in capsys.readouterr().out.splitlines()[1:]]
+    assert names and all(o.startswith('adamixer') for o in names)
+    assert anno_parser(cli.deqdet_models).parse_args([]).pattern == '*'
 
 
 def test_every_command_is_a_script():
