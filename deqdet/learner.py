@@ -8,8 +8,8 @@ __all__ = ['deqdet_1x', 'adamixer_1x', 'deqdet_2x', 'adamixer_3x', 'recipes', 'P
            'Interpretation', 'Amp', 'write_atomic', 'EMA', 'SaveBest', 'average_checkpoints', 'NonFinite', 'CSVLog',
            'Resume', 'Stop', 'Residuals', 'deal', 'shard', 'Shards']
 
-# %% ../nbs/10_learner.ipynb #a852f2d1
-import io, math, os, random, re, signal, threading, warnings
+# %% ../nbs/10_learner.ipynb #397446f8
+import atexit, math, os, random, re, signal, threading, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Number
@@ -780,7 +780,7 @@ def deal(
     batches = (batches*world)[:n]
     return [i for b in batches[rank::world] for i in b]
 
-# %% ../nbs/10_learner.ipynb #1cfc2bd9
+# %% ../nbs/10_learner.ipynb #717cc3ce
 def shard(
     dl,    # `DetDL`
     rank,  # this process, from 0
@@ -796,11 +796,16 @@ def shard(
     res.dealt_from = dl
     return res
 
+def _end_group():
+    "A program that ends with its threads of communication alive may be aborted"
+    if dist.is_initialized(): dist.destroy_process_group()
+
 class Shards(DistributedTrainer):
     "fastai's trainer over several processes, with loaders that deal by themselves"
     name = 'distributed_trainer'
     def __init__(self, sync_bn=False, **kwargs):
         super().__init__(sync_bn, **dict(cpu=not torch.cuda.is_available()) | kwargs)
+        atexit.register(_end_group)
     def _wrap_dl(self, dl):
         if not isinstance(dl, DetDL) or 'dealt_from' in vars(dl): return dl
         return shard(dl, rank_distrib(), max(num_distrib(), 1), self.accelerator.device)
