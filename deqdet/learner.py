@@ -825,7 +825,6 @@ def to_distributed(self:DetLearner, sync_bn=False, **kwargs):
     return self
 
 @patch
-@contextmanager
 def distrib_ctx(self:DetLearner, sync_bn=False, **kwargs):
     "Train over the processes that were started, or in the one there is"
-    with Learner.distrib_ctx(self, sync_bn=sync_bn, **kwargs): yield self
+    return Learner.distrib_ctx(self, sync_bn=sync_bn, **kwargs)
