@@ -859,7 +859,7 @@ picture, four of five lie in the area.</p><img src="residuals.png" alt="residual
 <footer>deqdet {on['deqdet']} at {on['commit'] or 'no commit'}, PyTorch {on['torch']}, {escape(on['cpu'])},
 {on['threads']} threads</footer></html>'''
 
-# %% ../nbs/18_cli.ipynb #2d3419f4
+# %% ../nbs/18_cli.ipynb #a4cabc95
 def epochs_in(
     o,     # options of a training
     spent, # minutes to train
@@ -870,7 +870,7 @@ def epochs_in(
     from deqdet.loss import SetLoss
     o = fill(o)
     dls = loaders(o, Feed.parse(o['size']))
-    model,loss,batches = start_detector(o['model'], dls.vocab).train(), SetLoss(), iter(dls.train)
+    model,loss,batches = start_detector(o['model'], dls.vocab).train(), SetLoss(), (b for _ in range(n+1) for b in dls.train)
     def go():
         *xb,yb = next(batches)
         loss(model(*xb), yb).backward()
