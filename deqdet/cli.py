@@ -671,7 +671,7 @@ def draw_training(
     preds = [dict(d, image_id=files[f]) for f,hw,d in detect(model, list(files), feed) if hw]
     save_figure(show_predictions(ds, preds, n=n), folder/'predictions.png')
 
-# %% ../nbs/18_cli.ipynb #b4351353
+# %% ../nbs/18_cli.ipynb #7df8cb04
 PROCESSES = int(os.environ.get('WORLD_SIZE', 1)) # that were started together
 FIRST = os.environ.get('RANK', '0')=='0'         # is it this one that writes and prints?
 
@@ -708,8 +708,9 @@ def train(
     resume=False # go on?
 ):           # `DetLearner`
     "Train by options, and write the folder"
-    o,folder = fill(options, PROCESSES), make_folder(folder)
+    o,folder = fill(options, PROCESSES), Path(folder)
     learn = make_learner(o, folder, resume)
+    make_folder(folder)
     if resume: same_classes(folder, learn.dls.vocab)
     if FIRST: write_json(dict(options=o, vocab=list(learn.dls.vocab), machine=machine()), folder/'config.json')
     with resumable(o, folder) as how: _fit(learn, o['epochs'])
