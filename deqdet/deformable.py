@@ -135,9 +135,9 @@ class DeformableAttention(nn.Module):
         share = self.weights(q).unflatten(-1, (self.shape[0], -1)).softmax(-1).unflatten(-1, self.shape[1:])
         cells,weights,start = [],[],0
         for m,xy,a in zip(masks, self.places(q, ref, masks).unbind(3), share.unbind(3), strict=True):
-            c,w = corners(xy, *m.shape[1:])
-            cells.append(c + start); weights.append(w*a[..., None]); start += m[0].numel()
-        return (torch.cat(t, -2).flatten(-2) for t in (cells, weights))
+            c,w = corners(xy, *m.shape[1:], a, start)
+            cells += c; weights += w; start += m[0].numel()
+        return (torch.stack(t, -1).flatten(-2) for t in (cells, weights))
 
     def forward(self,
         q: Tensor,      # (B,N,D) queries
