@@ -52,7 +52,7 @@ class Rows(NamedTuple):
         if isinstance(feats, cls): return feats
         return cls(torch.cat([f.permute(0,2,3,1).flatten(1,2) for f in feats], 1), tuple(tuple(f.shape[-2:]) for f in feats))
 
-# %% ../nbs/04_mixing.ipynb #a21c33d5
+# %% ../nbs/04_mixing.ipynb #3768bee5
 def ends(
     x: Tensor, # (...) positions in cells: the centre of the first cell is 0
     n: int     # cells in a line
@@ -61,9 +61,9 @@ def ends(
     low = x.floor()
     for cell,weight in ((low, 1 - (x-low)), (low+1, x-low)):
         at = cell.clamp(0, n-1)
-        yield at.int(), weight*(at==cell)
+        yield at.int(), torch.where(at==cell, weight, 0.)
 
-# %% ../nbs/04_mixing.ipynb #f2a1ce51
+# %% ../nbs/04_mixing.ipynb #ff8a5704
 def corners(
     xy: Tensor, # (...,2) positions in cells: the centre of the first cell is 0, 0
     H: int,     # height of the level in cells
@@ -73,7 +73,8 @@ def corners(
 ) -> tuple[list, list]: # four (...) of cell numbers from `start` on, and four (...) of weights
     "The four cells around each position, and their bilinear weights"
     (rows,v),(cols,w) = zip(*ends(xy[..., 1], H)),zip(*ends(xy[..., 0], W))
-    return [r*W + (c+start) for r in rows for c in cols], [a*b for a in (o*weight for o in v) for b in w]
+    rows,v = [r*W + start for r in rows],[a*weight for a in v]
+    return [r+c for r in rows for c in cols], [a*b for a in v for b in w]
 
 # %% ../nbs/04_mixing.ipynb #e793dd71
 def gather(
