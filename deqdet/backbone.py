@@ -38,7 +38,7 @@ def freeze(
     for p in module.parameters(): p.requires_grad_(False)
     return module.eval()
 
-# %% ../nbs/03_backbone.ipynb #2481be60
+# %% ../nbs/03_backbone.ipynb #0c110d1d
 class Body(nn.Module):
     "Four channels-first levels, at strides 4, 8, 16 and 32, from a timm feature extractor"
     def __init__(self,
@@ -81,7 +81,7 @@ class Body(nn.Module):
     def level(self, f, norm):
         "One level, normalised where asked, channels first"
         f = f if self.channels_last else f.movedim(1, -1)
-        return norm(f).movedim(-1, 1).contiguous()
+        return norm(f).movedim(-1, 1)
 
     def forward(self,
         x: Tensor # (B,3,H,W) normalised pictures
@@ -204,7 +204,7 @@ def inside(
     cols = torch.arange(w, device=sizes.device) < sizes[:, 1:]
     return rows[:, :, None] & cols[:, None, :]
 
-# %% ../nbs/03_backbone.ipynb #17c0d1ad
+# %% ../nbs/03_backbone.ipynb #7d58a4f5
 class Pyramid(nn.Module):
     "Pictures to levels of equal width: normalise, zero the padding, body, neck"
     def __init__(self,
@@ -233,4 +233,5 @@ class Pyramid(nn.Module):
         sizes: Tensor|None=None  # (B,2) height and width without padding, in pixels; None: no padding
     ) -> tuple[Tensor, ...]:     # (B,width,H/s_l,W/s_l) for each level
         "The levels that a decoder reads"
-        return self.neck(self.body(self.normalize(images, sizes)))
+        x = self.normalize(images, sizes).contiguous(memory_format=torch.channels_last)
+        return self.neck(self.body(x))
