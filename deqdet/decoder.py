@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['State', 'Noisy', 'Queries', 'grid_boxes', 'position_embedding', 'linear', 'SelfAttention', 'tower', 'class_tower',
-           'box_tower', 'Pred', 'MixerStep', 'Stack', 'Stacked']
+           'box_tower', 'Pred', 'MixerStep', 'prepared', 'Stack', 'Stacked']
 
-# %% ../nbs/05_decoder.ipynb #f526fe29
+# %% ../nbs/05_decoder.ipynb #6ec982c8
 import math, torch, torch.nn.functional as F
 from dataclasses import dataclass
 from typing import NamedTuple
 from torch import nn, Tensor
 from torchvision.ops import box_convert
 from .boxes import Record, xyzr_to_xyxy, xyxy_to_xyzr, move, iof, pairs
-from .mixing import Sampler, AdaptiveMixing
+from .mixing import Rows, Sampler, AdaptiveMixing
 
 # %% ../nbs/05_decoder.ipynb #2e9c4ba1
 class State(NamedTuple):
@@ -37,7 +37,7 @@ class Noisy(NamedTuple):
     @classmethod
     def at(cls, content, boxes): return cls(content, xyxy_to_xyzr(boxes), boxes)
 
-# %% ../nbs/05_decoder.ipynb #6bca3f2d
+# %% ../nbs/05_decoder.ipynb #14db83e7
 class Queries(nn.Module):
     "The first state: learned contents, and boxes as fractions of the picture"
     def __init__(self,
@@ -138,10 +138,11 @@ class Pred(Record):
     logits: Tensor # (B,N,K) one score per class, before the sigmoid
     boxes: Tensor  # (B,N,4) corners in pixels of the fed picture
 
-# %% ../nbs/05_decoder.ipynb #3f0fdf05
+# %% ../nbs/05_decoder.ipynb #73319a87
 class MixerStep(nn.Module):
     "AdaMixer's refinement step"
     shares_features = True  # rB rows of queries may look at B pictures, r rows at each
+    prepare = Rows.of       # how features are read fastest
     def __init__(self,
         n_classes: int,     # K: classes
         width: int=256,     # D: numbers in a content vector
@@ -176,7 +177,15 @@ class MixerStep(nn.Module):
 
     def read(self, state): return Pred(self.cls(state.content), state.boxes)
 
-# %% ../nbs/05_decoder.ipynb #96ede7ce
+# %% ../nbs/05_decoder.ipynb #6ea28f0f
+def prepared(
+    step, # says how with `prepare(feats)`, if it matters to it
+    feats # features of the pictures
+):        # the same, ready for many steps
+    "Features as a step likes to read them"
+    return step.prepare(feats) if hasattr(step, 'prepare') else tuple(feats)
+
+# %% ../nbs/05_decoder.ipynb #b1ca31c3
 class Stack(nn.Module):
     "Steps with weights of their own, one after the other"
     def __init__(self,
@@ -187,7 +196,7 @@ class Stack(nn.Module):
 
     def trajectory(self, state, feats, steps=None):
         "[(State, Pred)] after each step; beyond the last one it is repeated"
-        path = []
+        path,feats = [],prepared(self.steps[0], feats)
         for i in range(len(self.steps) if steps is None else steps):
             step = self.steps[min(i, len(self.steps)-1)]
             state = step(state, feats)

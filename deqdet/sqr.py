@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from .boxes import iou, pairs
-from .decoder import Stack
+from .decoder import Stack, prepared
+from .solver import take
 
 # %% ../nbs/15_sqr.ipynb #efa5f6a4
 def owners(
@@ -122,7 +123,7 @@ class Recollection(Stack):
 
     def forward(self, state, feats, steps=None):
         "Training: a `Pred` per new state, stage after stage. Evaluation: one per step"
-        return self.recollect(state, tuple(feats)) if self.training else super().forward(state, feats, steps)
+        return self.recollect(state, prepared(self.steps[0], feats)) if self.training else super().forward(state, feats, steps)
 
     def recollect(self, state, feats):
         "The predictions that get a loss; the last one is the stack's answer"
@@ -135,6 +136,6 @@ class Recollection(Stack):
 
     def apply_step(self, step, z, feats, r):
         "One stage on r rows of queries for each picture"
-        if not getattr(step, 'shares_features', False): feats = tuple(f.repeat_interleave(r, 0) for f in feats)
+        if not getattr(step, 'shares_features', False): feats = take(feats, torch.arange(len(z[0])//r, device=z[0].device).repeat_interleave(r))
         if not (self.plan.recompute and torch.is_grad_enabled()): return step(z, feats)
         return checkpoint(step, z, feats, use_reentrant=False)
