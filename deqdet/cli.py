@@ -888,7 +888,7 @@ QUICK = 16,6,1 # pictures to train and to validate on, epochs
 @command
 def deqdet_demo(
     out:str='demo',     # folder to write; the training of an earlier demo there is replaced
-    epochs:int=None,    # passes over the pictures; by default the recipe's
+    epochs:int=5,       # passes over the pictures
     minutes:float=None, # or: about how long to train
     n_train:int=4000,   # pictures to train on
     n_valid:int=500,    # pictures to validate on
@@ -899,8 +899,7 @@ def deqdet_demo(
     from deqdet.data import synth_coco
     folder = make_folder(out)
     if quick: n_train,n_valid,epochs = QUICK
-    o = dict(model='deqdet_tiny', data=str(folder/'shapes'), seed=seed, size='128x128')
-    if epochs: o['epochs'] = epochs
+    o = dict(model='deqdet_tiny', data=str(folder/'shapes'), seed=seed, size='128x128', augment='flip', epochs=epochs)
     print(f'drawing {n_train} + {n_valid} pictures of shapes', flush=True)
     with blame(folder, OSError): synth_coco(folder/'shapes', n_train, n_valid, seed=seed)
     if (folder/'run/config.json').exists(): shutil.rmtree(folder/'run')

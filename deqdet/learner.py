@@ -37,6 +37,7 @@ from .backbone import read_weights
 from .data import DetDL, show_sample
 from .evaluate import APCallback, evaluating
 from .loss import SetLoss
+from .optim import Muon
 
 # %% ../nbs/11_learner.ipynb #2c592a81
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Recipe:
     warmup_from: float=.001  # part of the rate that the first update has
     clip: float=1.           # largest norm of all gradients together
     batch: int=16            # pictures per update that these rates were chosen for
+    muon: bool=False         # `Muon`, which updates matrices in all directions alike, instead of AdamW
 
     def factor(self,
         i,     # update, from 0
@@ -75,7 +77,7 @@ recipes = {
     '2x': deqdet_2x, '2x_swin': replace(deqdet_2x, mults=deqdet_2x.mults + _swin),
     'adamixer_1x': adamixer_1x, '3x': adamixer_3x,
     '3x_swin': replace(adamixer_3x, mults=((_no_decay, 1., 0.),), warmup=1000),
-    'tiny': Recipe(epochs=60, drops=(), cosine=True, lr=8e-4, mults=(), warmup=100, batch=8)}
+    'tiny': Recipe(epochs=60, drops=(), cosine=True, lr=2.5e-3, wd=.1, mults=(('norm|bn|bias', 1., 0.),), warmup=150, batch=8, muon=True)}
 
 # %% ../nbs/11_learner.ipynb #4a3d627e
 PARTS = ('body', 'rest', 'decoder')
@@ -138,7 +140,7 @@ class DetLearner(Learner):
         recipe,       # a `Recipe`, or the name of one
         given=None,   # dict of the recipe's fields to change
         accumulate=1, # batches per update
-        opt_func=torch.optim.AdamW, # PyTorch optimiser class
+        opt_func=None, # PyTorch optimiser class instead of the recipe's
         **kwargs      # for `Learner`
     ):
         self.given,self.accumulate,self.said,self.first_epoch = given or {},accumulate,None,0
@@ -156,7 +158,8 @@ class DetLearner(Learner):
 
     def create_opt(self):
         groups = param_groups(get_model(self.model), self.recipe.mults, self.learns)
-        self.opt = DetOpt(groups, self.opt_func, lr=self.lr)
+        opt = self.opt_func or (Muon if self.recipe.muon else torch.optim.AdamW)
+        self.opt = DetOpt(groups, opt, lr=self.lr)
 
     def freeze(self):
         "Stop the body"

@@ -29,7 +29,7 @@ sparse_rcnn_r50 = SparseRCNN()
 
 # %% ../nbs/16_zoo.ipynb #768a995c
 deqdet_tiny = AdaMixer(body='tiny', frozen_stages=-1, feat_width=64, norm_groups=16, n_queries=12, grid=(3,4,.4), width=64, heads=4,
-                       points=(8,), out_points=16, hidden=256, strategy=Settled(steps=4, supervise=(1,4), perturb=Perturb(position=3.)))
+                       points=(9,), out_points=16, hidden=256, strategy=Settled(steps=4, supervise=(4,), init_steps=1, recompute=False, perturb=Perturb(position=3.)))
 sparse_rcnn_tiny = SparseRCNN(body='tiny', frozen_stages=-1, feat_width=64, n_queries=12, grid=(3,4,.4), width=64, heads=4, dynamic=16, hidden=256, finest=14.)
 
 # %% ../nbs/16_zoo.ipynb #594f8fb9
