@@ -62,11 +62,11 @@ def order():
     res = {}
     for p in sorted((ROOT/'deqdet').glob('[!_]*.py')):
         src = p.read_text()
-        nb = re.search(r'File to edit: \S*/(\d+)_', src)
+        nb = re.search(r'File to edit: \S*/(\d+[a-z]?)_', src)
         froms = [t for t in ast.walk(ast.parse(src)) if isinstance(t, ast.ImportFrom)]
         names = [('deqdet.' if t.level else '') + (t.module or '') for t in froms]
         used = {n.split('.')[1] for n in names if n.startswith('deqdet.')} - {''}
-        res[p.stem] = (int(nb.group(1)) if nb else None, used)
+        res[p.stem] = (nb.group(1) if nb else None, used)
     return res
 
 def test_modules_import_only_earlier_ones():
@@ -74,7 +74,7 @@ def test_modules_import_only_earlier_ones():
     for name,(number,used) in mods.items():
         assert number is not None, f'{name} comes from no numbered notebook'
         late = [u for u in used if u not in mods or mods[u][0] >= number]
-        assert not late, f'{number:02}_{name} imports {late}'
+        assert not late, f'{number}_{name} imports {late}'
 
 def test_models_need_no_fastai():
     "What a detector is made of starts quickly: fastai comes with data and learner only"
