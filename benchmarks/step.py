@@ -1,0 +1,70 @@
+"""One refinement step at the published R50 width, ours against the plain formula on the same weights
+
+Inference, without gradient, in runs of several steps, as a solve makes them: autocast then casts each weight once a run."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from deqdet.decoder import MixerStep, State, prepared
+from common import alternate, parser, report
+from plain import Step
+
+
+def made(n, size, width=256, points=64, classes=80, images=1, device='cpu'):
+    "A step whose generators are not constant, features, and a state of boxes spread over the picture"
+    step = MixerStep(classes, width, width, points=points).eval()
+    for p in (step.reg[-1].weight, step.sampler.offsets.weight, step.mixing.params.weight): nn.init.normal_(p, std=.02)
+    feats = tuple(torch.randn(images, width, size[0]//s, size[1]//s) for s in (4, 8, 16, 32))
+    xy, z = torch.rand(images, n, 2)*torch.tensor(size[::-1]), torch.rand(images, n, 1)*4 + 4
+    state = State(F.layer_norm(torch.randn(images, n, width), (width,)), torch.cat([xy, z, torch.randn(images, n, 1)*.3], -1))
+    return step.to(device), tuple(f.to(device) for f in feats), State(*[t.to(device) for t in state])
+
+
+def run(step, z, feats, steps, device, half=False):
+    "A callable that applies `step` so many times"
+    def go():
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            for _ in range(steps): step(z, feats)
+    return go
+
+
+def products(step, z, half):
+    "The matrix products of the step's linear layers and of mixing, and nothing else"
+    kind = torch.bfloat16 if half else torch.float32
+    G, C, P, O = step.mixing.sizes
+    n = z.content.shape[0]*z.content.shape[1]
+    rand = lambda *s: torch.randn(*s, dtype=kind, device=z.content.device)
+    pairs = [(rand(n, m.in_features), m.weight.detach().to(kind).t()) for k, m in step.named_modules()
+             if isinstance(m, nn.Linear) and not k.startswith('cls')]
+    pairs += [(rand(n*G, P, C), rand(n*G, C, C)), (rand(n*G, O, P), rand(n*G, P, C))]
+    flops = sum(2*a.numel()*b.shape[-1] for a, b in pairs)
+    return (lambda: [a @ b for a, b in pairs]), flops
+
+
+def compare(n, args, device):
+    "Times of a step, and how far its answer is from the formula's"
+    step, levels, z = made(n, (args.height, args.width), device=device)
+    ours, plain = prepared(step, levels), Step(step)
+    half = lambda feats: type(ours)(feats.table.bfloat16(), feats.sides)
+    go = lambda f, feats, h=False: run(f, z, feats, args.steps, device, h)
+    fns = dict(plain=go(plain, levels), ours=go(step, ours), plain_bf16=go(plain, tuple(f.bfloat16() for f in levels), True),
+               ours_bf16=go(step, half(ours), True))
+    if args.compile: fns['ours_compiled'] = go(torch.compile(step), ours)
+    for h in (False, True):
+        f, flops = products(step, z, h)
+        fns['products' + '_bf16'*h] = lambda f=f: [f() for _ in range(args.steps)]
+    t = alternate(fns, args.rounds)
+    a, b = step(z, ours), plain(z, levels)
+    return dict(content_error=(a.content - b.content).abs().max().item(), box_error=(a.boxes - b.boxes).abs().max().item(),
+                gflop_products=flops/1e9, **{k: dict(ms=1e3*v['median']/args.steps, over_plain=v['ratio']) for k, v in t.items()})
+
+
+@torch.no_grad()
+def main():
+    args = parser(__doc__.splitlines()[0], queries='100,300', steps=5, height=800, width=1216, compile=0).parse_args()
+    torch.set_num_threads(args.threads); torch.manual_seed(0)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    result = {f'{n} queries': compare(int(n), args, device) for n in args.queries.split(',')}
+    report(result, args.out, size=[args.height, args.width], steps=args.steps, device=device)
+
+
+if __name__ == '__main__': main()
