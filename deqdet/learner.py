@@ -8,7 +8,7 @@ __all__ = ['deqdet_1x', 'adamixer_1x', 'deqdet_2x', 'adamixer_3x', 'recipes', 'P
            'Interpretation', 'Amp', 'write_atomic', 'EMA', 'SaveBest', 'average_checkpoints', 'NonFinite', 'CSVLog',
            'Resume', 'Stop', 'Residuals', 'deal', 'shard', 'Shards']
 
-# %% ../nbs/11_learner.ipynb #397446f8
+# %% ../nbs/11_learner.ipynb #1b4aa579
 import atexit, math, os, random, re, signal, threading, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ from .evaluate import APCallback, evaluating
 from .loss import SetLoss
 from .optim import Muon
 
-# %% ../nbs/11_learner.ipynb #2c592a81
+# %% ../nbs/11_learner.ipynb #2d59b702
 @dataclass(frozen=True)
 class Recipe:
     "A training run: every number of it, once"
@@ -67,7 +67,7 @@ class Recipe:
         if self.cosine: return up*(1 + math.cos(math.pi*i/total))/2
         return up*self.drop**sum(epoch >= d for d in self.drops)
 
-# %% ../nbs/11_learner.ipynb #b73ac751
+# %% ../nbs/11_learner.ipynb #708330cc
 _no_decay = 'norm|relative_position_bias_table|absolute_pos_embed' # of a Swin
 _swin = ((f'^pyramid.body.*({_no_decay})', .1, 0.), ('^pyramid.neck.norm', 1., 0.))
 deqdet_1x,adamixer_1x = Recipe(), Recipe(wd=1e-4, mults=())
@@ -79,7 +79,7 @@ recipes = {
     '3x_swin': replace(adamixer_3x, mults=((_no_decay, 1., 0.),), warmup=1000),
     'tiny': Recipe(epochs=60, drops=(), cosine=True, lr=2.5e-3, wd=.1, mults=(('norm|bn|bias', 1., 0.),), warmup=150, batch=8, muon=True)}
 
-# %% ../nbs/11_learner.ipynb #4a3d627e
+# %% ../nbs/11_learner.ipynb #404c624f
 PARTS = ('body', 'rest', 'decoder')
 
 class Group(NamedTuple):
@@ -93,7 +93,8 @@ def part_of(
     name # of a parameter
 ):       # one of `PARTS`
     "The part of a detector that a parameter belongs to"
-    return 'body' if name.startswith('pyramid.body.') else 'decoder' if name.startswith('decoder.') else 'rest'
+    if name.startswith(('pyramid.body.', 'pyramid.levels.body.')): return 'body' # the latter below an encoder
+    return 'decoder' if name.startswith('decoder.') else 'rest'
 
 def param_groups(
     model,      # a `Detector`, or any module
@@ -131,7 +132,7 @@ class DetOpt(OptimWrapper):
     @property
     def hypers(self): return [{k: h[k] for k in ('lr','wd','mom','sqr_mom','eps') if k in h} for h in super().hypers]
 
-# %% ../nbs/11_learner.ipynb #6b31f0c3
+# %% ../nbs/11_learner.ipynb #60fec6cb
 class DetLearner(Learner):
     "A fastai Learner for detectors; made by `det_learner`"
     def __init__(self,
@@ -221,7 +222,7 @@ class TermRecorder(Callback):
         ax.set(xlabel='iteration', ylabel='term of the loss', yscale='log'); ax.legend(fontsize=8)
         return ax
 
-# %% ../nbs/11_learner.ipynb #9a528541
+# %% ../nbs/11_learner.ipynb #62812793
 def det_learner(
     dls,              # loaders, from `det_dls`
     model,            # a `Detector`
@@ -229,7 +230,7 @@ def det_learner(
     lr=None,          # learning rate instead of the recipe's; groups get their multiples of it
     wd=None,          # weight decay instead of the recipe's
     clip=None,        # largest norm of the gradient instead of the recipe's
-    loss_func=None,   # None: `SetLoss()`
+    loss_func=None,   # None: the one that the model's record makes, or `SetLoss()`
     accumulate=1,     # batches per update
     amp=None,         # 'bf16' or 'fp16': products in half precision
     cbs=None,         # further callbacks
@@ -241,8 +242,9 @@ def det_learner(
     _check_classes(model, dls)
     given = {k:v for k,v in dict(lr=lr, wd=wd, clip=clip).items() if v is not None}
     if recipe is None: recipe = getattr(model, 'recipe', None) or '1x'
+    loss_func = loss_func or getattr(getattr(model, 'hyper', None), 'loss', SetLoss)()
     metrics = [Term(m) if isinstance(m, str) else m for m in metrics]
-    learn = DetLearner(dls, model, recipe, given, accumulate, loss_func=loss_func or SetLoss(), metrics=metrics, **kwargs)
+    learn = DetLearner(dls, model, recipe, given, accumulate, loss_func=loss_func, metrics=metrics, **kwargs)
     learn.add_cbs([GradientClip(learn.recipe.clip), TermRecorder(), APCallback(max_dets)])
     if accumulate > 1: learn.add_cb(GradientAccumulation(accumulate*dls.train.bs))
     if amp: learn.add_cb(Amp(amp))
@@ -473,7 +475,7 @@ def one_batch(self:DetLearner, i, b):
     finally:
         if isinstance(amp := vars(self).get('mixed_precision'), Amp): amp.after_loss()
 
-# %% ../nbs/11_learner.ipynb #88320047
+# %% ../nbs/11_learner.ipynb #392dd92f
 def write_atomic(
     write, # function of an open binary file
     file   # path to write to
@@ -482,10 +484,16 @@ def write_atomic(
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f'.{file.name}.tmp')
-    with tmp.open('wb') as f:
-        write(f)
-        f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, file)
+    try:
+        with tmp.open('wb') as f:
+            write(f)
+            f.flush(); os.fsync(f.fileno())
+        os.replace(tmp, file)
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__ # `torch.save` has an error of its own for a full disk
+        if not isinstance(cause, OSError) or not cause.errno: raise
+        raise OSError(cause.errno, cause.strerror, str(file)) from e
+    finally: tmp.unlink(missing_ok=True)
     return file
 
 # %% ../nbs/11_learner.ipynb #00bc71b0
@@ -682,7 +690,7 @@ class Resume(Callback):
     def after_cancel_fit(self):
         if self.clean and self.training: self.save()
 
-# %% ../nbs/11_learner.ipynb #e9e077ef
+# %% ../nbs/11_learner.ipynb #b9f18ccf
 @patch
 def _mark(self:Resume, epoch, i): self.place = dict(epoch=epoch, iter=i, order=self.dls.train.epoch, rng=_rng())
 
@@ -724,7 +732,9 @@ def _load(self:Resume):
 def _read(file):
     "What `Resume` wrote; never runs code from the file"
     try: s = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{file}: damaged, or no checkpoint ({str(e).splitlines()[0]})') from None
+    except Exception as e:
+        said = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f'{file}: damaged, or no checkpoint ({said})') from None
     if 'train_iter' not in s: raise ValueError(f'{file}: weights alone do not say where to go on; expected what `Resume` writes')
     return s
 
@@ -783,7 +793,7 @@ def deal(
     batches = (batches*world)[:n]
     return [i for b in batches[rank::world] for i in b]
 
-# %% ../nbs/11_learner.ipynb #717cc3ce
+# %% ../nbs/11_learner.ipynb #90e9cdfe
 def shard(
     dl,    # `DetDL`
     rank,  # this process, from 0
