@@ -9,6 +9,7 @@ from fastai.learner import load_learner
 from deqdet.backbone import read_weights
 from deqdet.data import det_dls, synth_coco
 from deqdet.decoder import Stacked
+from deqdet.deformable import DeformableDETR, TwoStageLoss
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.evaluate import evaluate
 from deqdet.learner import (EMA, CSVLog, DetOpt, Interpretation, NonFinite, Recipe, Residuals, Resume, SaveBest, deal, det_learner,
@@ -116,6 +117,30 @@ def test_ways_to_fit(path):
         before = learn.history
         assert len(learn.validate())==len(before.columns) - 1 and learn.history.equals(before)
     learn.show_training_loop()
+
+class Inside(Callback):
+    "Predictions on pictures without truth, asked for in the middle of a fit"
+    order = 80
+    def __init__(self, files): self.files,self.found = files,[]
+    def after_epoch(self):
+        if self.learn.fitting and not hasattr(self.learn, 'gather_preds'):
+            self.found.append(self.learn.get_preds(dl=self.dls.test_dl(self.files, num_workers=0), inner=True)[0])
+
+def test_predictions_inside_a_fit(path):
+    files = sorted((path/'images').iterdir())[:2]
+    plain,asked = fit(make(path), 2), fit(make(path, cbs=Inside(files)), 2)
+    assert [p.scores.shape[0] for p in asked.inside.found]==[2,2]
+    assert asked.history.equals(plain.history)
+
+def test_the_loss_of_a_family(path):
+    deformable = DeformableDETR(n_classes=4, body='tiny', frozen_stages=-1, n_queries=6, width=32, norm_groups=8, heads=2, encoder_layers=1,
+                                encoder_heads=2, encoder_hidden=32, hidden=32, two_stage=True, strategy=Stacked(2))
+    learn = make(path, deformable)
+    assert isinstance(learn.loss_func, TwoStageLoss) and learn.loss_func.form=='cxcywh'
+    learn.freeze()
+    assert not any(p.requires_grad for p in learn.model.pyramid.levels.body.parameters())
+    assert all(p.requires_grad for p in learn.model.pyramid.encoder.parameters())
+    assert fit(learn).history.valid_loss.notna().all()
 
 def test_unknown_arguments(path):
     for bad in (lambda: make(path, lrr=1), lambda: Recipe(warm=3), lambda: Resume('x', evry=1), lambda: make(path).fit_published('1x', epoch=2)):
