@@ -60,7 +60,7 @@ class Queries(nn.Module):
         xyxy = box_convert(self.boxes, 'cxcywh', 'xyxy')*torch.stack([w,h,w,h], -1)[:, None]
         q = self.content.weight
         if self.norm: q = F.layer_norm(q, q.shape[1:])
-        return self.state.at(q.expand(len(sizes), -1, -1), xyxy)
+        return self.state.at(q.expand(sizes.shape[0], -1, -1), xyxy)
 
     def preds(self, feats):
         "Predictions that the queries themselves make and that get a loss: none here, proposals in a two-stage detector"

@@ -183,7 +183,7 @@ def _top(scored, max_dets):
     "The best of all query-class pairs"
     n,k = scored.scores.shape[1:]
     scores,at = scored.scores.flatten(1).topk(min(max_dets, n*k))
-    return Detections(scores, at % k, scored.boxes.take_along_dim((at // k)[..., None], 1))
+    return Detections(scores, at % k, scored.boxes.gather(1, (at // k)[..., None].expand(-1, -1, 4)))
 
 def decode(
     pred,              # `logits` (B,N,K), `boxes` (B,N,4)

@@ -87,6 +87,7 @@ def gather(
     image,group = (torch.arange(n, dtype=cells.dtype, device=cells.device) for n in (B, G))
     start = image.view(-1, *[1]*(cells.ndim-1))*(S*G) + group.view(-1, *[1]*(cells.ndim-3))
     rows,table = (start + cells*G).flatten(0,-2), tokens.reshape(-1, D//G)
+    if torch.compiler.is_exporting(): return (table[rows.long()]*weight.flatten(0,-2)[..., None]).sum(1).view(*cells.shape[:-1], -1)
     read = F.embedding_bag(rows, table, per_sample_weights=weight.flatten(0,-2).to(table.dtype), mode='sum')
     return read.view(*cells.shape[:-1], -1)
 
@@ -106,7 +107,7 @@ def sample(
 ) -> Tensor:        # (rB,N,G,P,D//G) features read by each group at its points
     "Read a feature pyramid at 3-D points"
     table,sides = Rows.of(feats)
-    at,cells,weights,start = per_picture(points, len(table)),[],[],0
+    at,cells,weights,start = per_picture(points, table.shape[0]),[],[],0
     for (H,W),s,share in zip(sides, strides, level_weights(at[..., 2], strides).unbind(-1), strict=True):
         c,w = corners(at[..., :2]/s - .5, H, W, share, start)
         cells += c; weights += w; start += H*W
