@@ -53,7 +53,7 @@ def collate(
     imgs,targets = zip(*items)
     H,W = [math.ceil(max(x.shape[d] for x in imgs)/multiple)*multiple for d in (-2,-1)]
     n,M = len(imgs),max(1, *(len(t.labels) for t in targets))
-    images = torch.zeros(n, 3, H, W, dtype=imgs[0].dtype)
+    images = torch.zeros(n, H, W, 3, dtype=imgs[0].dtype).permute(0,3,1,2) # stored as pictures are: channels last
     boxes,labels = torch.zeros(n, M, 4), torch.full((n, M), -1)
     for i,(x,t) in enumerate(items):
         images[i, :, :x.shape[-2], :x.shape[-1]] = _plain(x)
