@@ -13,7 +13,7 @@ from deqdet.model import AdaMixer
 from common import parser, report
 
 BASE = dict(queries=100, points=16, size=256, batch=1, T=6, classes=20, objects=10)
-VALUES = dict(queries=(50,100,200,400,900), points=(4,16,36,64,144), size=(128,256,512,1024), batch=(1,2,4,8),
+VALUES = dict(queries=(50,100,200,400,900), points=(4,16,36,64), size=(128,256,512,1024), batch=(1,2,4,8),
               T=(6,12,25,50), classes=(5,20,80,320,1200), objects=(1,10,50,200,500))
 
 
@@ -65,7 +65,7 @@ def exponent(xs, ys): return math.log(ys[-1]/ys[-2])/math.log(xs[-1]/xs[-2]) if 
 def main():
     if 'MALLOC_MMAP_THRESHOLD_' not in os.environ: # else glibc keeps what was freed, and a peak says little
         os.execve(sys.executable, [sys.executable, '-W', 'ignore', *sys.argv], os.environ | dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536'))
-    args = parser(__doc__.splitlines()[0], rounds=3).parse_args()
+    args = parser(__doc__.splitlines()[0], rounds=2).parse_args()
     result = {}
     for name, values in VALUES.items():
         for what in ('train', 'infer'):
