@@ -277,6 +277,16 @@ def little_disk(tmp_path):
     subprocess.run(['umount', disk])
 
 
+def test_read_only_disk(world, little_disk, tmp_path, capsys):
+    "Where even root may not write"
+    disk = little_disk[0]
+    if subprocess.run(['mount', '-o', 'remount,ro', disk], capture_output=True).returncode: pytest.skip('no remount here')
+    start, pictures = str(world/'start'), str(world/'shapes/images')
+    assert 'Read-only' in bad(capsys, str(disk), train, world, disk/'out')
+    bad(capsys, str(disk), cli.deqdet_predict, start, [pictures], str(disk/'found'))
+    bad(capsys, str(disk), cli.deqdet_demo, out=str(disk/'demo'), quick=True)
+
+
 def test_full_disk(world, little_disk, tmp_path, capsys):
     disk, enlarge = little_disk
     (disk/'ballast').write_bytes(bytes(3*2**20))

@@ -82,9 +82,12 @@ def worker(path):
     out = dict(same=train_and_validate(path, True), resumed=resumed(path), left_out=left_out(path), stopped=stopped(path))
     torch.save(out, path/f'out{rank_distrib()}.pt')
 
-def launch(*args, n=2):
-    "Run a script in several processes"
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), *map(str, args)]
+TORCHRUN = 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'
+ACCELERATE = 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0'
+
+def launch(*args, by=TORCHRUN):
+    "Run a script in two processes"
+    cmd = [sys.executable, '-m', *by, *map(str, args)]
     env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', CUDA_VISIBLE_DEVICES='')
     res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=600)
     assert res.returncode==0, res.stdout[-2000:] + res.stderr[-4000:]
@@ -131,9 +134,34 @@ def test_signal_to_one_stops_both(both):
     assert [o['stopped']['iterations'] for o in both]==[2, 2]
     assert [o['stopped']['asked'] for o in both]==[None, 'SIGTERM']
 
-def test_script(path):
+@pytest.mark.parametrize('by', [TORCHRUN, ACCELERATE], ids=['torchrun', 'accelerate'])
+def test_script(path, by):
     "The ten lines of examples/train.py, in two processes"
-    out = launch(Path(__file__).parents[1]/'examples'/'train.py', path, 1)
+    out = launch(Path(__file__).parents[1]/'examples'/'train.py', path, 1, by=by)
     assert out.count('pictures per update')==1 and '8 pictures per update: 4 in a batch x 2 processes' in out
+
+NOTEBOOK = '''
+import sys
+from accelerate import notebook_launcher
+from deqdet.data import det_dls
+from deqdet.learner import det_learner
+from deqdet.zoo import create_detector
+def train(path):
+    dls = det_dls(path, bs=2, num_workers=0, device='cpu')
+    learn = det_learner(dls, create_detector('deqdet_tiny', vocab=dls.vocab), 'tiny', lr=1e-3)
+    with learn.distrib_ctx(), learn.no_bar(): learn.fit_published(epochs=1)
+    print('AP', learn.history.AP[0], flush=True)
+if __name__=='__main__': notebook_launcher(train, (sys.argv[1],), num_processes=2)
+'''
+
+def test_notebook_launcher(path, tmp_path):
+    "What `notebook_launcher` starts trains together, and both know the AP"
+    (tmp_path/'notebook.py').write_text(NOTEBOOK)
+    env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', CUDA_VISIBLE_DEVICES='')
+    res = subprocess.run([sys.executable, '-W', 'ignore', tmp_path/'notebook.py', path], env=env, capture_output=True, text=True, timeout=300)
+    assert res.returncode==0, res.stderr[-4000:]
+    assert '2 in a batch x 2 processes' in res.stdout
+    aps = [l for l in res.stdout.splitlines() if l.startswith('AP ')]
+    assert len(aps)==2 and len(set(aps))==1, res.stdout
 
 if __name__=='__main__': worker(Path(sys.argv[1]))
