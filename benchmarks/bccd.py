@@ -53,7 +53,7 @@ def run(args):
 
 
 def main():
-    p = parser(__doc__, threads=2, epochs=40, size=256, bs=4, seed=0, lr=0., runs='runs/bccd')
+    p = parser(__doc__, threads=1, epochs=20, size=256, bs=4, seed=0, lr=0., runs='runs/bccd')
     p.add_argument('--only', choices=MODELS, required=True)
     p.add_argument('--keep', action='store_true', help='keep the weights beside the log')
     args = p.parse_args()
