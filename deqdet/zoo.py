@@ -85,10 +85,12 @@ def create_detector(
     pretrained=False, # weights of the body: True downloads ImageNet's, a path reads a file
     vocab=None,       # names of the classes; their number is then `n_classes`
     **overrides       # fields of the record, such as `n_queries=300`
-): # a `Detector`
+): # a `Detector`; its `recipe` is the name of the schedule that `det_learner` takes
     "A detector by name"
     hyper = replace(published(name).hyper, n_classes=n_classes if vocab is None else len(vocab), **overrides)
-    return hyper.build(pretrained, vocab)
+    model = hyper.build(pretrained, vocab)
+    model.recipe = published(name).recipe
+    return model
 
 # %% ../nbs/16_zoo.ipynb #768e9514
 def cost(

@@ -15,7 +15,7 @@ from deqdet.evaluate import evaluate
 from deqdet.learner import (EMA, CSVLog, DetOpt, Interpretation, NonFinite, Recipe, Residuals, Resume, SaveBest, deal, det_learner,
                             average_checkpoints, param_groups, part_of, recipes, shard)
 from deqdet.model import AdaMixer
-from deqdet.zoo import published, zoo
+from deqdet.zoo import create_detector, published, zoo
 
 SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32, heads=4,
                  groups=2, points=(4,), out_points=8, hidden=32, strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))
@@ -48,6 +48,12 @@ def test_groups_of_published_models(name):
     decoder = {n for n,_ in model.named_parameters() if n.startswith('decoder.')}
     rates = {(g.lr, g.wd) for g in param_groups(model, recipes['1x'].mults) if g.part=='decoder'}
     assert decoder and rates=={(4., 10.)}
+
+def test_a_detector_brings_its_recipe(path):
+    model = create_detector('deqdet_tiny', n_classes=4)
+    learn = make(path, type('Built', (), dict(build=lambda self: model))(), lr=None)
+    assert learn.recipe==recipes['tiny']
+    assert make(path, SMALL, lr=None).recipe==recipes['1x']
 
 @pytest.mark.parametrize('name', ['deqdet_swins_2x', 'deqdet_swinl_1x'])
 def test_swin_norms_and_tables(name):
