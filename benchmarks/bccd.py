@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 from deqdet.augment import Augment, Fit, recipe_1x
+from deqdet.cli import finite
 from deqdet.data import det_dls
 from deqdet.evaluate import ap_vs_steps, evaluate
 from deqdet.learner import CSVLog, EMA, det_learner, recipes
@@ -66,7 +67,7 @@ def main():
     if not out: return
     out.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(out.read_text()) if out.exists() else [] # another process may have ended meanwhile
-    out.write_text(json.dumps(done + [new], indent=1, allow_nan=True) + '\n')
+    out.write_text(json.dumps(finite(done + [new]), indent=1) + '\n')
 
 
 if __name__ == '__main__': main()
