@@ -1,4 +1,5 @@
-"The grid: every family strung together in every way, at equal width and epochs, on generated pictures"
+"The grid: every family strung together in every way, at equal width and epochs, on generated pictures; what stands in `--out` is not run again"
+import json
 import tempfile
 import time
 from dataclasses import replace
@@ -32,7 +33,7 @@ def families(width, queries, grid):
 def strategies(stages, steps, noise):
     "Ways to string steps together"
     return dict(stack=Stacked(stages), recollection=Recollected(*windows(stages)),
-                equilibrium=Settled(steps=steps, supervise=(1, steps), perturb=Perturb(position=noise)))
+                equilibrium=Settled(steps=steps, supervise=(1, steps), perturb=Perturb(position=noise), recompute=False))
 
 
 def loss_of(hyper): return hyper.loss() if hasattr(hyper, 'loss') else SetLoss()
@@ -45,7 +46,7 @@ def measure(hyper, path, args, seed):
     model = replace(hyper, n_classes=len(dls.vocab)).build(vocab=list(dls.vocab))
     loss_func, batch = loss_of(hyper), dls.train.one_batch()
     kept = saved_bytes(lambda: loss_func(model.train()(*batch[:2]), batch[2]))
-    learn = det_learner(dls, model, recipe='tiny', lr=args.lr, loss_func=loss_func)
+    learn = det_learner(dls, model, recipe='tiny', lr=args.lr or None, loss_func=loss_func)
     start = time.process_time()
     with learn.quiet(): learn.fit_published(epochs=args.epochs)
     seconds = time.process_time() - start
@@ -57,20 +58,21 @@ def measure(hyper, path, args, seed):
 
 
 def main():
-    args = parser(__doc__, epochs=60, seeds='0,1', families='', strategies='', n_train=400, n_valid=100, size=128, bs=8,
-                  lr=8e-4, width=64, queries=12, grid='3,4,.4', stages=6, steps=4, noise=3., margin=.02).parse_args()
+    args = parser(__doc__, epochs=12, seeds='0,1', families='', strategies='', n_train=400, n_valid=200, size=64, classes=2, most=3, bs=8,
+                  lr=0., width=64, queries=12, grid='3,4,.4', stages=6, steps=4, noise=3., margin=.02).parse_args()
     torch.set_num_threads(args.threads)
     path = Path(tempfile.mkdtemp())/'shapes'
-    synth_coco(path, n_train=args.n_train, n_valid=args.n_valid, size=args.size, seed=1)
+    synth_coco(path, args.n_train, args.n_valid, args.size, seed=1, n_classes=args.classes, max_objects=args.most)
     rows, cols, side = args.grid.split(',')
     chosen = lambda found, names: {k: v for k, v in found.items() if not names or k in names.split(',')}
-    result, grid = [], (int(rows), int(cols), float(side))
-    for f, hyper in chosen(families(args.width, args.queries, grid), args.families).items():
-        for s, plan in chosen(strategies(args.stages, args.steps, args.noise), args.strategies).items():
-            for seed in map(int, args.seeds.split(',')):
+    grid, about = (int(rows), int(cols), float(side)), {k: v for k, v in vars(args).items() if k not in ('out', 'rounds', 'threads')}
+    result = json.loads(Path(args.out).read_text())['result'] if args.out and Path(args.out).exists() else []
+    for seed in map(int, args.seeds.split(',')):
+        for f, hyper in chosen(families(args.width, args.queries, grid), args.families).items():
+            for s, plan in chosen(strategies(args.stages, args.steps, args.noise), args.strategies).items():
+                if any((r['family'], r['strategy'], r['seed']) == (f, s, seed) for r in result): continue
                 result.append(dict(family=f, strategy=s, **measure(replace(hyper, strategy=plan), path, args, seed)))
-                print({k: v for k, v in result[-1].items() if not isinstance(v, dict)}, flush=True)
-    report(result, args.out, **{k: v for k, v in vars(args).items() if k not in ('out', 'rounds', 'threads')})
+                report(result, args.out, **about)
 
 
 if __name__ == '__main__': main()

@@ -482,7 +482,7 @@ def fill(
     name = o['recipe']
     if name not in recipes: raise CommandError(f"--recipe {name}: one of {', '.join(recipes)} was expected")
     r,kind = recipes[name], name[:2]
-    augment = {'ti':'small', '2x':'crop', '3x':'crop'}.get(kind, 'flip')
+    augment = {'ti':'small', '2x':'crop', '3x':'crop', 'de':'crop'}.get(kind, 'flip')
     return dict(augment=augment, epochs=r.epochs, bs=max(1, r.batch//(processes*o['accumulate']))) | o
 
 # %% ../nbs/18_cli.ipynb #8a7380e6

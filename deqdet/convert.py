@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['step_names', 'decoder_names', 'resnet_names', 'swin_names', 'positions', 'leftover', 'batches', 'deqdet_layout',
-           'adamixer_layout', 'Layout', 'with_body', 'merge_to_timm', 'merge_to_published', 'is_merge', 'infer',
-           'infer_body', 'layout_of', 'to_official', 'Inert', 'read_checkpoint', 'unwrap', 'load_official',
-           'from_official']
+           'adamixer_layout', 'gaps', 'coco_rows', 'readers', 'shared', 'training', 'Layout', 'with_body',
+           'merge_to_timm', 'merge_to_published', 'is_merge', 'infer', 'infer_body', 'layout_of', 'to_official',
+           'Inert', 'read_checkpoint', 'unwrap', 'read_mixer', 'from_official', 'read_deformable', 'read_sparse',
+           'is_mixer', 'load_official', 'original_sparse', 'infer_sparse']
 
-# %% ../nbs/17_convert.ipynb #e7f59742
-import re, torch
+# %% ../nbs/17_convert.ipynb #d60496e1
+import re, torch, zipfile
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import singledispatch
 from pathlib import Path
 from timm.models.swin_transformer import get_relative_position_index
 from .decoder import Stacked
+from .deformable import DeformableDETR, dialect_of, infer_deformable, infer_resnet, load_deformable, publish_deformable
 from .equilibrium import Settled
-from .model import AdaMixer, Detector
+from .model import AdaMixer
+from .sparse_rcnn import SparseRCNN, detectron2_names, mmdet_names
 
 # %% ../nbs/17_convert.ipynb #b8d12b56
 step_names = (
@@ -106,19 +109,25 @@ def infer_body(sd, convs):
             (192,529): 'swin_large_patch4_window12_384.ms_in22k'}[len(sd['backbone.patch_embed.projection.bias']), table]
     return dict(body=name, frozen_stages=-1, drop_path=.3 if 'small' in name else .2)
 
-# %% ../nbs/17_convert.ipynb #ef6398a7
+# %% ../nbs/17_convert.ipynb #10d95c2f
+@singledispatch
 def layout_of(
     hyper # a record
 ) -> Layout: # names of its published twin
     "The layout that published code has for a configuration"
-    plain = isinstance(hyper.strategy, Stacked) and not hyper.neck_act
+    raise TypeError(f'{type(hyper).__name__}: no published code has such a detector')
+
+@layout_of.register
+def _(hyper: AdaMixer):
+    plain = not isinstance(hyper.strategy, Settled) and not hyper.neck_act
     return with_body(adamixer_layout if plain else deqdet_layout, hyper.body)
 
 def to_official(
     model, # a `Detector`
-    layout: Layout=None # names to use; None: those of the published twin
+    layout=None # `Layout`, or one of `DIALECTS` for a Deformable DETR; None: that of the published twin
 ) -> dict: # published key -> tensor
     "A state dict that the published code can load"
+    if isinstance(model.hyper, DeformableDETR): return publish_deformable(model, layout or 'original')
     layout = layout or layout_of(model.hyper)
     sd = {layout.key(k): v for k,v in model.state_dict().items()}
     sd = {k: merge_to_published(v) if is_merge(k) else v for k,v in sd.items()}
@@ -127,7 +136,7 @@ def to_official(
         sd[k.replace('bias_table', 'index')] = get_relative_position_index(window, window)
     return sd
 
-# %% ../nbs/17_convert.ipynb #4c180434
+# %% ../nbs/17_convert.ipynb #df55eb55
 class Inert:
     "Stands for an object in a checkpoint that is of no use to us"
     def __init__(self, *args, **kwargs): pass
@@ -142,6 +151,7 @@ def read_checkpoint(
     "The state dict in a file; never runs code from it"
     from safetensors.torch import load_file
     if Path(path).suffix == '.safetensors': return unwrap(load_file(path))
+    if not zipfile.is_zipfile(path): return unwrap(torch.load(path, map_location='cpu', weights_only=True)) # before PyTorch 1.6
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(type('Inert', (Inert,), {}), name) for name in unknown]):
         return unwrap(torch.load(path, map_location='cpu', weights_only=True))
@@ -154,17 +164,13 @@ def unwrap(
         if isinstance(sd.get(k), dict): return unwrap(sd[k])
     return {k.removeprefix('module.'): v for k,v in sd.items() if isinstance(v, torch.Tensor)}
 
-# %% ../nbs/17_convert.ipynb #4bcb4ec0
-def load_official(
-    source,     # path of a checkpoint, or a state dict
-    **overrides # fields of the record that shapes cannot show, such as `strategy`
-): # a `Detector` in evaluation mode
-    "A detector from published weights"
-    sd = unwrap(source) if isinstance(source, dict) else read_checkpoint(source)
+# %% ../nbs/17_convert.ipynb #8dce9a27
+def read_mixer(sd, **overrides):
+    "A DEQDet or an AdaMixer"
     hyper = replace(infer(sd), **overrides)
     model = hyper.build()
     model.load_state_dict(from_official(sd, model, layout_of(hyper)))
-    return model.eval()
+    return model
 
 def from_official(
     sd,    # published state dict
@@ -179,3 +185,69 @@ def from_official(
     if missing or unknown: raise KeyError(f'this is not the checkpoint of such a model; missing there: {missing[:8]} ({len(missing)}), unknown here: {unknown[:8]} ({len(unknown)})')
     own = model.state_dict()
     return {k: merge_to_timm(sd[v]) if is_merge(v) else sd.get(v, own[k]) for k,v in names.items()}
+
+# %% ../nbs/17_convert.ipynb #7a4da526
+gaps = 12,26,29,30,45,66,68,69,71,83 # numbers below 91 that no category of COCO has
+coco_rows = [i for i in range(1, 91) if i not in gaps]
+
+def read_deformable(sd, rows=None, **overrides):
+    "A Deformable DETR; of 91 classes, numbered as COCO numbers its categories, the 80 that exist are kept"
+    hyper = infer_deformable(sd, **overrides)
+    if rows is None and hyper.n_classes==91: rows = coco_rows
+    if rows is not None: hyper = replace(hyper, n_classes=len(rows))
+    return load_deformable(hyper.build(), sd, dialect_of(sd), rows)
+
+def read_sparse(sd, **overrides):
+    "A Sparse R-CNN, or its equilibrium"
+    hyper = replace(infer_sparse(sd), **overrides)
+    model = hyper.build()
+    layout = layout_of(hyper) if 'rpn_head.init_proposal_bboxes.weight' in sd else original_sparse(hyper)
+    model.load_state_dict(from_official(sd, model, layout))
+    return model
+
+readers = ( # (name of the family, does it look like one?, how to read it)
+    ('Deformable DETR', dialect_of, read_deformable),
+    ('Sparse R-CNN', lambda sd: any(re.search(r'bbox_head\.0\.fc_reg|inst_interact', k) for k in sd) and not is_mixer(sd), read_sparse),
+    ('DEQDet or AdaMixer', lambda sd: is_mixer(sd), read_mixer))
+
+def is_mixer(sd): return any('sampling_n_mixing' in k for k in sd)
+
+def load_official(
+    source,     # path of a checkpoint, or a state dict
+    **overrides # fields of the record that shapes cannot show, such as `strategy`
+): # a `Detector` in evaluation mode
+    "A detector from published weights of any family"
+    sd = unwrap(source) if isinstance(source, dict) else read_checkpoint(source)
+    read = next((read for _,fits,read in readers if fits(sd)), None)
+    if read is None: raise KeyError(f"no keys of {', '.join(name for name,*_ in readers)}; there are {list(sd)[:4]} and {len(sd)-4} more")
+    return read(sd, **overrides).eval()
+
+# %% ../nbs/17_convert.ipynb #0425fd95
+shared = r'bbox_head\.([2-9]|\d\d+)\.' # the head of an equilibrium, once for every iteration
+training = r'^(pixel_(mean|std)$|criterion\.)' # detectron2's normalisation, and its loss
+
+@layout_of.register
+def _(hyper: SparseRCNN):
+    return Layout(mmdet_names(hyper.cls_layers, hyper.reg_layers), (batches, *([shared] if isinstance(hyper.strategy, Settled) else [])))
+
+def original_sparse(hyper): return Layout(detectron2_names(hyper.cls_layers, hyper.reg_layers), (batches, training))
+
+def infer_sparse(
+    sd # a published state dict
+) -> SparseRCNN: # the record that it fits
+    "Hyper-parameters of a Sparse R-CNN checkpoint of mmdetection or of the original"
+    mm = 'rpn_head.init_proposal_bboxes.weight' in sd
+    head,part = ('roi_head.bbox_head.','instance_interactive_conv') if mm else ('head.head_series.','inst_interact')
+    cls,cls_fcs,reg_fcs,out,ffn = ('fc_cls','cls_fcs','reg_fcs','fc_layer','ffn.layers.0.0') if mm else ('class_logits','cls_module','reg_module','out_layer','linear1')
+    at = lambda k: sd[f'{head}0.{k}'].shape
+    layers = lambda name: sum(v.ndim==2 for k,v in sd.items() if k.startswith(f'{head}0.{name}.'))
+    heads = sorted({int(m[1]) for k in sd if (m := re.match(rf'{re.escape(head)}(\d+)\.', k))})
+    second = sd.get(f'{head}1.{cls}.weight', torch.empty(0))
+    once = len(heads)==2 or len(heads) > 2 and not second.is_meta and all(torch.equal(second, sd[f'{head}{i}.{cls}.weight']) for i in heads[2:])
+    laterals = ('neck.lateral_convs.{}.conv' if mm else 'backbone.fpn_lateral{}').format
+    convs = [sd[f'{laterals(i if mm else i+2)}.weight'].shape for i in range(4)]
+    width,F = at(f'{cls}.weight')[1],convs[0][0]
+    return SparseRCNN(n_classes=at(f'{cls}.bias')[0], body=infer_resnet(sd), channels=() if infer_resnet(sd) else tuple(c[1] for c in convs),
+        n_queries=len(sd['rpn_head.init_proposal_bboxes.weight' if mm else 'init_proposal_boxes.weight']), width=width, feat_width=F,
+        hidden=at(f'{ffn}.bias')[0], dynamic=at(f'{part}.dynamic_layer.bias')[0]//(2*F), roi=round((at(f'{part}.{out}.weight')[1]/F)**.5),
+        cls_layers=layers(cls_fcs), reg_layers=layers(reg_fcs), limit=1000/16 if mm else 100000/16, strategy=Settled(extra=-1) if once else Stacked(len(heads)))

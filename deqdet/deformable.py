@@ -16,11 +16,11 @@ from functools import partial
 from typing import NamedTuple
 from torch import nn, Tensor
 from torchvision.ops import box_convert
-from .backbone import Pyramid, create_body, inside, tiny_body
+from .backbone import inside
 from .decoder import Pred, Queries, Stacked, linear
 from .loss import SetLoss, upright
 from .mixing import corners, gather
-from .model import Detector, Features
+from .model import Blueprint
 
 # %% ../nbs/14_deformable.ipynb #435b4570
 class LevelNeck(nn.Module):
@@ -384,18 +384,12 @@ class TwoStageLoss(SetLoss):
 
 # %% ../nbs/14_deformable.ipynb #d0d52ef1
 @dataclass(frozen=True)
-class DeformableDETR:
-    "Hyper-parameters of a detector of Deformable DETR's family, and how to build it"
-    n_classes: int=80
-    body: str='resnet50.tv_in1k' # a timm name; 'tiny': small, from scratch; '': maps are fed instead of pictures
-    channels: tuple=()           # widths of the fed maps, where there is no body
-    frozen_stages: int=1         # stem and stages that do not learn; -1: none
+class DeformableDETR(Blueprint):
+    "Hyper-parameters of a detector of Deformable DETR's family"
     maps: int=3                  # of the body's maps, so many of the coarsest are used
     levels: int=4                # levels that are made of them
     norm_groups: int=32          # groups of the neck's norms
     n_queries: int=300
-    width: int=256               # numbers in a content vector, and in a cell
-    heads: int=8                 # attention heads of the decoder
     encoder_layers: int=6
     encoder_heads: int=8         # attention heads of the encoder
     encoder_points: int=4        # points per head and level that a cell looks at
@@ -407,14 +401,11 @@ class DeformableDETR:
     two_stage: bool=False        # do queries start at the encoder's proposals? implies `refine`
     strategy: object=Stacked(6)  # how steps are strung together
 
+    def neck(self, channels): return LevelNeck(channels[-self.maps:], self.width, self.levels, self.norm_groups)
+
     def pyramid(self, pretrained=False):
         "Body, neck and encoder; `pretrained` as in `create_body`"
-        neck = partial(LevelNeck, width=self.width, levels=self.levels, groups=self.norm_groups)
-        if not self.body: levels = Features(neck(self.channels[-self.maps:]))
-        else:
-            frozen = dict(frozen_stages=self.frozen_stages)
-            body = tiny_body() if self.body=='tiny' else create_body(self.body, pretrained, **frozen)
-            levels = Pyramid(body, neck(body.channels[-self.maps:]))
+        levels = super().pyramid(pretrained)
         layer = partial(DeformableLayer, self.width, self.encoder_heads, self.levels, self.encoder_points,
                         self.encoder_hidden, self.dropout)
         layers = [layer() for _ in range(self.encoder_layers)]
@@ -424,8 +415,8 @@ class DeformableDETR:
         if self.two_stage: return Proposals(self.n_queries, self.width, self.n_classes)
         return Queries(self.n_queries, 2*self.width, norm=False, state=RefState)
 
-    def steps(self):
-        "The steps of all stages; in the plain variant they share heads and points"
+    def decoder(self):
+        "The strategy on the steps of all stages; in the plain variant these share heads and points"
         refine = self.refine or self.two_stage
         step = partial(DeformableStep, self.n_classes, self.width, self.heads, self.levels, self.points,
                        self.hidden, self.dropout)
@@ -433,21 +424,14 @@ class DeformableDETR:
         steps = [step(from_point=p) for p in points]
         if not refine:
             for step in steps[1:]: step.cls,step.reg,step.aim = steps[0].cls,steps[0].reg,steps[0].aim
-        return steps
+        return self.strategy(steps)
 
     def loss(self): return TwoStageLoss() if self.two_stage else SetLoss(form='cxcywh')
 
-    def build(self, pretrained=False, vocab=None):
-        "A `Detector`"
-        return Detector(self.pyramid(pretrained), self.queries(), self.strategy(self.steps()), self, vocab)
-
 # %% ../nbs/14_deformable.ipynb #87c35be6
-_run = dict(epochs=50, drops=(40,), wd=1e-4, warmup=1, warmup_from=1., clip=.1)
 RECIPES = dict(
-    original=dict(run=dict(lr=2e-4, batch=32, mults=((r'^pyramid\.levels\.body|\.offsets\.|\.aim\.', .1, 1.),), **_run),
-                  hyper=dict(frozen_stages=1), loss=dict(w_cls=2.), max_dets=100),
-    detrex=dict(run=dict(lr=1e-4, batch=16, mults=((r'^pyramid\.levels\.body', .1, 1.),), **_run),
-                hyper=dict(frozen_stages=0), loss=dict(w_cls=1.), max_dets=300))
+    original=dict(recipe='deformable', hyper=dict(frozen_stages=1), loss=dict(w_cls=2.), max_dets=100),
+    detrex=dict(recipe='deformable_detrex', hyper=dict(frozen_stages=0), loss=dict(w_cls=1.), max_dets=300))
 
 # %% ../nbs/14_deformable.ipynb #58a47bc7
 _TO_ORIGINAL = [

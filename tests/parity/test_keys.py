@@ -4,7 +4,7 @@ import json
 import math
 import pytest
 import torch
-from deqdet.convert import from_official, infer, layout_of, to_official
+from deqdet.convert import from_official, infer, infer_sparse, layout_of, load_official, original_sparse, to_official
 from deqdet.zoo import create_detector, list_detectors, published
 from pairs import HERE
 
@@ -41,6 +41,33 @@ def test_a_full_checkpoint_goes_round_bit_for_bit(config):
     model.to_empty(device='cpu').load_state_dict(from_official(sd, model, layout_of(hyper)))
     back = to_official(model)
     assert all(torch.equal(back[k], v) for k, v in sd.items())
+
+
+@pytest.mark.parametrize('config', [k for k in KEYS if k.startswith('mmdet_sparse_rcnn')])
+def test_sparse_rcnn_maps_both_ways(config):
+    sd = checkpoint(config)
+    hyper = infer_sparse(sd)
+    assert hyper == published(f'sparse_rcnn_r50_{hyper.n_queries}').hyper
+    with torch.device('meta'): model = hyper.build()
+    assert {k: v.shape for k, v in from_official(sd, model, layout_of(hyper)).items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in to_official(model).items()} == {k: v.shape for k, v in sd.items()}
+
+
+@pytest.mark.parametrize('name, as_', [('sparse_rcnn_r50_100', None), ('sparse_rcnn_r50_100', 'original'), ('deq_sparse_rcnn_r50_300', None),
+                                       ('deformable_detr_r50', 'original'), ('deformable_detr_r50_refine', 'detrex'), ('deformable_detr_r50_two_stage', 'transformers')])
+def test_one_call_loads_every_family(name, as_):
+    torch.manual_seed(0)
+    model = create_detector(name, n_classes=5, width=32, hidden=48)
+    sparse = name.split('_detr')[0] != 'deformable'
+    layout = original_sparse(model.hyper) if sparse and as_ else None if sparse else as_
+    twin = load_official({'state_dict': to_official(model, layout)}, **({} if sparse else dict(n_queries=300)))
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items() if k != 'queries.boxes')
+    assert type(twin.hyper) is type(model.hyper) and type(twin.hyper.strategy) is type(model.hyper.strategy)
+
+
+def test_every_name_of_the_zoo_has_a_recipe():
+    from deqdet.learner import recipes
+    assert {published(n).recipe for n in list_detectors()} <= set(recipes)
 
 
 def test_every_name_of_the_zoo_builds():
