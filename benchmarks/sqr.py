@@ -2,7 +2,7 @@
 import copy
 import torch
 from torch import nn
-from deqdet.decoder import MixerStep, Queries, Stacked
+from deqdet.decoder import MixerStep, Queries, Stacked, prepared
 from deqdet.sqr import Recollected, windows
 from common import alternate, parser, report
 
@@ -47,7 +47,7 @@ def main():
     z = Queries(args.queries, args.width).to(device)(torch.tensor([[args.side]*2]*args.pictures, device=device))
     z = type(z)(*[t.detach() for t in z])
     plan = windows(args.stages)
-    forward = {'loop': lambda: loop(steps, *plan, z, feats), 'one batch': lambda: Recollected(*plan)(steps)(z, feats),
+    forward = {'loop': lambda: loop(steps, *plan, z, prepared(steps[0], feats)), 'one batch': lambda: Recollected(*plan)(steps)(z, feats),
                'one batch, features copied': lambda: Recollected(*plan)(copying)(z, feats),
                'one batch, recomputed': lambda: Recollected(*plan, recompute=True)(steps)(z, feats),
                'stack': lambda: Stacked(args.stages)(steps)(z, feats)}
