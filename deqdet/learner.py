@@ -822,6 +822,7 @@ class Shards(DistributedTrainer):
     def __init__(self, sync_bn=False, **kwargs):
         super().__init__(sync_bn, **dict(cpu=not torch.cuda.is_available()) | kwargs)
         atexit.register(_end_group)
+        warnings.filterwarnings('ignore', 'Grad strides do not match bucket view') # of 1x1 kernels in channels-last; harmless
     def _wrap_dl(self, dl):
         if not isinstance(dl, DetDL) or 'dealt_from' in vars(dl): return dl
         return shard(dl, rank_distrib(), max(num_distrib(), 1), self.accelerator.device)
