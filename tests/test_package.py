@@ -1,5 +1,5 @@
 "The package installs with everything it declares, and its modules stand in the order of their notebooks"
-import ast, re, subprocess, sys
+import ast, re, subprocess, sys, tarfile
 from configparser import ConfigParser
 from email.parser import Parser
 from pathlib import Path
@@ -11,19 +11,23 @@ ini = ConfigParser(delimiters=['='])
 ini.read(ROOT/'settings.ini')
 cfg = ini['DEFAULT']
 
+def backend(src, do, dest):
+    "What the build backend makes of the project in `src`: the path in `dest`, and its complaints"
+    cmd = f"from setuptools.build_meta import *; print({do}({str(dest)!r}))"
+    res = subprocess.run([sys.executable, '-c', cmd], cwd=src, capture_output=True, text=True)
+    assert res.returncode==0, res.stderr
+    return dest/res.stdout.split()[-1], res.stderr
+
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
     "Metadata and entry points as the build backend makes them"
     d = tmp_path_factory.mktemp('build')
     copy_tree(ROOT, d/'src')
-    cmd = f"from setuptools.build_meta import *; print(prepare_metadata_for_build_wheel({str(d)!r}))"
-    res = subprocess.run([sys.executable, '-c', cmd], cwd=d/'src', capture_output=True, text=True)
-    assert res.returncode==0, res.stderr
-    info = d/res.stdout.split()[-1]
+    info,err = backend(d/'src', 'prepare_metadata_for_build_wheel', d)
     entry = ConfigParser(delimiters=['='])
     entry.optionxform = str
     entry.read(info/'entry_points.txt')
-    return Parser().parsestr((info/'METADATA').read_text()), entry, res.stderr
+    return Parser().parsestr((info/'METADATA').read_text()), entry, err
 
 FIELDS = { # what pyproject.toml calls it -> what the metadata calls it
     'keywords': 'Keywords', 'description': 'Summary', 'version': 'Version', 'license': 'License-Expression',
@@ -37,6 +41,16 @@ def test_every_dynamic_field_is_supplied(built):
     assert not [k for k,v in FIELDS.items() if not meta[v]]
     assert entry['nbdev']['deqdet']=='deqdet._modidx:d'
     assert 'defined outside of' not in err, err # what setuptools says of a field that is not called dynamic
+
+def test_source_archive_builds(built, tmp_path):
+    "The archive that goes to an index holds what its own setup.py reads"
+    copy_tree(ROOT, tmp_path/'src')
+    sdist,_ = backend(tmp_path/'src', 'build_sdist', tmp_path)
+    with tarfile.open(sdist) as f: f.extractall(tmp_path/'out', filter='data')
+    root, = (tmp_path/'out').iterdir()
+    info,_ = backend(root, 'prepare_metadata_for_build_wheel', tmp_path)
+    assert Parser().parsestr((info/'METADATA').read_text()).items()==built[0].items()
+    assert {p.name for p in root.glob('deqdet/*.py')}=={p.name for p in (ROOT/'deqdet').glob('*.py')}
 
 def test_scripts_exist(built):
     "Every console script names a function that there is"
