@@ -1,11 +1,19 @@
-"The grid: every family strung together in every way, at equal width and epochs, on generated pictures; what stands in `--out` is not run again"
+"""The grid: every family strung together in every way, at equal width and epochs, on generated pictures.
+
+Each (family, strategy, seed) is one row of the JSON; what stands there is not run again. A process of its own for each makes the peak of
+memory mean something:
+
+    for n in 0 1; do for s in stack recollection equilibrium; do for f in adamixer sparse_rcnn deformable; do
+        python benchmarks/families.py --families $f --strategies $s --seeds $n --out nbs/results/families.json; done; done; done"""
 import json
+import resource
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 import torch
 from fastai.torch_core import set_seed
+from deqdet.cli import finite
 from deqdet.data import det_dls, synth_coco
 from deqdet.decoder import Stacked
 from deqdet.deformable import DeformableDETR
@@ -16,7 +24,7 @@ from deqdet.loss import SetLoss
 from deqdet.model import AdaMixer
 from deqdet.sparse_rcnn import SparseRCNN
 from deqdet.sqr import Recollected, stage_regressions, windows
-from common import parser, report
+from common import commit, machine, parser, report
 from sqr import saved_bytes
 
 
@@ -39,40 +47,64 @@ def strategies(stages, steps, noise):
 def loss_of(hyper): return hyper.loss() if hasattr(hyper, 'loss') else SetLoss()
 
 
-def measure(hyper, path, args, seed):
-    "Train one detector; what it reaches, weighs and costs"
-    set_seed(seed, reproducible=True)
-    dls = det_dls(path, bs=args.bs, size=args.size, num_workers=0)
-    model = replace(hyper, n_classes=len(dls.vocab)).build(vocab=list(dls.vocab))
-    loss_func, batch = loss_of(hyper), dls.train.one_batch()
-    kept = saved_bytes(lambda: loss_func(model.train()(*batch[:2]), batch[2]))
+def fit(hyper, dls, args):
+    "Train one detector; the learner, and what it cost"
+    model, loss_func = replace(hyper, n_classes=len(dls.vocab)).build(vocab=list(dls.vocab)), loss_of(hyper)
+    images, sizes, target = dls.train.one_batch()
+    kept = saved_bytes(lambda: loss_func(model.train()(images, sizes), target))
     learn = det_learner(dls, model, recipe='tiny', lr=args.lr or None, loss_func=loss_func)
     start = time.process_time()
     with learn.quiet(): learn.fit_published(epochs=args.epochs)
-    seconds = time.process_time() - start
-    ap, count = evaluate(model, dls.valid), lambda m: sum(p.numel() for p in m.parameters())
-    wrong = stage_regressions(model, dls.valid, margin=args.margin)
-    return dict(seed=seed, **{k: ap[k] for k in ('AP', 'AP50', 'AP75')}, params=count(model),
-                decoder_params=count(model.decoder), kept_mib=kept/2**20, stages=len(model.trajectory(*batch[:2])), predictions=len(model.train()(*batch[:2])),
-                cpu_seconds_per_epoch=seconds/args.epochs, fading=wrong['fading'], exacerbation=wrong['exacerbation'])
+    seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+    return learn, dict(iterations=learn.train_iter, kept_mib=kept/2**20, peak_mib=peak, cpu_seconds=seconds,
+                       losses=len(model.train()(images, sizes)), applications=len(model.trajectory(images, sizes)))
+
+
+def by_applications(model, dl, counts):
+    "AP after so many applications of steps, the first one included; a stack repeats its last step"
+    plan = model.hyper.strategy
+    steps = {n: n - 1 - plan.extra if isinstance(plan, Settled) else n for n in counts}
+    ap = {n: evaluate(model, dl, steps=t) for n, t in steps.items()}
+    return [dict(applications=n, AP=r.AP, AP50=r.AP50) for n, r in ap.items()]
+
+
+def measure(hyper, path, args, seed):
+    "What one detector reaches, weighs and costs"
+    set_seed(seed, reproducible=True)
+    dls = det_dls(path, bs=args.bs, size=args.size, num_workers=0)
+    learn, cost = fit(hyper, dls, args)
+    model, count = learn.model, lambda m: sum(p.numel() for p in m.parameters())
+    ap, wrong = evaluate(model, dls.valid), stage_regressions(model, dls.valid, margin=args.margin)
+    return dict(seed=seed, **{k: ap[k] for k in ('AP', 'AP50', 'AP75')}, params=count(model), decoder_params=count(model.decoder), **cost,
+                by_applications=by_applications(model, dls.valid, (2, 3, 4, 6, 8, 12)), **wrong, commit=commit(), machine=machine())
+
+
+def stands(args, about):
+    "Rows that were measured before, with the same settings"
+    if not (args.out and Path(args.out).exists()): return []
+    old = json.loads(Path(args.out).read_text())
+    other = [k for k, v in about.items() if old[k] != v]
+    if other: raise SystemExit(f'{args.out} was measured with other settings: {", ".join(other)}')
+    return old['result']
 
 
 def main():
-    args = parser(__doc__, epochs=12, seeds='0,1', families='', strategies='', n_train=400, n_valid=200, size=64, classes=2, most=3, bs=8,
-                  lr=0., width=64, queries=12, grid='3,4,.4', stages=6, steps=4, noise=3., margin=.02).parse_args()
+    args = parser(__doc__, epochs=8, seeds='0,1', families='', strategies='', n_train=800, n_valid=200, size=64, classes=2, most=2, bs=8,
+                  lr=0., width=64, queries=9, grid='3,3,.4', stages=6, steps=4, noise=3., margin=.02).parse_args()
     torch.set_num_threads(args.threads)
     path = Path(tempfile.mkdtemp())/'shapes'
     synth_coco(path, args.n_train, args.n_valid, args.size, seed=1, n_classes=args.classes, max_objects=args.most)
     rows, cols, side = args.grid.split(',')
     chosen = lambda found, names: {k: v for k, v in found.items() if not names or k in names.split(',')}
-    grid, about = (int(rows), int(cols), float(side)), {k: v for k, v in vars(args).items() if k not in ('out', 'rounds', 'threads')}
-    result = json.loads(Path(args.out).read_text())['result'] if args.out and Path(args.out).exists() else []
+    grid, which = (int(rows), int(cols), float(side)), ('out', 'rounds', 'seeds', 'families', 'strategies')
+    about = {k: v for k, v in vars(args).items() if k not in which}
+    result = stands(args, about)
     for seed in map(int, args.seeds.split(',')):
         for f, hyper in chosen(families(args.width, args.queries, grid), args.families).items():
             for s, plan in chosen(strategies(args.stages, args.steps, args.noise), args.strategies).items():
                 if any((r['family'], r['strategy'], r['seed']) == (f, s, seed) for r in result): continue
                 result.append(dict(family=f, strategy=s, **measure(replace(hyper, strategy=plan), path, args, seed)))
-                report(result, args.out, **about)
+                report(finite(result), args.out, **about)
 
 
 if __name__ == '__main__': main()
