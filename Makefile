@@ -5,6 +5,8 @@ BIN     := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 RUN     := .venv/.installed
 DEV     := .venv/.installed-dev
+FAILED  := { echo "pip could not install it, for the reason above. It needs a network, or an index that it reaches: PIP_INDEX_URL"; \
+	echo "or PIP_FIND_LINKS. The next make tries again."; exit 1; }
 DECLARE := settings.ini setup.py constraints.txt
 QUARTO  := 1.6.42
 
@@ -22,6 +24,7 @@ help:
 
 # The interpreter: the first of $(PYTHON) that is new enough.
 $(BIN)/python:
+	@[ -w . ] || { echo "$(CURDIR) cannot be written to, and .venv goes there: copy the folder, and say make in the copy."; exit 1; }
 	@for p in $(PYTHON); do \
 	  if $$p -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN)".split("."))))' 2>/dev/null; \
 	  then echo "Making .venv with $$($$p --version)"; $$p -m venv .venv && exit; \
@@ -32,12 +35,12 @@ $(BIN)/python:
 
 $(RUN): $(DECLARE) | $(BIN)/python
 	@echo "Installing deqdet and what it runs on (a few minutes and about 6 GB the first time)"
-	@$(INSTALL) .
+	@$(INSTALL) . || $(FAILED)
 	@touch $@
 
 $(DEV): $(DECLARE) | $(BIN)/python
 	@echo "Installing deqdet with its dev extra (a few minutes and about 6 GB the first time)"
-	@$(INSTALL) '.[dev]'
+	@$(INSTALL) '.[dev]' || $(FAILED)
 	@touch $(RUN) $@
 
 # The main job; options as in `make demo DEMO='--minutes 2'`
@@ -75,8 +78,9 @@ BENCH := step train inference growth solver sqr loader evaluate
 bench: $(RUN)
 	@for f in $(BENCH); do $(BIN)/python -W ignore benchmarks/$$f.py --threads 2 --out bench/$$f.json || exit 1; done
 
+# Options as in `make lab LAB=--no-browser`
 lab: $(DEV)
-	$(BIN)/jupyter lab --notebook-dir=nbs
+	$(BIN)/jupyter lab --notebook-dir=nbs $(LAB)
 
 clean:
 	rm -rf _proc _docs demo bench build dist *.egg-info .pytest_cache nbs/nbdev.yml
