@@ -34,7 +34,7 @@ def families(width, queries, grid):
     mixed = dict(same, feat_width=width, grid=grid)
     encoder = dict(encoder_layers=1, encoder_heads=4, encoder_hidden=2*width)
     return dict(adamixer=AdaMixer(**mixed, norm_groups=16, points=(8,), out_points=16),
-                sparse_rcnn=SparseRCNN(**mixed, dynamic=16, finest=14.),
+                sparse_rcnn=SparseRCNN(**mixed, dynamic=16, roi=5, finest=14.),
                 deformable=DeformableDETR(**same, **encoder, norm_groups=16, dropout=0., refine=True))
 
 
@@ -89,7 +89,7 @@ def stands(args, about):
 
 
 def main():
-    args = parser(__doc__, epochs=8, seeds='0,1', families='', strategies='', n_train=800, n_valid=200, size=64, classes=2, most=2, bs=8,
+    args = parser(__doc__, epochs=12, seeds='0,1', families='', strategies='', n_train=720, n_valid=200, size=64, classes=2, most=2, bs=8,
                   lr=0., width=64, queries=9, grid='3,3,.4', stages=6, steps=4, noise=3., margin=.02).parse_args()
     torch.set_num_threads(args.threads)
     path = Path(tempfile.mkdtemp())/'shapes'
