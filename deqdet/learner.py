@@ -337,7 +337,7 @@ def fit_published(self:DetLearner,
         self.recipe = self.as_recipe(recipe)
         self.lr,self.wd,self.opt = self.recipe.lr,self.recipe.wd,None
         self.gradient_clip.max_norm = self.recipe.clip
-    self.fit(epochs or self.recipe.epochs, cbs=[Schedule(self.recipe), *L(cbs)])
+    self.fit(self.recipe.epochs if epochs is None else epochs, cbs=[Schedule(self.recipe), *L(cbs)])
 
 # %% ../nbs/11_learner.ipynb #e81fe9a0
 @patch

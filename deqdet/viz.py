@@ -42,6 +42,7 @@ def _draw_box(ax, box, color, text='', width=1.6, style='-', alpha=1.):
 
 def _draw_text(ax, x1, y1, x2, text, color):
     (left,right), (bottom,top) = ax.get_xlim(), ax.get_ylim()
+    if not (x1 <= right and y1 <= max(bottom, top)): return # nothing to be seen, and far away glyphs cannot be drawn
     at_right, inside = x1 > left + .65*(right-left), y1 < top + .07*(bottom-top)
     x, y, ink = min(x2, right) if at_right else max(x1, left), max(y1, top), 'k' if _is_light(color) else 'w'
     ax.text(x, y, text, fontsize=7, color=ink, ha='right' if at_right else 'left', va='top' if inside else 'bottom',
@@ -90,10 +91,11 @@ def _fields(x):
     get = x.get if isinstance(x, dict) else lambda k: getattr(x, k, None)
     return get('boxes'), get('labels'), get('scores')
 
-def _grid(n, ncols, size):
-    "A figure of n axes in rows, as a flat list; the rest is blank"
-    nrows = math.ceil(n/ncols)
-    fig,axs = plt.subplots(nrows, ncols, figsize=(size*ncols, size*1.07*nrows), squeeze=False, layout='constrained')
+def _grid(n, ncols, size, images):
+    "A figure of n axes in rows, each as high as the highest of the pictures wants, as a flat list; the rest is blank"
+    nrows,ratio = math.ceil(n/ncols), max((x.shape[1]/x.shape[2] for x in images), default=1)
+    figsize = size*ncols, size*(min(2, max(.2, ratio)) + .07)*nrows
+    fig,axs = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     return fig, list(axs.flat)
 
@@ -108,13 +110,20 @@ def show_pairs(
     size: float=2.2       # inches of a picture
 ):                        # the figure
     "Truth and prediction side by side"
-    fig, axs = _grid(2*len(images), 2*pairs, size)
+    images = [load_image(o) for o in images]
+    fig, axs = _grid(2*len(images), 2*min(pairs, len(images)), size, images)
     for i,(img,t,p) in enumerate(zip(images, truths, preds)):
         boxes, labels, _ = _fields(t)
         keep = slice(None) if labels is None else torch.as_tensor(labels) >= 0      # padding of a batch
         draw_boxes(img, boxes[keep], labels[keep], vocab=vocab, ax=axs[2*i], title='truth')
         draw_boxes(img, *_fields(p), vocab, axs[2*i+1], min_score, titles[i] if titles else 'prediction')
+        if not axs[2*i+1].patches: _say_none(axs[2*i+1], min_score)
     return fig
+
+def _say_none(ax, min_score):
+    "An empty picture says why"
+    ax.text(.5, .03, f'none above {min_score:g}', transform=ax.transAxes, ha='center', fontsize=7, color='w',
+            bbox=dict(facecolor='k', lw=0, pad=1.5, alpha=.6))
 
 # %% ../nbs/12_viz.ipynb #2c921ca5
 def show_predictions(
@@ -167,7 +176,8 @@ def show_refinement(
 ):                       # the figure
     "The boxes after several numbers of refinement steps"
     q, steps = _queries(path, index, min_score), [s for s in steps if s < len(path)]
-    fig, axs = _grid(len(steps), min(ncols, len(steps)), size)
+    image = load_image(image)
+    fig, axs = _grid(len(steps), min(ncols, len(steps)), size, [image])
     for ax,s in zip(axs, steps):
         show_image(image, ax, 'init' if s==0 else f'{s} step' + 's'*(s > 1))
         _draw_state(ax, s, *q, vocab, names=s==steps[-1])

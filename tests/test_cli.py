@@ -106,6 +106,70 @@ def test_a_traceback_on_request(monkeypatch):
     with pytest.raises(ValueError): cli.deqdet_check('nowhere')
 
 
+# --------------------------------------------------------------------------------------- bad options
+
+def test_numbers_that_make_no_sense(world, tmp_path, capsys):
+    "They are refused before anything is read or written"
+    start, data, pictures, out = str(world/'start'), str(world/'shapes'), [str(world/'shapes/images')], str(tmp_path/'out')
+    for k, v in dict(epochs=0, bs=0, accumulate=-1, every=0, workers=-1, lr=0., wd=-1., ema=1.5, valid_pct=2., seed=-1).items():
+        bad(capsys, f'--{k} {v}: a number', train, world, out, **{k: v})
+    for k, v in dict(bs=0, max_dets=0, steps=-1, tol=-1., workers=-1).items():
+        bad(capsys, f'--{k} {v}: a number', cli.deqdet_eval, start, data, device='cpu', **{k: v})
+    for k, v in dict(bs=0, max_dets=-3, min_score=2., tol=float('nan')).items():
+        bad(capsys, f'--{k} {v}: a number', cli.deqdet_predict, start, pictures, out, device='cpu', **{k: v})
+    for k, v in dict(epochs=0, minutes=-1., n_train=0, n_valid=-1, seed=-3).items():
+        bad(capsys, f'--{k} {v}: a number', cli.deqdet_demo, out, **{k: v})
+    assert not Path(out).exists()
+
+
+def test_zero_is_a_number(world, tmp_path):
+    "Not the same as nothing said"
+    train(world, tmp_path/'out', epochs=1, wd=0., workers=0)
+    config = json.loads((tmp_path/'out/config.json').read_text())
+    assert config['options'].items() >= dict(wd=0., workers=0).items()
+
+
+def test_weights_of_a_body_that_nobody_would_read(world, tmp_path, capsys):
+    for model in (str(world/'start'), 'deqdet_tiny'):
+        bad(capsys, '--pretrained nowhere.pth', train, world, tmp_path/'out', model=model, pretrained='nowhere.pth')
+    assert 'did you mean' not in bad(capsys, '--model no/where', train, world, tmp_path/'out', model='no/where')
+
+
+def test_messages_speak_of_options(world, tmp_path, capsys):
+    data, start = str(world/'shapes'), str(world/'start')
+    bad(capsys, 'needs --valid_pct', train, world, tmp_path/'out', train='nope')
+    bad(capsys, 'with --train and --valid', train, world, tmp_path/'out', valid_pct=.3)
+    bad(capsys, "needs --split ''", cli.deqdet_eval, start, data, 'nope')
+    bad(capsys, '--layout foo', cli.deqdet_check, data, 'foo')
+    bad(capsys, 'deqdet_models has all names', train, world, tmp_path/'out', model='deqdet_r50')
+    shutil.copytree(world/'start', tmp_path/'it is')
+    (tmp_path/'text.jpg').write_text('no picture')
+    assert cli.deqdet_predict(start, [str(tmp_path/'text.jpg')], str(tmp_path/'found'), device='cpu') == 2
+    assert 'object at' not in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named_first(world, tmp_path, capsys):
+    (tmp_path/'folder').mkdir()
+    (tmp_path/'taken').write_text('mine')
+    for out in (tmp_path/'folder', tmp_path/'taken/x.json'):
+        bad(capsys, f'{out}'.removesuffix('/x.json') + ':', cli.deqdet_eval, str(world/'start'), str(world/'shapes'), device='cpu', out=str(out))
+    cli.deqdet_eval(str(world/'start'), str(world/'shapes'), device='cpu', out=str(tmp_path/'new/folder/x.json'))
+    assert json.loads((tmp_path/'new/folder/x.json').read_text())
+
+
+def test_a_training_that_explodes(world, tmp_path, capsys):
+    assert '--lr' in bad(capsys, 'not finite', train, world, tmp_path/'out', lr=1e36)
+    train(world, tmp_path/'far', lr=1e9, ema=None) # finite, and boxes are far away: they can be drawn all the same
+
+
+def test_out_of_memory(capsys):
+    "On a GPU, in the processor's memory, in NumPy"
+    def f(e): raise e
+    for e in (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.'), MemoryError(),
+              RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
+        assert '--bs' in bad(capsys, 'out of memory', cli.command(f), e)
+
+
 # --------------------------------------------------------------------------------------- bad data
 
 def test_no_such_things(world, tmp_path, capsys):
@@ -365,16 +429,26 @@ def test_a_training_is_not_written_over(world, capsys):
     assert (world/'run/resume.pt').read_bytes() == before
 
 
+def test_going_on_says_where(world, tmp_path, capsys):
+    "What was trained before is not printed as if it were trained again"
+    train(world, tmp_path/'run', epochs=1)
+    capsys.readouterr()
+    train(world, tmp_path/'run', resume=True, epochs=2)
+    out = capsys.readouterr().out
+    assert 'going on in epoch 2 of 2, after 0 of 2 batches' in out and 'epoch 1 of 2:' not in out and out.count('epoch 2 of 2:') == 1
+
+
 def test_ctrl_c_says_how_to_go_on(world, tmp_path):
     script = tmp_path/'script.py'
     script.write_text('from deqdet.cli import deqdet_train\ndeqdet_train()')
-    out, args = tmp_path/'run', [str(world/'shapes'), '--model', str(world/'start'), '--every', '1', '--device', 'cpu', '--bs', '2', '--epochs', '99']
+    args = [str(world/'shapes'), '--model', str(world/'start'), '--every', '1', '--device', 'cpu', '--bs', '2', '--epochs', '99']
+    out = tmp_path/'a run' # of a name that a shell would take for two
     p = subprocess.Popen([sys.executable, script, *args, '--out', out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(out/'resume.pt')
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1]
     assert p.returncode == 130, err
-    assert re.search(rf'stopped in epoch \d+ of 99; to go on: deqdet_train \S+ --out {out} --resume\s*$', err), err
+    assert re.search(rf'stopped in epoch \d+ of 99; to go on: deqdet_train \S+ --out \'{out}\' --resume\s*$', err), err
     assert 'Traceback' not in err
 
 
@@ -450,3 +524,24 @@ def test_two_processes(world, tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.count('epoch 1 of 1:') == 1, run.stdout
     assert json.loads((tmp_path/'run/metrics.json').read_text())['last']['AP'] is not None
+
+
+def test_accelerate_launch(world, tmp_path):
+    "As `--help` says it: Ctrl-C in a shell goes to all, they save, and say how to go on"
+    out = tmp_path/'run'
+    def launch(*args):
+        cmd = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0',
+               '--no_python', Path(sys.executable).parent/'deqdet_train', world/'shapes', '--out', out, *args]
+        env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', CUDA_VISIBLE_DEVICES='')
+        return subprocess.Popen(list(map(str, cmd)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = launch('--model', world/'start', '--bs', '1', '--every', '1', '--device', 'cpu', '--epochs', '99')
+    wait_for(out/'resume.pt')
+    os.killpg(p.pid, signal.SIGINT)
+    err = p.communicate(timeout=120)[1]
+    assert p.returncode and len(re.findall(rf'to go on: in 2 processes again, deqdet_train \S+ --out {out} --resume', err))==1, err
+    done = torch.load(out/'resume.pt', weights_only=True)['train_iter']
+    p = launch('--resume', '--epochs', str(done//2 + 1))
+    said, err = p.communicate(timeout=300)
+    assert p.returncode==0, err
+    m = json.loads((out/'metrics.json').read_text())
+    assert m['epochs'] == done//2 + 1 and m['pictures_seen'] == 4*m['epochs']

@@ -148,6 +148,12 @@ def test_the_loss_of_a_family(path):
     assert all(p.requires_grad for p in learn.model.pyramid.encoder.parameters())
     assert fit(learn).history.valid_loss.notna().all()
 
+def test_no_epochs_are_none(path):
+    "Zero is not the recipe's number"
+    learn = make(path)
+    with learn.quiet(): learn.fit_published('1x', epochs=0)
+    assert len(learn.history)==0
+
 def test_unknown_arguments(path):
     for bad in (lambda: make(path, lrr=1), lambda: Recipe(warm=3), lambda: Resume('x', evry=1), lambda: make(path).fit_published('1x', epoch=2)):
         with pytest.raises(TypeError): bad()

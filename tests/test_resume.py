@@ -5,17 +5,19 @@ from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback
+from deqdet.augment import recipe_small
 from deqdet.data import det_dls, synth_coco
 from deqdet.equilibrium import Perturb, Settled
-from deqdet.learner import EMA, CSVLog, Resume, Stop, det_learner
+from deqdet.learner import EMA, Amp, CSVLog, Resume, Stop, det_learner
 from deqdet.model import AdaMixer
+from deqdet.optim import Muon
 
 SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32, heads=4,
                  groups=2, points=(4,), out_points=8, hidden=32, strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))
 
-def make(path, cbs=(), num_workers=0, **kwargs):
+def make(path, cbs=(), num_workers=0, tfms=None, **kwargs):
     torch.manual_seed(0)
-    dls = det_dls(path, bs=2, num_workers=num_workers, device='cpu')
+    dls = det_dls(path, bs=2, tfms=tfms, num_workers=num_workers, device='cpu')
     learn = det_learner(dls, SMALL.build(), lr=1e-3, path=path, cbs=[EMA(.8), *cbs], **dict(accumulate=2) | kwargs)
     learn.recorder.add_time = False
     return learn
@@ -61,6 +63,34 @@ def test_cut_twice_with_workers(path, whole, tmp_path):
     for n in (2, 5):
         with pytest.raises(RuntimeError): run(make(path, [Resume(file, every=2, resume=True), CutOff(n)], num_workers=2))
     same(whole, run(make(path, [Resume(file, resume=True)])))
+
+VARIED = dict(recipe='tiny', tfms=(recipe_small(64), recipe_small(64, train=False)))
+
+@pytest.fixture(scope='module')
+def whole_varied(path): return run(make(path, **VARIED))
+
+@pytest.mark.parametrize('cut', [dict(n=n) for n in range(1, 6)] + [dict(validation=0)], ids=str)
+def test_cut_with_muon_and_augmentation(path, whole_varied, cut, tmp_path):
+    "Another optimiser; pictures vary at random; processes load them after the cut but not before"
+    file = tmp_path/'last.pt'
+    with pytest.raises(RuntimeError, match='cut off'): run(make(path, [Resume(file, every=1), CutOff(**cut)], **VARIED))
+    same(whole_varied, run(make(path, [Resume(file, resume=True)], num_workers=2, **VARIED)))
+
+def test_what_varies_does(path, whole, whole_varied):
+    assert isinstance(whole_varied.opt.opt, Muon) and not isinstance(whole.opt.opt, Muon)
+    plain = run(make(path, **VARIED | dict(tfms=None)))
+    assert plain.recorder.losses[0]!=whole_varied.recorder.losses[0]
+
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_cut_in_half_precision(path, amp, tmp_path):
+    "The scale of gradients is remembered too; it grows every other update here"
+    file,cbs = tmp_path/'last.pt',lambda *more: [Amp(amp, growth_interval=2), *more]
+    whole = run(make(path, cbs()))
+    with pytest.raises(RuntimeError, match='cut off'): run(make(path, cbs(Resume(file, every=1), CutOff(3))))
+    again = run(make(path, cbs(Resume(file, resume=True))))
+    same(whole, again)
+    assert whole.scaler.state_dict()==again.scaler.state_dict()
+    if amp=='fp16': assert whole.scaler.get_scale() != 2.**16
 
 def test_finished_run_has_nothing_to_do(path, whole, tmp_path):
     file = tmp_path/'last.pt'

@@ -12,7 +12,7 @@ from deqdet.evaluate import predict_dl
 from deqdet.model import AdaMixer
 from deqdet.solver import picard, solve
 from deqdet.viz import (class_color, draw_boxes, draw_points, plot_residuals, plot_training, read_log, save_refinement,
-                        show_predictions, show_refinement, show_trails)
+                        show_pairs, show_predictions, show_refinement, show_trails)
 
 
 @pytest.fixture(autouse=True)
@@ -83,12 +83,30 @@ def test_nothing_to_draw(dls):
     assert plot_residuals({}).get_yscale() in ('linear', 'log')
 
 
+@pytest.mark.parametrize('far', [1e4, 1e9, 1e15, 1e30, float('inf')])
+def test_boxes_far_away(far, tmp_path):
+    "A training that goes wrong has them; a picture can be drawn all the same, and is no larger"
+    boxes = torch.tensor([[far, far, 2*far, 2*far], [-far, -far, far, far], [10, -far, 20, far], [-2*far, 5, -far, 20]])
+    ax = draw_boxes(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, torch.arange(4), torch.rand(4))
+    ax.figure.savefig(tmp_path/'far.png', dpi=50, bbox_inches='tight')
+    with Image.open(tmp_path/'far.png') as im: assert max(im.size) < 200
+
+
+def test_a_figure_is_as_high_as_its_pictures(dls):
+    "Lying pictures leave no blank rows; where nothing was found the picture says so"
+    img, t = torch.zeros(3, 50, 100, dtype=torch.uint8), dict(boxes=torch.tensor([[5., 5, 20, 20]]), labels=torch.tensor([1]))
+    low = t | dict(scores=torch.tensor([.2]))
+    fig = show_pairs([img]*4, [t]*4, [low]*3 + [low | dict(scores=torch.tensor([.9]))])
+    w, h = fig.get_size_inches()
+    assert h/w == pytest.approx(2*.57/4)
+    said = [any('none above 0.3' in o.get_text() for o in ax.texts) for ax in fig.axes]
+    assert said == [False, True, False, True, False, True, False, False]
+
+
 def test_residuals_of_a_solution():
     s = solve(lambda z, b: .5*z + b, torch.zeros(3, 4), (torch.ones(3, 4),), method=picard(), max_iter=10, record=True)
     line = plot_residuals(dict(picard=s.trace.rel[..., 0])).lines[0]
     assert len(line.get_xdata()) == 10 and np.all(np.diff(line.get_ydata()) < 0)
-
-
 
 
 def test_fastais_own_logs(tmp_path):
