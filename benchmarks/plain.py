@@ -32,12 +32,19 @@ def embedding(p, width):
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2).flatten(-2)
 
 
+def linear(layers, x):
+    "PyTorch's own product for every linear layer, one or in a row with others"
+    for m in layers if isinstance(layers, nn.Sequential) else [layers]:
+        x = F.linear(x, m.weight, m.bias) if isinstance(m, nn.Linear) else m(x)
+    return x
+
+
 def attention(attn, x, bias):
     "Multi-head attention with a bias on the scaled logits"
-    q, k, v = attn.qkv(x).chunk(3, -1)
+    q, k, v = linear(attn.qkv, x).chunk(3, -1)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     weight = (q @ k.transpose(-1, -2)/math.sqrt(q.shape[-1]) + bias).softmax(-1)
-    return attn.out((weight @ v).transpose(1, 2).flatten(2))
+    return linear(attn.out, (weight @ v).transpose(1, 2).flatten(2))
 
 
 def sample(feats, points, strides, groups):
@@ -57,11 +64,11 @@ def sample(feats, points, strides, groups):
 def mix(mixing, q, x):
     "Adaptive mixing over channels, then over points"
     G, C, P, O = mixing.sizes
-    params = mixing.params(q).unflatten(-1, (G, -1))
+    params = linear(mixing.params, q).unflatten(-1, (G, -1))
     M, S = params[..., :C*C].unflatten(-1, (C, C)), params[..., C*C:].unflatten(-1, (O, P))
     x = F.relu(F.layer_norm(x @ M, (P, C)))
     x = F.relu(F.layer_norm(S @ x, (O, C)))
-    return mixing.out(x.flatten(2))
+    return linear(mixing.out, x.flatten(2))
 
 
 class Step(nn.Module):
@@ -75,17 +82,17 @@ class Step(nn.Module):
         b = state.boxes.detach() # of a noisy state: as the noise left them
         x = state.content + embedding(p, state.content.shape[-1])
         q = f.attn_norm(x + attention(f.attn, x, f.tau[:, None, None]*(overlap(b) + 1e-7).log()[:, None]))
-        d = f.sampler.offsets(q).unflatten(-1, (f.sampler.groups, -1, 3))
+        d = linear(f.sampler.offsets, q).unflatten(-1, (f.sampler.groups, -1, 3))
         w, h = 2**(p[..., 2] - p[..., 3]/2), 2**(p[..., 2] + p[..., 3]/2)
         x, y = p[..., 0, None, None] + d[..., 0]*w[..., None, None], p[..., 1, None, None] + d[..., 1]*h[..., None, None]
         points = torch.stack([x, y, p[..., 2, None, None] + d[..., 2]], -1)
         q = f.mix_norm(q + mix(f.mixing, q, sample(feats, points, f.sampler.strides, f.sampler.groups)))
-        q = f.ffn_norm(q + f.ffn(q))
-        d = f.reg(q)
+        q = f.ffn_norm(q + linear(f.ffn, q))
+        d = linear(f.reg, q)
         p = torch.cat([p[..., :2] + d[..., :2]*2**p[..., 2:3], p[..., 2:] + d[..., 2:]], -1)
         return State(q, p)
 
-    def read(self, state): return Pred(self.of.cls(state.content), corners(state.xyzr))
+    def read(self, state): return Pred(linear(self.of.cls, state.content), corners(state.xyzr))
 
 
 class Decoder(nn.Module):

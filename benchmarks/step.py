@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from deqdet.decoder import MixerStep, State, prepared
+from deqdet.linear import by_onednn, product as onednn
 from common import alternate, parser, report
 from plain import Step
 
@@ -27,24 +28,28 @@ def run(step, z, feats, steps, device, half=False):
     return go
 
 
+def fast(a, b): return onednn(a, b) if by_onednn(a, b) else F.linear(a, b)
+
+
 def products(step, z, half):
-    "The matrix products of the step's linear layers and of mixing, and nothing else"
+    "The matrix products of the step's linear layers and of mixing, and nothing else, by the faster library for each"
     kind = torch.bfloat16 if half else torch.float32
     G, C, P, O = step.mixing.sizes
     n = z.content.shape[0]*z.content.shape[1]
     rand = lambda *s: torch.randn(*s, dtype=kind, device=z.content.device)
-    pairs = [(rand(n, m.in_features), m.weight.detach().to(kind).t()) for k, m in step.named_modules()
+    pairs = [(rand(n, m.in_features), m.weight.detach().to(kind)) for k, m in step.named_modules()
              if isinstance(m, nn.Linear) and not k.startswith('cls')]
-    pairs += [(rand(n*G, P, C), rand(n*G, C, C)), (rand(n*G, O, P), rand(n*G, P, C))]
-    flops = sum(2*a.numel()*b.shape[-1] for a, b in pairs)
-    return (lambda: [a @ b for a, b in pairs]), flops
+    more = [(rand(n*G, P, C), rand(n*G, C, C)), (rand(n*G, O, P), rand(n*G, P, C))]
+    flops = sum(2*a.numel()*len(b) for a, b in pairs) + sum(2*a.numel()*b.shape[-1] for a, b in more)
+    product = F.linear if half else fast
+    return (lambda: [product(a, b) for a, b in pairs] + [a @ b for a, b in more]), flops
 
 
 def compare(n, args, device):
     "Times of a step, and how far its answer is from the formula's"
     step, levels, z = made(n, (args.height, args.width), device=device)
     ours, plain = prepared(step, levels), Step(step)
-    half = lambda feats: type(ours)(feats.table.bfloat16(), feats.sides)
+    half = lambda feats: feats._replace(table=feats.table.bfloat16())
     go = lambda f, feats, h=False: run(f, z, feats, args.steps, device, h)
     fns = dict(plain=go(plain, levels), ours=go(step, ours), plain_bf16=go(plain, tuple(f.bfloat16() for f in levels), True),
                ours_bf16=go(step, half(ours), True))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import nn, Tensor
 from torchvision.ops import box_convert
 from .boxes import Record, xyzr_to_xyxy, xyxy_to_xyzr, move, iof, pairs
+from .linear import Linear
 from .mixing import Rows, Sampler, AdaptiveMixing
 
 # %% ../nbs/05_decoder.ipynb #2e9c4ba1
@@ -90,7 +91,7 @@ def position_embedding(
 # %% ../nbs/05_decoder.ipynb #5cc4e528
 def linear(n_in, n_out, bias=True):
     "A linear layer with Xavier weights and PyTorch's default bias"
-    layer = nn.Linear(n_in, n_out, bias)
+    layer = Linear(n_in, n_out, bias)
     nn.init.xavier_uniform_(layer.weight)
     return layer
 

@@ -19,7 +19,7 @@ from torchvision.ops import box_convert
 from .backbone import inside
 from .decoder import Pred, Queries, Stacked, linear
 from .loss import SetLoss, upright
-from .mixing import corners, gather
+from .mixing import corners, gather, map_sizes
 from .model import Blueprint
 
 # %% ../nbs/14_deformable.ipynb #435b4570
@@ -133,11 +133,9 @@ class DeformableAttention(nn.Module):
     def reads(self, q, ref, masks):
         "Numbers (B,N,G,4LP) of the cells to read, and their weights"
         share = self.weights(q).unflatten(-1, (self.shape[0], -1)).softmax(-1).unflatten(-1, self.shape[1:])
-        cells,weights,start = [],[],0
-        for m,xy,a in zip(masks, self.places(q, ref, masks).unbind(3), share.unbind(3), strict=True):
-            c,w = corners(xy, *m.shape[1:], a, start)
-            cells += c; weights += w; start += m[0].numel()
-        return (torch.stack(t, -1).flatten(-2) for t in (cells, weights))
+        H,W,first = map_sizes(masks).to(ref.dtype).permute(2, 1, 0)[..., None, None, None]
+        x,y,share = (t.movedim(3, 0) for t in (*self.places(q, ref, masks).unbind(-1), share))
+        return (t.permute(2, 3, 4, 0, 1, 5).flatten(3) for t in corners(x, y, H, W, share, first))
 
     def forward(self,
         q: Tensor,      # (B,N,D) queries

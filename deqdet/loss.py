@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, sigmoid_focal_loss
 from .boxes import Record, pairs, giou
 
@@ -65,6 +64,7 @@ def assign(
     labels: Tensor  # (B,M) class of every object, -1 where padded
 ) -> Tensor:        # (4,n) rows of indices: state, image, query, object
     "The cheapest one-to-one matching of every state and image"
+    from scipy.optimize import linear_sum_assignment # a sixth of a second that only training needs
     cost,real = cost.detach().cpu().numpy(), (labels >= 0).cpu().numpy()
     found = [np.zeros((4,0), dtype=np.int64)]
     for s,b in np.ndindex(*cost.shape[:2]):
