@@ -41,6 +41,7 @@ def one_line(
     if isinstance(e, KeyError) and e.args: text = str(e.args[0]) if ' ' in str(e.args[0]) else f'no {e}'
     if 'Traceback' in text: text = re.sub(r'^[\w.]+: ', '', text.strip().splitlines()[-1]) # of a loader's process
     text = re.sub(r'^Exception occured in .*?:\s', '', ' '.join(text.split())) or type(e).__name__
+    if text.startswith('Weights only load failed'): text = 'damaged, or not a file of weights'
     text = re.sub(r' <[\w.]+ object at \w+>', '', text)
     return text if len(text) < 400 else f'{text[:400]} …'
 
@@ -501,7 +502,7 @@ def deqdet_predict(
         print(f'{f}:', ', '.join(f'{names.count(o)} {o}' for o in dict.fromkeys(names)) or 'nothing')
         if not json_only: draw_detections(f, hw, d, _place(folder, f, taken), detector.vocab)
     write_json(to_coco(done, detector.vocab, detector.hyper.n_classes), folder/'predictions.json')
-    print(f'{len(done)} pictures in {folder}' + f', {bad} could not be read'*(bad > 0))
+    print(f"{len(done)} picture{'s'*(len(done)!=1)} in {folder}" + f', {bad} could not be read'*(bad > 0))
     return 2 if bad else 0
 
 # %% ../nbs/18_cli.ipynb #80771820
@@ -737,8 +738,9 @@ def finish(
     "Pictures and numbers at the end of a training"
     keep,dls,n = learn.keep,learn.dls,o['epochs']
     draw_training(folder, dls.valid_ds)
+    batches = math.ceil(len(dls.train)/PROCESSES)*PROCESSES # some are dealt twice
     m = dict(best=dict(epoch=keep.best, **keep.result), last=dict(epoch=n-1, **keep.last), epochs=n,
-             seconds=round(keep.seconds, 1), pictures_seen=len(dls.train)*dls.train.bs*n*PROCESSES,
+             seconds=round(keep.seconds, 1), pictures_seen=batches*dls.train.bs*n,
              n_train=len(dls.train_ds), n_valid=len(dls.valid_ds),
              parameters=sum(p.numel() for p in learn.model.parameters()), machine=machine())
     write_json(finite(m), folder/'metrics.json')

@@ -742,6 +742,10 @@ def _read(file):
     return s
 
 # %% ../nbs/11_learner.ipynb #48c8a9c4
+def _deaf():
+    "For a process that loads: signals are for the one that trains"
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+
 class Stop(Callback):
     "End training between two iterations when a signal comes"
     order = Resume.order-1
@@ -750,7 +754,9 @@ class Stop(Callback):
     ): self.signals,self.asked,self.old = signals,None,{}
     def before_fit(self):
         self.asked,main = None,threading.current_thread() is threading.main_thread()
-        if main and self.learn.fitting: self.old = {s: signal.signal(s, self._ask) for s in self.signals}
+        if not (main and self.learn.fitting): return
+        for dl in self.dls: dl.wif = _deaf
+        self.old = {s: signal.signal(s, self._ask) for s in self.signals}
     def _ask(self, number, frame):
         if self.asked or self.learn is None or not self.learn.fitting: raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
