@@ -45,12 +45,21 @@ def test_nbdev_renders_every_page(site, tmp_path):
     res = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'],
                          cwd=tmp_path, env=env, capture_output=True, text=True)
     assert res.returncode==0, res.stderr[-3000:]
+    re_record = re.compile(r'^@dataclass.*\nclass (\w+)|^class (\w+)\((?:NamedTuple|Record)\)', re.M)
+    records = {a or b for f in (ROOT/'deqdet').glob('*.py') for a,b in re_record.findall(f.read_text())}
+    assert {'State','Target','Pred','Source'} <= records
     for p in site.pages.values():
         for c in read_nb(tmp_path/'_proc'/p.path).cells:
+            assert c.cell_type!='markdown' or '[[`' not in c.source, f'{p.path}: a link inside a link: {c.source[:300]}'
+            mimes = [o.get('data', {}).keys() for o in c.get('outputs', [])]
+            assert all('text/html' in m for m in mimes if 'image/gif' in m), f'{p.path}: a film that Quarto does not show'
             for nm in re.findall(r'^show_doc\(\s*([\w.]+)', c.source, re.M):
                 shown = ''.join(docs_check.joined(o['data'].get('text/markdown', '')) for o in c.outputs)
                 heads = [slug(h) for h in Text(shown).headings]
                 assert slug(nm) in heads, f'{p.path}: {nm} is shown under the heading {heads}, which links miss'
+                code = re.search(r'```python\n(.*?)\n```', shown, re.S)[1]
+                assert '](http' not in code, f'{p.path}: {nm} has links inside code'
+                assert nm not in records or code.startswith(f'class {nm}'), f'{p.path}: {nm} hides its fields'
     assert (tmp_path/'_proc/_quarto.yml').read_text()==(ROOT/'_quarto.yml').read_text()
 
 def test_backticks_become_links():
