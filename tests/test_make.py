@@ -1,7 +1,7 @@
 "What each target of the Makefile sets up, and what it says where something is absent. pip and Python are stand-ins."
-import os, shutil, subprocess, tempfile
+import os, re, shutil, subprocess, tempfile
 from pathlib import Path
-import pytest
+import pytest, yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
@@ -149,3 +149,54 @@ def test_clean(checkout):
 def test_plain_make_lists_targets(checkout):
     out = checkout.make()[1]
     for o in 'demo','test','export','docs','bench','lab','clean': assert f'make {o} ' in out
+
+# ---- what CI calls
+
+def steps(name):
+    "The steps of a workflow"
+    flow = yaml.safe_load((ROOT/f'.github/workflows/{name}.yml').read_text())
+    assert flow[True].keys() >= {'push','workflow_dispatch'} # YAML reads `on` as True
+    return [s for job in flow['jobs'].values() for s in job['steps']]
+
+@pytest.mark.parametrize('beside', [True, False], ids=['data beside','no data'])
+def test_ci_runs_make_test(tmp_path, beside):
+    "`.ci/run` is `make test`, with the real data where they lie beside the checkout, from wherever it is called"
+    root = tmp_path/'checkout'
+    shutil.copytree(ROOT/'.ci', root/'.ci')
+    if beside: (tmp_path/'shared/data').mkdir(parents=True)
+    (tmp_path/'bin').mkdir()
+    fake = tmp_path/'bin/make'
+    fake.write_text('#!/bin/sh\necho "make $*|$PWD|${DEQDET_DATA-unset}"; exit 3\n')
+    fake.chmod(0o755)
+    env = {'PATH': f"{tmp_path/'bin'}:{os.environ['PATH']}"}
+    res = subprocess.run([root/'.ci/run'], cwd='/', env=env, capture_output=True, text=True)
+    assert res.stdout.strip()==f"make test|{root}|{tmp_path/'shared/data' if beside else 'unset'}", res
+    assert res.returncode==3
+
+def test_workflows():
+    "Tests go through `.ci/run`, docs through `make docs`, with the Quarto that the Makefile names"
+    assert [s['run'] for s in steps('test') if 'run' in s]==['.ci/run']
+    docs = steps('docs')
+    assert 'make docs' in [s.get('run') for s in docs]
+    pin, = [s for s in docs if s.get('id')=='pin']
+    assert 'make -s quarto-version' in pin['run']
+    quarto, = [s for s in docs if s.get('uses', '').startswith('quarto-dev/quarto-actions/setup@')]
+    assert quarto['with']['version']=='${{ steps.pin.outputs.quarto }}' and docs.index(pin) < docs.index(quarto)
+    assert [s['with']['path'] for s in docs if 'upload-pages-artifact' in s.get('uses', '')]==['_docs']
+    uses = [s['uses'] for s in docs + steps('test') if 'uses' in s]
+    assert all(re.fullmatch(r'[\w-]+/[\w/-]+@v\d+', u) for u in uses), uses
+
+def test_python_versions():
+    "CI starts at the least version that settings.ini names, and the package's metadata ask for it"
+    flow = yaml.safe_load((ROOT/'.github/workflows/test.yml').read_text())
+    least = re.search(r'^min_python *= *(.*)', (ROOT/'settings.ini').read_text(), re.M)[1]
+    assert flow['jobs']['test']['strategy']['matrix']['python'][0]==least
+    assert f'Python {least} or newer' in (ROOT/'README.md').read_text()
+    assert f'Python {least} or newer' in (ROOT/'CONTRIBUTING.md').read_text()
+
+@pytest.mark.parametrize('name', ['bug','no_convergence','reproduction_gap'])
+def test_issue_templates(name):
+    form = yaml.safe_load((ROOT/f'.github/ISSUE_TEMPLATE/{name}.yml').read_text())
+    assert form.keys() >= {'name','description','labels','body'}
+    ids = [o['id'] for o in form['body'] if o['type']!='markdown']
+    assert len(ids)==len(set(ids)) and all(o['attributes'].get('label') for o in form['body'] if o['type']!='markdown')
