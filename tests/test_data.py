@@ -438,6 +438,20 @@ def test_grouping():
     first = [kinds[i]=={True} for i in range(40)]
     assert any(first) and not all(first)           # batches of both kinds come mixed
 
+@pytest.mark.parametrize('n', [999, 1000])
+def test_large_sets_are_grouped(tmp_path, n):
+    "From 1000 pictures on, batches hold lying or standing pictures; no file is opened to know which is which"
+    sides = [(48,64) if i%3 else (64,48) for i in range(n)]
+    images = [dict(id=i+1, file_name=f'{i}.jpg', height=h, width=w) for i,(h,w) in enumerate(sides)]
+    for split in ('train','valid'):
+        (tmp_path/f'instances_{split}.json').write_text(json.dumps(dict(images=images, annotations=[], categories=[dict(id=1, name='a')])))
+    dls = det_dls(tmp_path, bs=8, num_workers=0)
+    assert dls.train.group==(n==1000) and not dls.valid.group
+    idxs = dls.train.get_idxs()
+    mixed = sum(len({sides[i] for i in idxs[k:k+8]})>1 for k in range(0, n, 8))
+    assert sorted(idxs)==list(range(n)) and (mixed<=1 if n==1000 else mixed>20)
+    assert det_dls(tmp_path, bs=8, num_workers=0, group=n<1000).train.group==(n<1000)
+
 def test_sizes_of_every_kind(tmp_path):
     "1 x 1, 8000 x 50, and a picture without objects in one batch"
     (tmp_path/'images').mkdir(); (tmp_path/'annotations').mkdir()

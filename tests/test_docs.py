@@ -67,6 +67,24 @@ def test_backticks_become_links():
     from nbdev.doclinks import NbdevLookup
     assert 'boxes.html#xyzr_to_xyxy' in NbdevLookup().linkify('see `xyzr_to_xyxy`')
 
+@pytest.mark.parametrize('name', ['README.md','CONTRIBUTING.md','CHANGELOG.md'])
+def test_links_of_the_other_texts(name):
+    text = Text((ROOT/name).read_text(encoding='utf-8'))
+    links = [u.split('#')[0] for u in text.links + text.images if not re.match('[a-z]+:|#', u)]
+    ours = [u.split('/blob/main/')[1] for u in text.links if u.startswith('https://github.com/deqdet/deqdet/blob/main/')]
+    assert not [u for u in links + ours if not (ROOT/u).exists()]
+
+def test_recipe_of_a_solver():
+    "The method that CONTRIBUTING writes down is one"
+    import deqdet.solver, torch
+    from dataclasses import dataclass
+    source, = re.findall(r'```python\n(.*?)```', (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8'), re.S)
+    scope = vars(deqdet.solver) | dict(dataclass=dataclass)
+    exec(source, scope)
+    solve = lambda method: deqdet.solver.solve(lambda z: .8*z + 1, torch.zeros(3, 4), method=method, tol=1e-6, max_iter=100)
+    mine,plain = solve(scope['heavy_ball']()), solve(deqdet.solver.picard())
+    assert torch.allclose(mine.z, torch.full((3, 4), 5.), atol=1e-4) and (mine.n < plain.n).all()
+
 # ---- a small site, sound and broken
 
 MODIDX = """# Auto
