@@ -18,7 +18,8 @@ from nbdev.processors import FilterDefaults
 
 KINDS = ('sidebar entry without a page', 'page without a sidebar entry', 'dead link', 'dead anchor', 'missing image',
          'no stored output', 'stored error', 'unknown symbol', 'import beside other code', 'path of a machine',
-         'lost text')
+         'lost text', 'long output', 'heavy notebook')
+LINES,KB = 20,400 # an output has less, a notebook no more
 
 class Fault(NamedTuple):
     kind: str   # one of KINDS
@@ -304,8 +305,19 @@ def check_title(site):
         rest = [l for l in cell.source.splitlines() if l.strip() and not re.match(r'# |> |- .*:', l)] if cell else []
         if rest and p.path.endswith('.ipynb'): yield Fault('lost text', p.path, rest[0][:80])
 
+def check_size(site):
+    "A page that is read has short outputs, and one that is cloned and merged is small"
+    for p in site.pages.values():
+        kb = (site.nbs/p.path).stat().st_size/1024
+        if kb > KB: yield Fault('heavy notebook', p.path, f'{kb:.0f} KB, of {KB}')
+        for o in p.outputs:
+            data = o.get('data', {})
+            if data.keys() & {'text/html','text/markdown'} or any(k.startswith('image/') for k in data): continue
+            lines = (joined(o.get('text', '')) + joined(data.get('text/plain', ''))).splitlines()
+            if len(lines) >= LINES: yield Fault('long output', p.path, f'{len(lines)} lines, the first: {lines[0][:80]}')
+
 CHECKS = (check_sidebar, check_links, check_images, check_outputs, check_symbols, check_imports, check_machine,
-          check_title)
+          check_title, check_size)
 def faults(site): return [f for check in CHECKS for f in check(site)]
 
 if __name__=='__main__':

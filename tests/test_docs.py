@@ -170,6 +170,8 @@ BROKEN = [ # kind, what is said of it, the site
     ('unknown symbol', 'exports grow', dict(module=MODULE.replace("'SIDES'", "'grow'") + 'def grow(x): return x\n')),
     ('import beside other code', 'print(os.name)', dict(index=[code(NOT_ALONE)])),
     ('path of a machine', '/home/me/x.py', dict(index=[code('f()', 'File /home/me/x.py, line 1')])),
+    ('long output', '20 lines, the first: 0', dict(index=[code('f()', '\n'.join(map(str, range(20))))])),
+    ('heavy notebook', 'KB, of 400', dict(index=[md('word '*90_000)])),
     ('lost text', 'An introduction', {'07_title': [md('# Title\n\n> and subtitle\n\nAn introduction.')]}),
 ]
 
