@@ -41,7 +41,7 @@ def one_line(
     if isinstance(e, KeyError) and e.args: text = str(e.args[0]) if ' ' in str(e.args[0]) else f'no {e}'
     if 'Traceback' in text: text = re.sub(r'^[\w.]+: ', '', text.strip().splitlines()[-1]) # of a loader's process
     text = re.sub(r'^Exception occured in .*?:\s', '', ' '.join(text.split())) or type(e).__name__
-    if text.startswith('Weights only load failed'): text = 'damaged, or not a file of weights'
+    if text.startswith('Weights only load failed'): text = 'not a file of weights'
     text = re.sub(r' <[\w.]+ object at \w+>', '', text)
     return text if len(text) < 400 else f'{text[:400]} …'
 
@@ -278,7 +278,7 @@ def deqdet_convert(
     if not Path(checkpoint).is_file(): raise CommandError(f'{checkpoint}: no such file')
     feed,vocab = Feed.parse(size), read_names(names) if names else None
     faults = OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, UnpicklingError
-    with blame(f'{checkpoint}: no published checkpoint', *faults, SafetensorError): model = load_official(checkpoint)
+    with blame(f'{checkpoint}: damaged, or no published checkpoint', *faults, SafetensorError): model = load_official(checkpoint)
     n = model.hyper.n_classes
     if vocab and len(vocab)!=n: raise CommandError(f'{names}: {len(vocab)} names, {checkpoint} has {n} classes')
     model.vocab = vocab or (COCO if n==80 else None)
@@ -840,7 +840,7 @@ def deqdet_train(
     every:int=None,    # iterations between saves of what is needed to go on; by default 500
     resume:bool=False  # go on with the training in --out, with its options
 ):
-    "Train a detector; Ctrl-C saves, --resume goes on; for several GPUs put accelerate launch --no_python before: deqdet_train shapes"
+    "Train: deqdet_train shapes. Ctrl-C saves, --resume goes on. On several GPUs: accelerate launch --no_python deqdet_train shapes"
     given = {k: v for k,v in locals().items() if k not in ('out','resume') and v is not None and v is not False}
     train_command(given, out or Path('runs')/Path(data).resolve().name, resume)
 

@@ -401,6 +401,7 @@ def draw_results(
     for ax,(img,t),title,scores,labels,boxes in zip(axs.flat, samples, titles or ['']*len(samples), *found):
         k = scores >= min_score
         show_sample(img, t._replace(boxes=boxes[k], labels=labels[k]), vocab, ax)
+        for o,s in zip(ax.texts, scores[k].tolist()): o.set_text(f'{o.get_text()} {s:.2f}')
         for x1,y1,x2,y2 in t.boxes.tolist():
             ax.add_patch(Rectangle((x1-.5, y1-.5), x2-x1, y2-y1, fill=False, ls='--', color='w'))
         ax.set_title(title, fontsize=8)

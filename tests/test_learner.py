@@ -13,7 +13,7 @@ from deqdet.deformable import DeformableDETR, TwoStageLoss
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.evaluate import evaluate
 from deqdet.learner import (EMA, CSVLog, DetOpt, Interpretation, NonFinite, Recipe, Residuals, Resume, SaveBest, deal, det_learner,
-                            average_checkpoints, param_groups, part_of, recipes, shard)
+                            average_checkpoints, draw_results, param_groups, part_of, recipes, shard)
 from deqdet.model import AdaMixer
 from deqdet.zoo import create_detector, published, zoo
 
@@ -123,6 +123,14 @@ def test_ways_to_fit(path):
         before = learn.history
         assert len(learn.validate())==len(before.columns) - 1 and learn.history.equals(before)
     learn.show_training_loop()
+
+def test_results_show_scores(path):
+    "A name and a score for each detection above the threshold"
+    learn = make(path)
+    img,t = learn.dls.valid_ds[0]
+    found = [torch.tensor([[.9,.4,.1]]), torch.tensor([[0,1,2]]), torch.tensor([[[2.,9,30,40],[20,30,50,60],[1,1,9,9]]])]
+    ax = draw_results([(img, t)], found, learn.dls.vocab).flat[0]
+    assert [o.get_text() for o in ax.texts]==['disc 0.90', 'triangle 0.40']
 
 class Inside(Callback):
     "Predictions on pictures without truth, asked for in the middle of a fit"
