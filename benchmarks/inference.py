@@ -3,6 +3,7 @@
 `--trained FOLDER --data FOLDER` adds a detector written by `save_pretrained` on its validation set: AP and time of stopping
 by tolerance, against the plain formula at the full number of steps."""
 from dataclasses import replace
+from functools import partial
 import torch
 from deqdet.zoo import create_detector
 from common import alternate, parser, report
@@ -28,12 +29,29 @@ def ours(bs):
     fns = {'plain formula, T=20': lambda x: one(x, sizes), 'DEQDet, T=20': lambda x: deq(x, sizes), 'DEQDet, T=6': lambda x: deq(x, sizes, steps=6),
            'DEQDet, T=20, bf16': half(lambda x: deq(x, sizes)),
            'DEQDet, pyramid alone': lambda x: deq.start(x, sizes)}
-    more = {'AdaMixer, six stages': 'adamixer_r50_1x', 'Sparse R-CNN, six stages': 'sparse_rcnn_r50_100', 'Deformable DETR': 'deformable_detr_r50'}
-    for k, name in more.items():
-        try: model = create_detector(name).eval()
-        except KeyError: continue
-        fns[k] = lambda x, m=model: m(x, sizes)
+    for k, name in STACKS.items():
+        fns[k] = lambda x, m=create_detector(name).eval(): m(x, sizes)
     return fns
+
+
+STACKS = {'AdaMixer, six stages': 'adamixer_r50_1x', 'Sparse R-CNN, six stages': 'sparse_rcnn_r50_100', 'Deformable DETR': 'deformable_detr_r50'}
+
+
+def decoders(rounds):
+    "Decoders alone, on features of one picture that are there; `T=11` is twelve applications, about what stopping by tolerance needs"
+    x, sizes = torch.randint(0, 256, (1, 3, 800, 1344), dtype=torch.uint8), torch.tensor([[800, 1333]])
+    deq = create_detector('deqdet_r50_1x').eval()
+    one, start = plain(deq).eval(), deq.start(x, sizes)
+    first = one.start(x, sizes)
+    fns = {'plain formula, T=20': lambda: one.decoder(*first), **{f'DEQDet, T={t}': (lambda t=t: deq.decoder(*start, steps=t)) for t in (20, 11, 6)},
+           **{f'DEQDet, T={t}, bf16': (lambda t=t: half(lambda s: deq.decoder(*s, steps=t))(start)) for t in (20, 11, 6)}}
+    for k, name in STACKS.items():
+        m = create_detector(name).eval()
+        fns[k] = lambda m=m, s=m.start(x, sizes): m.decoder(*s)
+    return rows(alternate(fns, rounds))
+
+
+def rows(times): return {k: dict(seconds=v['median'], over_plain=v['ratio']) for k, v in times.items()}
 
 
 def half(f):
@@ -47,34 +65,36 @@ def compare(bs, rounds, others):
     pixels = x.float()/255
     fns = {k: (lambda f=f: f(x)) for k, f in ours(bs).items()}
     if others: fns |= {k: (lambda f=f: f(pixels)) for k, f in other_libraries(bs).items()}
-    t = alternate(fns, rounds)
-    return {k: dict(seconds=v['median'], over_plain=v['ratio']) for k, v in t.items()}
+    return rows(alternate(fns, rounds, warmup=int(bs==1)))
 
 
 def trained(folder, data, size, steps, tols, rounds):
-    "A trained detector: AP and time, fixed and stopped by tolerance"
+    "A trained detector: AP, and time of the whole and of the decoder alone, fixed and stopped by tolerance, as it is and compiled"
     from deqdet.data import det_dls
     from deqdet.evaluate import evaluate
     from deqdet.model import Detector
-    model = Detector.from_pretrained(folder)
-    model.decoder.plan = replace(model.decoder.plan, steps=steps)
+    model, fast = Detector.from_pretrained(folder), Detector.from_pretrained(folder)
+    for m in (model, fast): m.decoder.plan = replace(m.decoder.plan, steps=steps)
+    fast.decoder.step.compile()
     dls = det_dls(data, bs=1, size=size, num_workers=0)
     batches, one = [b[:2] for b in dls.valid][:12], plain(model).eval()
-    ways = {'plain formula, fixed': lambda b: one(*b), 'ours, fixed': lambda b: model(*b),
-            **{f'ours, tol={t}': lambda b, t=t: model(*b, tol=t) for t in tols}}
-    t = alternate({k: (lambda f=f: [f(b) for b in batches]) for k, f in ways.items()}, rounds)
-    count = lambda tol: torch.cat([model.decoder.solve(*model.start(*b), tol=tol).n for b in batches]).float().mean().item()
-    start = alternate(dict(start=lambda: [model.start(*b) for b in batches]), rounds)['start']['median']
-    ap = {k: evaluate(one if k.startswith('plain') else model, dls.valid, **({'tol': float(k.split('=')[1])} if 'tol' in k else {}))['AP'] for k in ways}
-    return dict(pyramid_seconds=start, **{k: dict(AP=ap[k], seconds=v['median'], over_plain=v['ratio'],
-                steps=count(float(k.split('=')[1])) if 'tol' in k else model.decoder.length()) for k, v in t.items()})
+    ways = {'plain formula, fixed': (one, {}), 'ours, fixed': (model, {}), **{f'ours, tol={t}': (model, dict(tol=t)) for t in tols},
+            **{f'compiled, tol={t}': (fast, dict(tol=t)) for t in tols}}
+    whole = {k: (lambda m=m, kw=kw: [m(*b, **kw) for b in batches]) for k, (m, kw) in ways.items()}
+    alone = {k: (lambda m=m, kw=kw, starts=[m.start(*b) for b in batches]: [m.decoder(*s, **kw) for s in starts]) for k, (m, kw) in ways.items()}
+    t, d = alternate(whole, rounds), alternate(alone, rounds)
+    steps = lambda m, kw: torch.cat([m.decoder.solve(*m.start(*b), **kw).n for b in batches]).float().mean().item()
+    return {k: dict(AP=evaluate(m, dls.valid, **kw)['AP'], steps=model.decoder.length() if m is one else steps(m, kw), seconds=t[k]['median'],
+                    over_plain=t[k]['ratio'], decoder_seconds=d[k]['median'], decoder_over_plain=d[k]['ratio']) for k, (m, kw) in ways.items()}
 
 
 @torch.no_grad()
 def main():
-    args = parser(__doc__.splitlines()[0], rounds=5, batches='1', others=1, trained='', data='', size=128, T=20, tols='.1,.05,.03').parse_args()
+    args = parser(__doc__.splitlines()[0], rounds=5, batches='1,4', others=1, trained='', data='', size=128, T=20, tols='.1,.07,.05,.03').parse_args()
     torch.set_num_threads(args.threads); torch.manual_seed(0)
-    result = {f'batch of {n}': compare(int(n), args.rounds, args.others) for n in args.batches.split(',') if n}
+    result = dict(decoder=decoders(args.rounds)) if args.batches else {}
+    for n in args.batches.split(','): # of several pictures: two rounds, and nothing of others
+        if n: result[f'batch of {n}'] = compare(int(n), args.rounds if n=='1' else 2, args.others and n=='1')
     if args.trained: result['trained'] = trained(args.trained, args.data, args.size, args.T, [float(t) for t in args.tols.split(',')], args.rounds)
     report(result, args.out, size=[800, 1333])
 

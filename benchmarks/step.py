@@ -4,6 +4,7 @@ Inference, without gradient, in runs of several steps, as a solve makes them: au
 import torch
 import torch.nn.functional as F
 from torch import nn
+from deqdet import linear, mixing
 from deqdet.decoder import MixerStep, State, prepared
 from deqdet.linear import by_onednn, product as onednn
 from common import alternate, parser, report
@@ -26,6 +27,16 @@ def run(step, z, feats, steps, device, half=False):
         with torch.autocast(device, torch.bfloat16, enabled=half):
             for _ in range(steps): step(z, feats)
     return go
+
+
+def without(module, name, go):
+    "The same with a limit of ours out of reach: without oneDNN's products, or without blocks"
+    def slower():
+        kept = getattr(module, name)
+        setattr(module, name, 1 << 60)
+        go()
+        setattr(module, name, kept)
+    return slower
 
 
 def fast(a, b): return onednn(a, b) if by_onednn(a, b) else F.linear(a, b)
@@ -53,6 +64,7 @@ def compare(n, args, device):
     go = lambda f, feats, h=False: run(f, z, feats, args.steps, device, h)
     fns = dict(plain=go(plain, levels), ours=go(step, ours), plain_bf16=go(plain, tuple(f.bfloat16() for f in levels), True),
                ours_bf16=go(step, half(ours), True))
+    fns |= dict(ours_by_pytorchs_products=without(linear, 'LARGE', fns['ours']), ours_mixed_at_once=without(mixing, 'CACHED', fns['ours']))
     if args.compile: fns['ours_compiled'] = go(torch.compile(step), ours)
     for h in (False, True):
         f, flops = products(step, z, h)
