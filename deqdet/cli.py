@@ -503,6 +503,7 @@ def deqdet_predict(
         if not json_only: draw_detections(f, hw, d, _place(folder, f, taken), detector.vocab)
     write_json(to_coco(done, detector.vocab, detector.hyper.n_classes), folder/'predictions.json')
     print(f"{len(done)} picture{'s'*(len(done)!=1)} in {folder}" + f', {bad} could not be read'*(bad > 0))
+    if done and not any(len(d['scores']) for *_,d in done): say(f'no score reaches {min_score:g}; --min_score lowers the bar')
     return 2 if bad else 0
 
 # %% ../nbs/18_cli.ipynb #80771820

@@ -313,4 +313,5 @@ def plot_training(
             ax.plot(log.index, log[c], '.-', ms=4, lw=2 if c==y else 1.2, label=c)
         ax.set(xlabel='epoch', ylabel=y); ax.legend(fontsize=7)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(log)==1: ax.set_xticks(log.index)
     return axs

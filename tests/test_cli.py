@@ -429,6 +429,15 @@ def test_a_training_is_not_written_over(world, capsys):
     assert (world/'run/resume.pt').read_bytes() == before
 
 
+def test_what_may_change_on_the_way(world, tmp_path, capsys):
+    "Nothing that changes a result, not even if nothing was said about it at the start"
+    run = Path(shutil.copytree(world/'run', tmp_path/'run'))
+    for k, v in dict(amp='bf16', wd=.3, size='96', augment='none').items():
+        bad(capsys, f'--{k} {v}: this training began with', train, world, run, resume=True, **{k: v})
+    assert '2 are done' in bad(capsys, '--epochs 1', train, world, run, resume=True, epochs=1)
+    train(world, run, resume=True, size='64', skip_bad=True, layout='coco', every=9, workers=1) # the same, and what is free
+
+
 def test_going_on_says_where(world, tmp_path, capsys):
     "What was trained before is not printed as if it were trained again"
     train(world, tmp_path/'run', epochs=1)
@@ -501,6 +510,12 @@ def test_predictions_lie_in_the_picture_as_it_is(world, tmp_path):
     assert {o.name for o in (tmp_path/'found').iterdir()} == {'predictions.json', 'x.png', 'x_2.png'}
     assert len(one) == len(two) == 36
     assert (two[:, 2:].max() > 40) and torch.cdist(2*one, two).min(1)[0].median() < 2
+
+
+def test_nothing_found_says_why(world, tmp_path, capsys):
+    for score, said in ((.99, True), (0., False)):
+        cli.deqdet_predict(str(world/'start'), [str(world/'shapes/images')], str(tmp_path/'found'), score, json_only=True, device='cpu')
+        assert ('no score reaches 0.99; --min_score' in capsys.readouterr().err) == said
 
 
 def test_convert(tmp_path, capsys):

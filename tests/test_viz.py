@@ -122,3 +122,11 @@ def test_fastais_own_logs(tmp_path):
     assert b.equals(c)
     axs = plot_training(learn)
     assert [len(ax.lines) for ax in axs] == [2, 1]
+
+
+def test_a_single_epoch():
+    "A point has one place on the axis, not nine with fractions"
+    axs = plot_training([dict(epoch=0, train_loss=3., valid_loss=2., AP=.1)])
+    for ax in axs:
+        ax.figure.canvas.draw()
+        assert [t.get_text() for t in ax.get_xticklabels()] == ['0']
