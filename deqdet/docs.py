@@ -36,7 +36,7 @@ def published(
     if not isinstance(found, tuple): return sym
     return getattr(import_module(found[1].removesuffix('.py').replace('/', '.')), sym.__name__)
 
-# %% ../nbs/20_docs.ipynb #3571767a
+# %% ../nbs/20_docs.ipynb #cf2f69b6
 class Shown(BasicMarkdownRenderer):
     "nbdev's renderer of `show_doc`, with fields of records and without links in code"
     def __init__(self,
@@ -47,6 +47,7 @@ class Shown(BasicMarkdownRenderer):
     ):
         super().__init__(sym, name, title_level, maxline)
         self.dm = re.sub(r'`([^`\n]+)`', r'\1', declaration(published(sym)) or str(self.dm))
+        if not getattr(sym, '__doc__', None): self.docs = '' # nbdev puts that of `function.__call__`
 
 # %% ../nbs/20_docs.ipynb #f8636c83
 _re_outer = re.compile(r'\[((?:[^][]|\[`[^`]*`\]\([^()]*\))+)\]\(')
