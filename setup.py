@@ -1,4 +1,5 @@
 "Everything that pyproject.toml calls dynamic, read from settings.ini"
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup, find_packages
@@ -12,10 +13,15 @@ licenses = {'apache2': 'Apache-2.0'}
 statuses = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
 suffix = '_requirements'
 
+def anywhere(text):
+    "README.md with links that work outside the repository: pictures as they are, the rest as GitHub shows it"
+    kind = lambda path: 'raw' if path.endswith(('.jpg','.png','.gif')) else 'blob'
+    return re.sub(r'\]\((nbs/[^)\s]+)\)', lambda m: f"]({cfg['git_url']}/{kind(m[1])}/{cfg['branch']}/{m[1]})", text)
+
 setup(
     version = cfg['version'],
     description = cfg['description'],
-    long_description = (here/'README.md').read_text(encoding='utf-8'),
+    long_description = anywhere((here/'README.md').read_text(encoding='utf-8')),
     long_description_content_type = 'text/markdown',
     keywords = cfg['keywords'].split(),
     license_expression = licenses[cfg['license']],
