@@ -1,14 +1,18 @@
 "A fourth family is a state, a step, a neck and a record: here in under 40 lines, with every strategy"
+import math
 from dataclasses import dataclass, replace
+import pandas
 import pytest
 import torch
 from torch import nn
-from deqdet.data import Target
+from deqdet import cli
+from deqdet.data import Target, synth_coco
 from deqdet.decoder import Pred, Stacked, State, class_tower, linear, tower
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.loss import SetLoss
 from deqdet.model import Family
 from deqdet.sqr import Recollected, windows
+from deqdet.zoo import list_detectors, published
 
 
 class GlanceStep(nn.Module):
@@ -57,6 +61,20 @@ def test_a_toy_family_with_every_strategy(strategy, n):
     for i in range(2):
         alone = model([feats[0][i:i+1]], sizes[i:i+1])[-1]
         assert torch.allclose(alone.logits[0], both.logits[i], atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory): return synth_coco(tmp_path_factory.mktemp('families')/'shapes', n_train=4, n_valid=2, size=64, seed=1)
+
+
+@pytest.mark.parametrize('name', list_detectors('*_tiny'))
+def test_every_family_trains_from_the_shell(name, shapes, tmp_path):
+    "`deqdet_train --model NAME`: every pair of family and strategy, two updates; what comes back is what was asked for"
+    cli.deqdet_train(str(shapes), model=name, out=str(tmp_path), epochs=1, bs=2, size='64', device='cpu')
+    model, _ = cli.load_detector(tmp_path, device='cpu')
+    hyper, log = published(name).hyper, pandas.read_csv(tmp_path/'log.csv')
+    assert type(model.hyper) is type(hyper) and model.hyper.strategy == hyper.strategy
+    assert len(log) == 1 and math.isfinite(log.train_loss[0]) and math.isfinite(log.valid_loss[0])
 
 
 @pytest.mark.parametrize('stages', range(1, 8))
