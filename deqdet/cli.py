@@ -535,7 +535,7 @@ def fill(
     return dict(augment=augment, epochs=r.epochs, bs=max(1, r.batch//(processes*o['accumulate']))) | o
 
 # %% ../nbs/18_cli.ipynb #8a7380e6
-FREE = {'data','epochs','every','workers','device'}
+FREE = {'data','layout','epochs','every','workers','device','skip_bad'}
 
 def settle(
     given, # dict of options that were given now
@@ -543,7 +543,9 @@ def settle(
 ) -> dict: # the options that count
     "The options of a training that goes on"
     for k,v in given.items():
-        if k not in FREE and v != saved.get(k, v): raise CommandError(f'--{k} {v}: this training began with {saved[k]}')
+        same = Feed.parse(v)==Feed.parse(saved[k]) if k=='size' and k in saved else v==saved.get(k)
+        began = f'with {saved[k]}' if k in saved else 'without it'
+        if k not in FREE and not same: raise CommandError(f'--{k} {v}: this training began {began}')
     return saved | given
 
 # %% ../nbs/18_cli.ipynb #3a2b6795
@@ -689,8 +691,12 @@ def resumer(every, resume):
     "`Resume`, with the user's faults named: a damaged file, a full disk (of which PyTorch says something else)"
     from deqdet.learner import Resume
     class GoOn(Resume):
+        loaded = staticmethod(lambda: None) # what to do then
         def _load(self):
             with blame(self.file, ValueError, KeyError, IndexError, RuntimeError): super()._load()
+            done,n = self.learn.first_epoch,self.n_epoch
+            if done > n: raise CommandError(f'--epochs {n}: {done} are done already')
+            self.loaded()
         def save(self):
             try: super().save()
             except RuntimeError as e: raise e.__context__ if isinstance(e.__context__, OSError) else e
@@ -771,7 +777,9 @@ def train(
     learn = make_learner(o, folder, resume)
     make_folder(folder)
     if resume: same_classes(folder, learn.dls.vocab)
-    if FIRST: write_json(dict(options=o, vocab=list(learn.dls.vocab), machine=machine()), folder/'config.json')
+    def write(): FIRST and write_json(dict(options=o, vocab=list(learn.dls.vocab), machine=machine()), folder/'config.json')
+    if resume and (folder/'resume.pt').exists(): learn.go_on.loaded = write # and not if it is refused
+    else: write()
     with resumable(o, folder) as how: _fit(learn, o['epochs'])
     if learn.stop.asked:
         if FIRST: say(f'stopped in epoch {learn.epoch+1} of {learn.n_epoch}; to go on: {how}')
