@@ -14,7 +14,7 @@ __all__ = ['FILE_FAULTS', 'NUMBERS', 'AUGMENT', 'COCO', 'SUFFIXES', 'FREE', 'SHO
            'demo_tables', 'demo_page', 'epochs_in', 'deqdet_demo', 'report_demo']
 
 # %% ../nbs/18_cli.ipynb #8e753fd2
-import errno, json, math, os, platform, re, shlex, shutil, signal, subprocess, sys, time, warnings
+import errno, json, math, os, platform, re, select, shlex, shutil, signal, subprocess, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -100,6 +100,14 @@ def expected(
     if isinstance(e, OSError): return e.errno in FILE_FAULTS
     return isinstance(e, (CommandError, DataError)) or _is_memory(e)
 
+def _nobody_reads():
+    "Has standard output been closed by its reader, as `head` does it?"
+    file,poll = sys.stdout.fileno(),select.poll()
+    poll.register(file, select.POLLOUT)
+    gone = any(e & (select.POLLERR | select.POLLHUP) for _,e in poll.poll(0))
+    if gone: os.dup2(os.open(os.devnull, os.O_WRONLY), file) # or Python complains once more at its end
+    return gone
+
 def command(
     f # function
 ):    # the function as a command
@@ -112,9 +120,12 @@ def command(
             warnings.showwarning = lambda message, *_: say(f'warning: {one_line(message)}')
             try:
                 in_bounds(signature(f).bind(*args, **kwargs).arguments)
-                return f(*args, **kwargs)
+                res = f(*args, **kwargs)
+                sys.stdout.flush()
+                return res
             except KeyboardInterrupt: status,said = 130,'stopped'
             except Exception as e:
+                if isinstance(e, BrokenPipeError) and _nobody_reads(): raise SystemExit(128 + signal.SIGPIPE) from None
                 if os.environ.get('DEQDET_TRACEBACK') or not expected(e): raise
                 status,said = 2,in_options(one_line(e), signature(f).parameters)
         say(f'{f.__name__}: {said}')
@@ -278,7 +289,8 @@ def deqdet_convert(
     if not Path(checkpoint).is_file(): raise CommandError(f'{checkpoint}: no such file')
     feed,vocab = Feed.parse(size), read_names(names) if names else None
     faults = OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, UnpicklingError
-    with blame(f'{checkpoint}: damaged, or no published checkpoint', *faults, SafetensorError): model = load_official(checkpoint)
+    with blame(f'{checkpoint}: damaged, or no published checkpoint', *faults, SafetensorError):
+        model = load_official(checkpoint)
     n = model.hyper.n_classes
     if vocab and len(vocab)!=n: raise CommandError(f'{names}: {len(vocab)} names, {checkpoint} has {n} classes')
     model.vocab = vocab or (COCO if n==80 else None)
@@ -503,7 +515,8 @@ def deqdet_predict(
         if not json_only: draw_detections(f, hw, d, _place(folder, f, taken), detector.vocab)
     write_json(to_coco(done, detector.vocab, detector.hyper.n_classes), folder/'predictions.json')
     print(f"{len(done)} picture{'s'*(len(done)!=1)} in {folder}" + f', {bad} could not be read'*(bad > 0))
-    if done and not any(len(d['scores']) for *_,d in done): say(f'no score reaches {min_score:g}; --min_score lowers the bar')
+    if done and not any(len(d['scores']) for *_,d in done):
+        say(f'no score reaches {min_score:g}; --min_score lowers the bar')
     return 2 if bad else 0
 
 # %% ../nbs/18_cli.ipynb #80771820
@@ -634,7 +647,9 @@ def liner():
         def before_fit(self): self.old,self.learn.logger,self.begun,self.on = self.logger,self.row,time.time(),False
         def before_epoch(self):
             at,self.on = getattr(vars(self.learn).get('go_on'), 'at', None),True
-            if at: print(f"going on in epoch {at['epoch']+1} of {self.n_epoch}, after {at['iter']} of {at['n_iter']} batches", flush=True)
+            if not at: return
+            done = f"after {at['iter']} of {at['n_iter']} batches"
+            print(f"going on in epoch {at['epoch']+1} of {self.n_epoch}, {done}", flush=True)
         def row(self, row):
             if isinstance(row, str): return print(row, flush=True)
             if not self.on: return # an epoch of before
@@ -777,7 +792,8 @@ def train(
     learn = make_learner(o, folder, resume)
     make_folder(folder)
     if resume: same_classes(folder, learn.dls.vocab)
-    def write(): FIRST and write_json(dict(options=o, vocab=list(learn.dls.vocab), machine=machine()), folder/'config.json')
+    def write():
+        if FIRST: write_json(dict(options=o, vocab=list(learn.dls.vocab), machine=machine()), folder/'config.json')
     if resume and (folder/'resume.pt').exists(): learn.go_on.loaded = write # and not if it is refused
     else: write()
     with resumable(o, folder) as how: _fit(learn, o['epochs'])
@@ -825,7 +841,7 @@ def train_command(given, out, resume):
 def deqdet_train(
     data:str,          # folder of a detection set in COCO, VOC or YOLO layout
     model:str=None,    # name of a detector, see deqdet_models, or folder of one to start from; by default deqdet_tiny
-    out:str=None,      # folder to write (detectors, log, curves, numbers, pictures); by default runs/ and the name of the set
+    out:str=None,      # folder to write: detectors, log, numbers, pictures; by default runs/ and the name of the set
     epochs:int=None,   # passes over the set; by default the recipe's
     size:str=None,     # pixels of the long side, or 800x1333 for both; by default that, for the tiny ones 128
     bs:int=None,       # pictures in a batch of each process; by default the recipe's, shared among processes
@@ -849,7 +865,7 @@ def deqdet_train(
     every:int=None,    # iterations between saves of what is needed to go on; by default 500
     resume:bool=False  # go on with the training in --out, with its options
 ):
-    "Train: deqdet_train shapes. Ctrl-C saves, --resume goes on. On several GPUs: accelerate launch --no_python deqdet_train shapes"
+    "Train; Ctrl-C saves, --resume goes on; for several GPUs: accelerate launch --no_python deqdet_train shapes"
     given = {k: v for k,v in locals().items() if k not in ('out','resume') and v is not None and v is not False}
     train_command(given, out or Path('runs')/Path(data).resolve().name, resume)
 

@@ -101,6 +101,15 @@ def test_a_bug_is_no_fault_of_the_user(capsys):
     refused(capsys, 130, 'h: stopped', cli.command(h))
 
 
+@pytest.mark.parametrize('buffered', ['', '1'])
+def test_output_that_nobody_reads(buffered):
+    "As in `deqdet_models | head -1`"
+    p = subprocess.Popen([Path(sys.executable).parent/'deqdet_models'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env=os.environ | dict(PYTHONUNBUFFERED=buffered))
+    p.stdout.close()
+    assert p.stderr.read() == '' and p.wait() == 128 + signal.SIGPIPE
+
+
 def test_a_traceback_on_request(monkeypatch):
     monkeypatch.setenv('DEQDET_TRACEBACK', '1')
     with pytest.raises(ValueError): cli.deqdet_check('nowhere')
