@@ -56,6 +56,14 @@ def products(step, z, half):
     return (lambda: [product(a, b) for a, b in pairs] + [a @ b for a, b in more]), flops
 
 
+def libraries(step, z, rounds):
+    "GFLOP/s of the largest product, which generates the weights of mixing, by PyTorch's own library and by oneDNN"
+    x, w = z.content.flatten(0, 1), step.mixing.params.weight.detach()
+    if not by_onednn(x, w): return {}
+    t = alternate(dict(pytorch=lambda: F.linear(x, w), onednn=lambda: onednn(x, w)), rounds)
+    return {f'gflops_{k}': 2*x.numel()*len(w)/v['median']/1e9 for k, v in t.items()}
+
+
 def compare(n, args, device):
     "Times of a step, and how far its answer is from the formula's"
     step, levels, z = made(n, (args.height, args.width), device=device)
@@ -72,7 +80,8 @@ def compare(n, args, device):
     t = alternate(fns, args.rounds)
     a, b = step(z, ours), plain(z, levels)
     return dict(content_error=(a.content - b.content).abs().max().item(), box_error=(a.boxes - b.boxes).abs().max().item(),
-                gflop_products=flops/1e9, **{k: dict(ms=1e3*v['median']/args.steps, over_plain=v['ratio']) for k, v in t.items()})
+                gflop_products=flops/1e9, **libraries(step, z, args.rounds),
+                **{k: dict(ms=1e3*v['median']/args.steps, over_plain=v['ratio']) for k, v in t.items()})
 
 
 @torch.no_grad()

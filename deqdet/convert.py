@@ -219,7 +219,9 @@ def load_official(
     "A detector from published weights of any family"
     sd = unwrap(source) if isinstance(source, dict) else read_checkpoint(source)
     read = next((read for _,fits,read in readers if fits(sd)), None)
-    if read is None: raise KeyError(f"no keys of {', '.join(name for name,*_ in readers)}; there are {list(sd)[:4]} and {len(sd)-4} more")
+    if read is None:
+        there = ', '.join(map(repr, list(sd)[:4])) + (f' and {len(sd)-4} more' if len(sd) > 4 else '')
+        raise KeyError(f"no keys of {', '.join(name for name,*_ in readers)}; there are {there}")
     return read(sd, **overrides).eval()
 
 # %% ../nbs/17_convert.ipynb #0425fd95

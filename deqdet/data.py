@@ -21,7 +21,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 import matplotlib.pyplot as plt, numpy as np, torch, yaml
 from fastcore.xtras import is_listy
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import io as tio
 from torchvision.transforms.v2 import functional as TF
@@ -108,6 +108,7 @@ def load_image(
         img = _from_bytes(data)
         if hw and tuple(img.shape[1:]) != tuple(hw) == tuple(img.shape[:0:-1]): img = _from_bytes(data, turn=False)
     except FileNotFoundError: raise DataError(f'{x}: no such picture') from None
+    except UnidentifiedImageError: raise DataError(f'{x}: unreadable picture (not of a format that is known)') from None
     except Exception as e: raise DataError(f'{x}: unreadable picture ({e})') from e
     return img
 

@@ -201,7 +201,8 @@ def save_pretrained(self:Detector,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.clone(memory_format=torch.contiguous_format) for k,v in self.state_dict().items()}, folder/'model.safetensors')
-    config = dict(vocab=None if self.vocab is None else list(self.vocab), hyper=to_dict(self.hyper))
+    vocab = None if self.vocab is None else list(self.vocab)
+    config = dict(vocab=vocab, hyper=to_dict(self.hyper), recipe=getattr(self, 'recipe', None))
     (folder/'config.json').write_text(json.dumps(config, indent=1))
     return folder
 
@@ -213,4 +214,5 @@ def from_pretrained(cls:Detector,
     config = json.loads((Path(folder)/'config.json').read_text())
     model = from_dict(config['hyper']).build(vocab=config['vocab'])
     model.load_state_dict(load_file(Path(folder)/'model.safetensors'))
+    model.recipe = config.get('recipe') # the schedule that a learner takes by default
     return model.eval()

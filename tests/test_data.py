@@ -554,3 +554,10 @@ def test_cocoeval(data_dir):
     e.evaluate(); e.accumulate(); e.summarize()
     np.testing.assert_allclose(e.stats, [.505,.697,.573,.586,.519,.501,.387,.594,.595,.640,.566,.564], atol=5e-4)
     with pytest.raises(DataError, match='no such picture'): ds[0]
+
+
+def test_unknown_format_is_said_plainly(tmp_path):
+    "The message names the file and no address in memory"
+    (tmp_path/'x.jpg').write_bytes(b'GIF89 or so')
+    with pytest.raises(DataError, match='x.jpg: unreadable picture') as e: load_image(tmp_path/'x.jpg')
+    assert '0x' not in str(e.value)
