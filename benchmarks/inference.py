@@ -22,15 +22,23 @@ def other_libraries(n):
     return fns | {'transformers Deformable DETR': lambda x: deformable(x), 'transformers RT-DETR': lambda x: rt(x)}
 
 
+def made(name):
+    "A detector whose queries look at different places and mix by different weights, as trained ones do and fresh ones do not"
+    model = create_detector(name, **({} if name.startswith('deformable') else dict(grid=(10, 10, .3)))).eval()
+    for k, m in model.decoder.named_modules():
+        if k.endswith(('sampler.offsets', 'mixing.params')): torch.nn.init.normal_(m.weight, std=.02)
+    return model
+
+
 def ours(bs):
     "Detectors of this package, each on a uint8 batch"
-    deq = create_detector('deqdet_r50_1x').eval()
+    deq = made('deqdet_r50_1x')
     one, sizes = plain(deq).eval(), torch.tensor([[800, 1333]]*bs)
     fns = {'plain formula, T=20': lambda x: one(x, sizes), 'DEQDet, T=20': lambda x: deq(x, sizes), 'DEQDet, T=6': lambda x: deq(x, sizes, steps=6),
            'DEQDet, T=20, bf16': half(lambda x: deq(x, sizes)),
            'DEQDet, pyramid alone': lambda x: deq.start(x, sizes)}
     for k, name in STACKS.items():
-        fns[k] = lambda x, m=create_detector(name).eval(): m(x, sizes)
+        fns[k] = lambda x, m=made(name): m(x, sizes)
     return fns
 
 
@@ -40,13 +48,13 @@ STACKS = {'AdaMixer, six stages': 'adamixer_r50_1x', 'Sparse R-CNN, six stages':
 def decoders(rounds):
     "Decoders alone, on features of one picture that are there; `T=11` is twelve applications, about what stopping by tolerance needs"
     x, sizes = torch.randint(0, 256, (1, 3, 800, 1344), dtype=torch.uint8), torch.tensor([[800, 1333]])
-    deq = create_detector('deqdet_r50_1x').eval()
+    deq = made('deqdet_r50_1x')
     one, start = plain(deq).eval(), deq.start(x, sizes)
     first = one.start(x, sizes)
     fns = {'plain formula, T=20': lambda: one.decoder(*first), **{f'DEQDet, T={t}': (lambda t=t: deq.decoder(*start, steps=t)) for t in (20, 11, 6)},
            **{f'DEQDet, T={t}, bf16': (lambda t=t: half(lambda s: deq.decoder(*s, steps=t))(start)) for t in (20, 11, 6)}}
     for k, name in STACKS.items():
-        m = create_detector(name).eval()
+        m = made(name)
         fns[k] = lambda m=m, s=m.start(x, sizes): m.decoder(*s)
     return rows(alternate(fns, rounds))
 
