@@ -160,6 +160,7 @@ class Equilibrium(nn.Module):
         kept = self.solve(state, feats, steps, keep=range(self.length(steps)+1), **kwargs).kept
         return [(z, (self.step if i else self.init).read(z)) for i,z in kept.items()]
 
+# %% ../nbs/07_equilibrium.ipynb #d1bdf635
 def by_corners(
     z, # a state with `content` and `boxes`
     fz # the step's answer to it
