@@ -9,7 +9,7 @@ __all__ = ['deqdet_1x', 'adamixer_1x', 'deqdet_2x', 'adamixer_3x', 'deformable',
            'Resume', 'Stop', 'Residuals', 'deal', 'shard', 'Shards']
 
 # %% ../nbs/11_learner.ipynb #1b4aa579
-import atexit, math, os, random, re, signal, threading, warnings
+import atexit, math, multiprocessing, os, random, re, signal, threading, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Number
@@ -747,6 +747,11 @@ def _deaf():
     "For a process that loads: signals are for the one that trains"
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
+def _end_loaders():
+    "Python ends its children by SIGTERM when it exits, and would wait forever for those that are deaf to it"
+    for p in multiprocessing.active_children():
+        if p.daemon: p.kill()
+
 class Stop(Callback):
     "End training between two iterations when a signal comes"
     order = Resume.order-1
@@ -757,6 +762,7 @@ class Stop(Callback):
         self.asked,main = None,threading.current_thread() is threading.main_thread()
         if not (main and self.learn.fitting): return
         for dl in self.dls: dl.wif = _deaf
+        atexit.register(_end_loaders)
         self.old = {s: signal.signal(s, self._ask) for s in self.signals}
     def _ask(self, number, frame):
         if self.asked or self.learn is None or not self.learn.fitting: raise KeyboardInterrupt

@@ -166,4 +166,23 @@ def test_notebook_launcher(path, tmp_path):
     a,b = ((tmp_path/f'AP{r}').read_text() for r in range(2))
     assert a==b and 0<=float(a)<=1
 
+ABANDONED = '''
+import sys
+from deqdet.data import DataError, det_dls
+from deqdet.learner import Stop, det_learner
+from deqdet.zoo import create_detector
+dls = det_dls(sys.argv[1], bs=2, num_workers=2, device='cpu')
+learn = det_learner(dls, create_detector('deqdet_tiny', vocab=dls.vocab), 'tiny', lr=1e-3, cbs=[Stop()])
+try: learn.fit_published(epochs=1)
+except DataError as e: fault = e # its traceback holds the loader, and with it two processes
+print(type(fault).__name__)
+'''
+
+def test_an_abandoned_loader_ends_with_the_process(tmp_path):
+    "Processes that load are deaf to the signal with which Python ends its children"
+    path = synth_coco(tmp_path/'shapes', n_train=8, n_valid=2, size=64, seed=3)
+    for f in (path/'images').glob('train_*'): f.write_bytes(f.read_bytes()[:200])
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', ABANDONED, path], capture_output=True, text=True, timeout=90)
+    assert res.returncode==0 and 'DataError' in res.stdout, res.stderr[-2000:]
+
 if __name__=='__main__': worker(Path(sys.argv[1]))
