@@ -81,9 +81,8 @@ def trained(folder, data, size, steps, tols, rounds):
     from deqdet.data import det_dls
     from deqdet.evaluate import evaluate
     from deqdet.model import Detector
-    model, fast = Detector.from_pretrained(folder), Detector.from_pretrained(folder)
+    model, fast = Detector.from_pretrained(folder), Detector.from_pretrained(folder).compile()
     for m in (model, fast): m.decoder.plan = replace(m.decoder.plan, steps=steps)
-    fast.decoder.step.compile()
     dls = det_dls(data, bs=1, size=size, num_workers=0)
     batches, one = [b[:2] for b in dls.valid][:12], plain(model).eval()
     ways = {'plain formula, fixed': (one, {}), 'ours, fixed': (model, {}), **{f'ours, tol={t}': (model, dict(tol=t)) for t in tols},

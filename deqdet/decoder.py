@@ -84,9 +84,9 @@ def position_embedding(
 ) -> Tensor:      # (B,N,D)
     "Sines and cosines of a position's four numbers"
     p = xyzr/xyzr.new_tensor([1000,1000,1,1])
-    i = torch.arange(width//4, device=p.device, dtype=p.dtype)
-    angle = p[..., None]*10000**(-2*(i//2)/(width//4))
-    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-3)
+    i = torch.arange(width//8, device=p.device, dtype=p.dtype)
+    angle = p[..., None]*10000**(-2*i/(width//4))
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-3)
 
 # %% ../nbs/05_decoder.ipynb #5cc4e528
 def linear(n_in, n_out, bias=True):
@@ -205,6 +205,10 @@ class Stack(nn.Module):
         return path
 
     def forward(self, state, feats, steps=None): return [pred for _,pred in self.trajectory(state, feats, steps)]
+
+    def compile(self, **kwargs):
+        "`torch.compile` for each step; keywords are its own"
+        for step in self.steps: step.compile(**kwargs)
 
 # %% ../nbs/05_decoder.ipynb #a6389d99
 @dataclass(frozen=True)

@@ -133,9 +133,10 @@ class DeformableAttention(nn.Module):
     def reads(self, q, ref, masks):
         "Numbers (B,N,G,4LP) of the cells to read, and their weights"
         share = self.weights(q).unflatten(-1, (self.shape[0], -1)).softmax(-1).unflatten(-1, self.shape[1:])
-        H,W,first = map_sizes(masks).to(ref.dtype).permute(2, 1, 0)[..., None, None, None]
-        x,y,share = (t.movedim(3, 0) for t in (*self.places(q, ref, masks).unbind(-1), share))
-        return (t.permute(2, 3, 4, 0, 1, 5).flatten(3) for t in corners(x, y, H, W, share, first))
+        levels = map_sizes(masks).to(ref.dtype).permute(2, 1, 0)[..., None, None, None]
+        xy = torch.stack(self.places(q, ref, masks).unbind(-1)).movedim(4, 1)
+        found = corners(xy, levels[:2], share.movedim(3, 0), levels[2])
+        return (t.permute(2, 3, 4, 0, 1, 5).flatten(3) for t in found)
 
     def forward(self,
         q: Tensor,      # (B,N,D) queries

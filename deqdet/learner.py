@@ -301,6 +301,8 @@ def fit(self:DetLearner,
     **kwargs  # for fastai's `fit`
 ):
     "fastai's `fit`, after saying once what an update is made of"
+    if 0 < (n := len(self.dls.train)*n_epoch) < self.accumulate: raise ValueError(
+        f'an update takes {self.accumulate} batches, and there are {n} in all: nothing would be learned')
     self.fitting = not any(isinstance(c, LRFinder) for c in L(cbs))
     if self.fitting and not rank_distrib() and (plan := self.plan(lr, cbs)) != self.said:
         self.said = plan

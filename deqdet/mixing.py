@@ -19,7 +19,8 @@ def level_weights(
     temperature: float=2. # how far, in squared octaves, a level still matters
 ) -> Tensor:           # (...,L) weights that sum to 1
     "How much each level contributes to a point"
-    return torch.stack([-(z - math.log2(s))**2/temperature for s in strides]).softmax(0).movedim(0, -1)
+    octaves = z.new_tensor([math.log2(s) for s in strides]).view(-1, *[1]*z.ndim)
+    return ((z - octaves).square()/-temperature).softmax(0).movedim(0, -1)
 
 # %% ../nbs/04_mixing.ipynb #fe44b509
 def sampling_points(
@@ -44,12 +45,12 @@ def grid_offsets(
 # %% ../nbs/04_mixing.ipynb #cd09a45c
 def map_sizes(
     maps # L of (B,...,H,W)
-) -> Tensor: # (B,L,3) height and width of each map, in cells, and its first row in a table of all
+) -> Tensor: # (B,L,3) width and height of each map, in cells, and its first row in a table of all
     "Where each level lies in a table"
     first,out = 0,[]
     for m in maps:
         H,W = m.shape[-2:]
-        out.append(torch.stack([m.new_full(m.shape[:1], n, dtype=torch.float) for n in (H, W, first)], -1))
+        out.append(torch.stack([m.new_full(m.shape[:1], n, dtype=torch.float) for n in (W, H, first)], -1))
         first = first + H*W
     return torch.stack(out, 1)
 
@@ -71,23 +72,21 @@ def ends(
 ):             # (2,...) cell numbers in 0..n-1, and (2,...) weights
     "The two cells around each position on a line"
     low = x.floor()
-    cell,weight = torch.stack([low, low+1]),torch.stack([1 - (x-low), x-low])
+    part,cell = x - low,torch.stack([low, low+1])
     at = cell.clamp(min=0).clamp(max=n-1)
-    return at, torch.where(at==cell, weight, 0.)
+    return at, torch.where(at==cell, torch.stack([1-part, part]), 0.)
 
 # %% ../nbs/04_mixing.ipynb #ff8a5704
 def corners(
-    x: Tensor, # (...) positions in cells: the centre of the first cell is 0
-    y: Tensor, # (...)
-    H,         # height of the level in cells, a number or a tensor that broadcasts
-    W,         # width of the level in cells
+    xy: Tensor,# (2,...) positions in cells: the centre of the first cell is 0
+    size,      # (2,...) width and height of the level in cells; broadcasts
     weight=1., # (...) weight of each position
     first=0    # number of the level's first cell
 ) -> tuple[Tensor, Tensor]: # (4,...) cell numbers, and (4,...) weights
     "The four cells around each position, and their bilinear weights"
-    (rows,v),(cols,w) = ends(y, H),ends(x, W)
-    cells = (rows*W + first)[:, None] + cols
-    return cells.flatten(0,1).int(), ((v*weight)[:, None]*w).flatten(0,1)
+    at,share = ends(xy, size)
+    cells = (at[:, 1]*size[0] + first)[:, None] + at[:, 0]
+    return cells.flatten(0,1).int(), ((share[:, 1]*weight)[:, None]*share[:, 0]).flatten(0,1)
 
 # %% ../nbs/04_mixing.ipynb #e793dd71
 def gather(
@@ -121,9 +120,9 @@ def sample(
     "Read a feature pyramid at 3-D points"
     table,levels = Rows.of(feats)
     x,y,z = per_picture(points, table.shape[0]).unbind(-1)
-    H,W,first = levels.to(z.dtype).permute(2, 1, 0)[..., None, None, None]
-    x,y = (torch.stack([p/s for s in strides]) - .5 for p in (x, y))
-    found = corners(x, y, H, W, level_weights(z, strides).movedim(-1, 0), first)
+    levels = levels.to(z.dtype).permute(2, 1, 0)[..., None, None, None]
+    xy = torch.stack([x, y])[:, None]/z.new_tensor(strides).view(-1, 1, 1, 1, 1) - .5
+    found = corners(xy, levels[:2], level_weights(z, strides).movedim(-1, 0), levels[2])
     reads = gather(table, *(t.flatten(0,1).movedim(0, -1) for t in found))
     return reads.unflatten(1, (-1, points.shape[1])).flatten(0, 1)
 

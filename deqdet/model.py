@@ -93,6 +93,16 @@ def _evaluating(model):
         with torch.no_grad(): yield
     finally: model.train(was)
 
+# %% ../nbs/09_model.ipynb #7d0a90e2
+@patch
+def compile(self:Detector,
+    **kwargs # for `torch.compile`
+): # the detector
+    "Compile the pyramid and the decoder's steps, in place; `torch.compile` does so when they are first used"
+    self.pyramid.compile(**kwargs)
+    self.decoder.compile(**kwargs)
+    return self
+
 # %% ../nbs/09_model.ipynb #c147fa09
 def residuals(
     model,      # a `Detector`, or a learner that holds one

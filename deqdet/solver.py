@@ -122,24 +122,30 @@ class _Book:
         p = parts(z)[0]
         self.rows = torch.arange(len(p), device=p.device)
         self.n,self.status = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
-        self.out = self.last = self.settled = None
+        self.out = self.last = self.settled = self.moving = None
         self.trace = []
+
+    @property
+    def by_query(self): return self.settled is not None and self.settled.ndim > 1
 
     def hold(self, a, b):
         "`a` for the queries that have settled on their own, `b` for the others"
-        return b if self.settled is None or self.settled.ndim==1 else _where(self.settled, a, b)
+        return _where(self.settled, a, b) if self.by_query else b
 
     @torch.no_grad()
     def look(self, z, fz):
         "Note the residuals"
         res = self.measure(z, fz)
-        if self.last is not None: res = put(self.last, self.rows, self.hold(take(self.last, self.rows), res))
-        self.last = res
-        self.trace.append(res)
-        if self.tol > 0: self.settled = take(res.rel, self.rows).amax(-1) <= self.tol
+        if self.by_query: res = self.hold(take(self.last, self.rows), res)
+        if self.tol > 0:
+            most = res.rel.amax(-1)
+            self.settled,self.moving = most <= self.tol, (most > self.tol) & (most < torch.inf)
+        self.last = res if self.out is None else put(self.last, self.rows, res)
+        self.trace.append(self.last)
 
     def stop(self, i, fz):
         "Close the account of what is done after `i` applications; the rows that stay, or None for all"
+        if self.moving.all(): return None # the usual answer, for the price of one look at small numbers
         bad,done = ~_finite(fz), _flat(self.settled).all(1)
         end = bad | done
         if not end.any(): return None
