@@ -782,6 +782,7 @@ def resumable(
         if e.errno not in FILE_FAULTS: raise
         raise CommandError(f'{folder}: {e.strerror}; to go on: {how}') from e
 
+# %% ../nbs/18_cli.ipynb #5b1f0a08
 def train(
     options, # dict, as `fill` takes them
     folder,  # to write

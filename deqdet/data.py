@@ -272,6 +272,7 @@ def _picture_folder(file, images, split):
     some = [o['file_name'] for o in images[::max(1, len(images)//20)]]
     return max([file.parent, *named, *near], key=lambda d: sum((d/o).exists() for o in some))
 
+# %% ../nbs/01_data.ipynb #5b1f0a02
 def picture_size(
     path # picture file
 ) -> tuple: # (height, width) of the upright picture in pixels; None when it cannot be read
@@ -299,6 +300,7 @@ def _check_fields(coco, file):
             if fields and not isinstance(o['id'], int):
                 raise DataError(f"{file}: {k}[{i}] id: {o['id']!r}: a whole number was expected")
 
+# %% ../nbs/01_data.ipynb #5b1f0a04
 def read_coco(
     path,      # folder of the set, or an annotation file
     split=None # 'train', 'valid', or the start of the file's name after 'instances_'; None: the only file there is
@@ -518,6 +520,7 @@ def _pack(coco):
     boxes = torch.cat([flat[:,:2].clamp(min=0), corner], 1)
     return boxes.float(), flat[:,4].long(), ends
 
+# %% ../nbs/01_data.ipynb #5b1f0a06
 class DetDataset:
     "Pictures with their targets: item `i` is an image, uint8 (3,h,w), and a `Target`, through `tfm`"
     n_inp = 2
