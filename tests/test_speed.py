@@ -1,5 +1,5 @@
 "Speed without changed results: against the plain formula of benchmarks/plain.py, at start-up, and compiled"
-import subprocess, sys, time
+import copy, subprocess, sys, time
 from pathlib import Path
 from statistics import median
 import pytest, torch
@@ -7,7 +7,7 @@ from torch import nn
 from deqdet.backbone import Pyramid, Neck, tiny_body
 from deqdet.data import Target, collate
 from deqdet.decoder import MixerStep, Queries, State, prepared
-from deqdet.equilibrium import Equilibrium, Perturb
+from deqdet.equilibrium import Equilibrium, Perturb, Settled
 from deqdet.mixing import Rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'))
@@ -78,6 +78,20 @@ def test_compiled_step_is_the_step():
     with torch.no_grad():
         a, b = torch.compile(step, backend='eager', fullgraph=True)(z, feats), step(z, feats)
     near(a.content, b.content, 1e-6); near(a.xyzr, b.xyzr, 1e-6)
+
+
+def test_compiled_detector_trains_the_same():
+    "All parts compiled: the same losses and gradients, with noise on states and steps recomputed"
+    from deqdet.zoo import create_detector
+    torch.manual_seed(0)
+    model = create_detector('deqdet_tiny', n_classes=3, strategy=Settled(steps=4, supervise=(2, 4), perturb=Perturb(p_content=.5, p_position=.5)))
+    fast = copy.deepcopy(model).compile(backend='eager')
+    x, grads = torch.rand(2, 3, 96, 128), []
+    for m in (model, fast):
+        torch.manual_seed(1)
+        sum(p.logits.square().mean() + p.boxes.mean()/100 for p in m(x)).backward()
+        grads.append([p.grad for p in m.parameters()])
+    for a, b in zip(*grads): near(a, b, 1e-5)
 
 
 def test_step_is_faster_than_the_formula():
