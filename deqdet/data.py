@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 import matplotlib.pyplot as plt, numpy as np, torch, yaml
+from fastcore.basics import patch
 from fastcore.xtras import is_listy
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -671,19 +672,21 @@ class DetDL(TfmdDL):
         if is_listy(dataset): dataset = self.dataset.test(list(dataset))
         return super().new(dataset, cls, **merge(dict(seed=self.seed, group=self.group, epoch=self.epoch), kwargs))
 
-    def show_batch(self,
-        b=None,  # batch; by default the first one
-        max_n=9, # most pictures
-        ncols=3, # pictures in a row
-        figsize=None # of the figure, in inches
-    ):
-        "Draw the samples of a batch with their boxes"
-        s = self.decode_batch(self.one_batch() if b is None else b, max_n)
-        nrows,ncols = math.ceil(len(s)/ncols), min(ncols, len(s))
-        fig,axs = plt.subplots(nrows, ncols, figsize=figsize or (2.5*ncols, 2.5*nrows), squeeze=False)
-        for ax in axs.flat: ax.axis('off')
-        for ax,(img,t) in zip(axs.flat, s): show_sample(img, t, self.dataset.vocab, ax)
-        plt.tight_layout(pad=.3)
+# %% ../nbs/01_data.ipynb #5b1f0b06
+@patch
+def show_batch(self:DetDL,
+    b=None,  # batch; by default the first one
+    max_n=9, # most pictures
+    ncols=3, # pictures in a row
+    figsize=None # of the figure, in inches
+):
+    "Draw the samples of a batch with their boxes"
+    s = self.decode_batch(self.one_batch() if b is None else b, max_n)
+    nrows,ncols = math.ceil(len(s)/ncols), min(ncols, len(s))
+    fig,axs = plt.subplots(nrows, ncols, figsize=figsize or (2.5*ncols, 2.5*nrows), squeeze=False)
+    for ax in axs.flat: ax.axis('off')
+    for ax,(img,t) in zip(axs.flat, s): show_sample(img, t, self.dataset.vocab, ax)
+    plt.tight_layout(pad=.3)
 
 # %% ../nbs/01_data.ipynb #b4a24ad6
 def _part(src, chosen):

@@ -110,6 +110,7 @@ def _full(x):
     "`x` in float32 at least"
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../nbs/08_loss.ipynb #5b1f0b04
 @dataclass(eq=False)
 class SetLoss:
     "Match queries to objects at least cost, then compare: focal, L1 and GIoU over all supervised states"

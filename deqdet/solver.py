@@ -115,6 +115,7 @@ def _where(mask, a, b):
     return rebuild(b, [torch.where(mask.view(mask.shape + (1,)*(y.ndim-mask.ndim)), x, y)
                        for x,y in zip(parts(a), parts(b))])
 
+# %% ../nbs/06_solver.ipynb #5b1f0b02
 class _Book:
     "Which image is where, and how it ended"
     def __init__(self, z, tol, measure):

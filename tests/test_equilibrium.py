@@ -21,7 +21,7 @@ def step():
     sum(p.logits.square().mean() + p.boxes.mean() for p in preds).backward()
     return len(preds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)/1024, os.times().user - t
 n, memory, _ = step()
-print(json.dumps(dict(n=n, memory=memory, time=step()[2])))
+print(json.dumps(dict(n=n, memory=memory, time=min(step()[2] for _ in range(2)))))
 '''
 
 
@@ -51,4 +51,4 @@ def test_peak_memory_does_not_grow_with_supervised_states_nor_with_steps(measure
 def test_recomputing_costs_little_time(measured):
     "The processor's time of a training step, against the plain sum's, without the system's for fresh pages"
     print({k: round(v['time'], 2) for k, v in measured.items()})
-    assert measured['nine']['time'] <= 1.5*measured['plain']['time']
+    assert measured['nine']['time'] <= 1.35*measured['plain']['time']
