@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from torchvision.transforms import v2
-from deqdet.augment import Augment, Fit, recipe_1x
+from deqdet.sets.augment import Augment, Fit, recipe_1x
 from deqdet.cli import finite
 from deqdet.data import det_dls
 from deqdet.evaluate import ap_vs_steps, evaluate

@@ -16,13 +16,13 @@ from fastai.torch_core import set_seed
 from deqdet.cli import finite
 from deqdet.data import det_dls, synth_coco
 from deqdet.decoder import Stacked
-from deqdet.deformable import DeformableDETR
+from deqdet.families.deformable import DeformableDETR
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.evaluate import evaluate
 from deqdet.learner import det_learner
 from deqdet.loss import SetLoss
 from deqdet.model import AdaMixer
-from deqdet.sparse_rcnn import SparseRCNN
+from deqdet.families.sparse_rcnn import SparseRCNN
 from deqdet.sqr import Recollected, stage_regressions, windows
 from common import commit, machine, parser, report
 from sqr import saved_bytes

@@ -10,7 +10,7 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-from deqdet.augment import fit_hw, recipe_1x, recipe_2x
+from deqdet.sets.augment import fit_hw, recipe_1x, recipe_2x
 from deqdet.data import collate, det_dls, load_image
 from common import alternate, parser, report
 

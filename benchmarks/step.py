@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from deqdet import linear, mixing
 from deqdet.decoder import MixerStep, State, prepared
-from deqdet.linear import by_onednn, product as onednn
+from deqdet.ops.linear import by_onednn, product as onednn
 from common import alternate, parser, report
 from plain import Step
 

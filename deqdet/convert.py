@@ -16,10 +16,10 @@ from functools import singledispatch
 from pathlib import Path
 from timm.models.swin_transformer import get_relative_position_index
 from .decoder import Stacked
-from .deformable import DeformableDETR, dialect_of, infer_deformable, infer_resnet, load_deformable, publish_deformable
+from .families.deformable import DeformableDETR, dialect_of, infer_deformable, infer_resnet, load_deformable, publish_deformable
 from .equilibrium import Settled
 from .model import AdaMixer
-from .sparse_rcnn import SparseRCNN, detectron2_names, mmdet_names
+from .families.sparse_rcnn import SparseRCNN, detectron2_names, mmdet_names
 
 # %% ../nbs/17_convert.ipynb #b8d12b56
 step_names = (

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn, Tensor
 from torchvision.ops import box_convert
 from .boxes import Record, xyzr_to_xyxy, xyxy_to_xyzr, move, iof, pairs
-from .linear import Linear
+from .ops.linear import Linear
 from .mixing import Rows, Sampler, AdaptiveMixing
 
 # %% ../nbs/05_decoder.ipynb #2e9c4ba1

@@ -10,7 +10,7 @@ __all__ = ['CACHED', 'level_weights', 'sampling_points', 'grid_offsets', 'map_si
 import math, torch, torch.nn.functional as F
 from typing import NamedTuple
 from torch import nn, Tensor
-from .linear import Linear
+from .ops.linear import Linear
 
 # %% ../nbs/04_mixing.ipynb #7c0f9a54
 def level_weights(

@@ -9,7 +9,7 @@ from fastai.learner import load_learner
 from deqdet.backbone import read_weights
 from deqdet.data import det_dls, synth_coco
 from deqdet.decoder import Stacked
-from deqdet.deformable import DeformableDETR, TwoStageLoss
+from deqdet.families.deformable import DeformableDETR, TwoStageLoss
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.evaluate import evaluate
 from deqdet.learner import (EMA, CSVLog, DetOpt, Interpretation, NonFinite, Recipe, Residuals, Resume, SaveBest, deal, det_learner,

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback
-from deqdet.augment import recipe_small
+from deqdet.sets.augment import recipe_small
 from deqdet.data import det_dls, synth_coco
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.learner import EMA, Amp, CSVLog, Resume, Stop, det_learner
 from deqdet.model import AdaMixer
-from deqdet.optim import Muon
+from deqdet.training.optim import Muon
 
 SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32, heads=4,
                  groups=2, points=(4,), out_points=8, hidden=32, strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchvision.ops import box_convert
 from deqdet.data import Target
-from deqdet.deformable import deformable_keys
+from deqdet.families.deformable import deformable_keys
 from deqdet.loss import SetLoss
 from pairs import load_pair, reference_pairs
 from test_deformable_parity import BOXES, LOGITS, detector, fractions, maps, near

@@ -10,7 +10,7 @@ from deqdet.decoder import Stacked
 from deqdet.equilibrium import Settled
 from deqdet.loss import SetLoss, decode
 from deqdet.model import Detector
-from deqdet.sparse_rcnn import SparseRCNN, box_levels, mmdet_names
+from deqdet.families.sparse_rcnn import SparseRCNN, box_levels, mmdet_names
 from pairs import HERE, base_of, load_pair, reference_pairs
 from test_mixer_parity import BOXES, CONTENT, LOGITS, features, near, same_detections, sizes, target
 
@@ -105,7 +105,7 @@ def test_equilibrium(deq_sparse_pair, recompute):
 
 def test_regions_of_the_first_stage(sparse_pair):
     "What is cut out, and from which level; the saved boxes use the finest one alone"
-    from deqdet.sparse_rcnn import cut_out
+    from deqdet.families.sparse_rcnn import cut_out
     c, t = sparse_pair.manifest['config'], sparse_pair.t
     boxes, saved = t['rpn/bboxes'], t['stage/0/roi_feats']
     near(t['stage/0/rois'][:, 1:], boxes.flatten(0, 1), 1e-4, 'regions')
