@@ -1,0 +1,243 @@
+"""AP on real sets after some minutes of one core: our detectors and torchvision's on the same body, loaders and schedule.
+
+Each cell (set, detector, minutes, seed, optimiser) is a process of its own and one entry of the JSON; what stands there is
+not run again, so the same command goes on where it was stopped:
+
+    export DEQDET_DATA=...   # holds bccd, cards, deeppcb, raccoon
+    python benchmarks/own_data.py --all --minutes 3 --out nbs/results/own_data.json
+
+Minutes are processor minutes of training; evaluation is not counted. The body is EfficientNet-Lite0 from ImageNet for all: its
+first stage frozen, BatchNorm on stored statistics, a tenth of the learning rate. Warm-up 5 %, cosine, moving average."""
+import json, math, os, subprocess, sys, time, warnings
+from functools import partial
+from pathlib import Path
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
+from deqdet.backbone import create_body
+from deqdet.data import det_dls
+from deqdet.evaluate import coco_ap
+from deqdet.loss import SetLoss
+from deqdet.ops.files import finite
+from deqdet.sets.augment import recipe_1x, recipe_small
+from deqdet.training.minutes import clock_factor
+from deqdet.training.optim import Muon
+from deqdet.zoo import create_detector
+from common import commit, machine, parser
+
+SETS = 'bccd', 'cards', 'deeppcb', 'raccoon'
+BODY = 'tf_efficientnet_lite0'
+
+
+# ---- detectors: a module, its loss on a batch, its detections in original pixels
+
+class Ours:
+    "A detector of the zoo"
+    clip = 1.
+
+    def __init__(self, name, vocab, size, start):
+        options = {} if start else dict(start=None)
+        self.net = create_detector(name, vocab=vocab, pretrained=True, **options)
+        self.criterion = SetLoss()
+
+    def loss(self, images, sizes, target): return self.criterion(self.net(images, sizes), target)
+    def detect(self, images, sizes, target): return self.net.predict(images, sizes, orig=target.orig)
+
+
+class FPN(nn.Module):
+    "The body's levels from stride 8 on, and torchvision's feature pyramid"
+    def __init__(self, width=128, extra=True):
+        super().__init__()
+        self.body = create_body(BODY, pretrained=True, frozen_stages=1)
+        self.out_channels = width
+        top = LastLevelP6P7(width, width) if extra else None
+        self.fpn = FeaturePyramidNetwork(self.body.channels[1:], width, top)
+
+    def forward(self, x):
+        levels = self.body(x)[1:]
+        return self.fpn({str(i): f for i,f in enumerate(levels)})
+
+
+def anchors(levels=5):
+    "RetinaNet's anchors"
+    sizes = [(s, int(s*2**(1/3)), int(s*2**(2/3))) for s in (32, 64, 128, 256, 512)]
+    return AnchorGenerator(tuple(sizes[:levels]), ((.5, 1., 2.),)*levels)
+
+
+def peer(kind, n_classes, size):
+    "One of torchvision's detectors on our body"
+    common = dict(min_size=size, max_size=size, image_mean=[.5]*3, image_std=[.5]*3, _skip_resize=True)
+    if kind=='fcos': return FCOS(FPN(), n_classes, **common)
+    if kind=='retinanet': return RetinaNet(FPN(), n_classes, anchor_generator=anchors(), **common)
+    generator = AnchorGenerator(((32,), (64,), (128,)), ((.5, 1., 2.),)*3)
+    roi = dict(box_roi_pool=_pooler())
+    return FasterRCNN(FPN(extra=False), n_classes + 1, rpn_anchor_generator=generator, **roi, **common)
+
+
+def _pooler():
+    from torchvision.ops import MultiScaleRoIAlign
+    return MultiScaleRoIAlign(['0', '1', '2'], 7, 2)
+
+
+class Peer:
+    "A detector of torchvision"
+    clip = 10.
+
+    def __init__(self, kind, vocab, size):
+        self.net = peer(kind, len(vocab), size)
+        self.first = int(kind=='faster_rcnn') # its class 0 is the background
+
+    def lists(self, images, sizes):
+        return [x[:, :h, :w].float()/255 for x,(h,w) in zip(images, sizes.tolist())]
+
+    def loss(self, images, sizes, target):
+        keep = [l >= 0 for l in target.labels]
+        truth = [dict(boxes=b[k], labels=l[k] + self.first) for b,l,k in zip(target.boxes, target.labels, keep)]
+        return sum(self.net(self.lists(images, sizes), truth).values())
+
+    def detect(self, images, sizes, target):
+        found = []
+        for d,fed,orig in zip(self.net(self.lists(images, sizes)), sizes, target.orig):
+            scale = (fed/orig).flip(-1).repeat(2)
+            found.append(dict(boxes=d['boxes']/scale, scores=d['scores'], labels=d['labels'] - self.first))
+        return found
+
+
+KINDS = {
+    'deqdet_lite': partial(Ours, 'deqdet_lite', start=True),
+    'deqdet_lite_scratch': partial(Ours, 'deqdet_lite', start=False),
+    'adamixer_lite': partial(Ours, 'adamixer_lite', start=False),
+    'fcos': partial(Peer, 'fcos'), 'retinanet': partial(Peer, 'retinanet'), 'faster_rcnn': partial(Peer, 'faster_rcnn')}
+
+
+# ---- training
+
+def groups(net, lr_body, wd):
+    "The body at a part of the rate; norms and biases do not decay"
+    found = {}
+    for name,p in net.named_parameters():
+        if not p.requires_grad: continue
+        plain = p.ndim < 2 or 'norm' in name
+        found.setdefault((lr_body if '.body.' in name else 1., 0. if plain else wd), []).append(p)
+    return [dict(params=ps, part=part, weight_decay=decay) for (part,decay),ps in found.items()]
+
+
+class Average:
+    "A moving average of all weights"
+    def __init__(self, net, decay):
+        self.decay, self.n = decay, 0
+        self.live = [v for v in net.state_dict().values() if v.is_floating_point()]
+        self.kept = [v.clone() for v in self.live]
+
+    def update(self):
+        self.n += 1
+        torch._foreach_lerp_(self.kept, self.live, 1 - min(self.decay, (1 + self.n)/(10 + self.n)))
+
+    def swap(self):
+        for a,b in zip(self.live, self.kept):
+            held = a.clone()
+            a.copy_(b)
+            b.copy_(held)
+
+
+@torch.no_grad()
+def measure(detector, dls, average):
+    "AP, AP50, AP75 of the average"
+    average.swap()
+    detector.net.eval()
+    preds = []
+    for images,sizes,target in dls.valid:
+        found = detector.detect(images, sizes, target)
+        preds += [dict(d, image_id=i) for i,d in zip(target.image_id.tolist(), found)]
+    detector.net.train()
+    average.swap()
+    result = coco_ap(preds, dls.valid.dataset)
+    return {k: float(result[k]) for k in ('AP', 'AP50', 'AP75')}
+
+
+def train(detector, dls, args):
+    "Updates, epochs; the average of weights"
+    net = detector.net.train()
+    pars = groups(net, args.body_lr, args.wd)
+    opt = (Muon if args.opt=='muon' else torch.optim.AdamW)(pars, lr=args.lr, weight_decay=args.wd)
+    average = Average(net, args.ema)
+    learning = [p for g in pars for p in g['params']]
+    total, n = 60*args.minutes, 0
+    begun = time.process_time()
+    while time.process_time() - begun < total:
+        for images,sizes,target in dls.train:
+            part = (time.process_time() - begun)/total
+            if part >= 1: break
+            for g in opt.param_groups: g['lr'] = args.lr*g['part']*clock_factor(part)
+            loss = detector.loss(images, sizes, target)
+            opt.zero_grad()
+            loss.backward()
+            clip_grad_norm_(learning, detector.clip)
+            opt.step()
+            average.update()
+            n += 1
+    return n, average
+
+
+def run(args):
+    "One cell"
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # BCCD has two boxes without width
+        folder = Path(os.environ['DEQDET_DATA'])/args.set
+        tfms = recipe_small(args.size), recipe_1x(False, args.size, args.size)
+        dls = det_dls(folder, bs=args.bs, tfms=tfms, val_bs=8, num_workers=0, seed=args.seed)
+    detector = KINDS[args.kind](list(dls.vocab), size=args.size)
+    n, average = train(detector, dls, args)
+    entry = dict(cell(args), updates=n, epochs=n/len(dls.train), lr=args.lr, size=args.size, bs=args.bs)
+    entry |= measure(detector, dls, average)
+    entry |= dict(parameters=sum(p.numel() for p in detector.net.parameters()), commit=commit(), machine=machine())
+    return entry
+
+
+# ---- cells
+
+KEY = 'set', 'kind', 'minutes', 'seed', 'opt'
+def cell(args): return {k: getattr(args, k) for k in KEY}
+
+
+def read(file): return json.loads(Path(file).read_text()) if file and Path(file).exists() else []
+
+
+def stands(file, want): return any(all(o[k]==want[k] for k in KEY) for o in read(file))
+
+
+def write(file, entry):
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(finite(read(file) + [entry]), indent=1) + '\n')
+
+
+def run_all(args):
+    "Every cell that does not stand in the file, one process after the other"
+    for seed in range(args.seeds):
+        for name in args.sets.split(','):
+            for kind in args.kinds.split(','):
+                args.seed, args.set, args.kind = seed, name, kind
+                if stands(args.out, cell(args)): continue
+                options = [f'--{k.replace("_", "-")}={getattr(args, k)}' for k in vars(args) if k not in ('all', 'rounds')]
+                subprocess.run([sys.executable, '-W', 'ignore', __file__, *options], check=False)
+
+
+def main():
+    p = parser(__doc__, set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, wd=.1, ema=.99,
+               size=320, bs=8, seeds=1, sets=','.join(SETS), kinds=','.join(KINDS))
+    p.add_argument('--all', action='store_true', help='every set and every detector')
+    args = p.parse_args()
+    if args.all: return run_all(args)
+    if stands(args.out, cell(args)): return print('stands in', args.out)
+    entry = run(args)
+    print(json.dumps({k: v for k,v in entry.items() if k != 'machine'}), flush=True)
+    if args.out: write(args.out, entry)
+
+
+if __name__=='__main__': main()

@@ -1,0 +1,148 @@
+"""Train neck, queries and decoder of `deqdet_lite` on generated scenes, its ImageNet body frozen.
+
+    python benchmarks/pretrain.py --minutes 85 --out deqdet/weights/deqdet_lite.safetensors
+
+Every scene is drawn once (by one process beside the one that trains). The state is saved every 200 updates in
+--run, and the same command goes on from there. What is written in the end is the moving average of the weights, in half
+precision, without the body. `--name adamixer_lite` trains the stack instead."""
+import json, math, os, time
+from pathlib import Path
+import numpy as np, torch
+from safetensors.torch import save_file
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader, IterableDataset
+from deqdet.loss import SetLoss
+from deqdet.sets.images import Target
+from deqdet.sets.scenes import KIND_NAMES, scene
+from deqdet.training.optim import Muon
+from deqdet.zoo import create_detector
+from common import commit, machine, parser
+
+SIDES = 192, 224, 256, 256, 288, 320
+WARMUP = 100 # updates
+
+
+def batch(i, bs):
+    "Images (bs,3,h,w) and their `Target`: batch number `i` of the stream"
+    rng = np.random.default_rng((1, i))
+    side = int(rng.choice(SIDES))
+    height = int(side*.75)//32*32 if rng.random() < .4 else side
+    scenes = [scene(rng, height, side) for _ in range(bs)]
+    most = max(1, *(len(labels) for *_,labels in scenes))
+    images = torch.from_numpy(np.stack([img for img,*_ in scenes])).permute(0, 3, 1, 2)
+    boxes = torch.zeros(bs, most, 4)
+    labels = torch.full((bs, most), -1)
+    for j,(_,b,l) in enumerate(scenes):
+        boxes[j, :len(l)] = torch.from_numpy(b)
+        labels[j, :len(l)] = torch.from_numpy(l)
+    size = torch.tensor([height, side]).expand(bs, 2)
+    return images, Target(boxes, labels, size, torch.arange(bs), size)
+
+
+class Stream(IterableDataset):
+    "Batches that never repeat"
+    def __init__(self, start, bs): self.start, self.bs = start, bs
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        i = self.start
+        while True:
+            yield tuple(batch(i, self.bs))
+            i += 1
+
+
+def groups(model, wd):
+    "Parameters that learn: norms and biases do not decay"
+    named = [(n, p) for n,p in model.named_parameters() if p.requires_grad]
+    plain = [p for n,p in named if 'norm' in n or 'bias' in n]
+    decayed = [p for n,p in named if not ('norm' in n or 'bias' in n)]
+    return [dict(params=decayed, weight_decay=wd), dict(params=plain, weight_decay=0.)]
+
+
+def predictions(model, images, size):
+    "All supervised predictions; nothing is kept of the frozen body"
+    pyramid = model.pyramid
+    with torch.no_grad():
+        x = pyramid.normalize(images, size).contiguous(memory_format=torch.channels_last)
+        levels = pyramid.body(x)
+    feats = tuple(f.contiguous(memory_format=model.layout) for f in pyramid.neck(levels))
+    return model.decoder(model.queries(size, feats), feats)
+
+
+class Run:
+    "Model, optimiser, moving average, and where they are in time"
+    def __init__(self, args):
+        torch.manual_seed(args.seed)
+        self.args = args
+        self.model = create_detector(args.name, vocab=KIND_NAMES, pretrained=args.body or True, start=None).train()
+        self.model.pyramid.body.requires_grad_(False)
+        self.opt = Muon(groups(self.model, .1), lr=args.lr, weight_decay=.1)
+        self.loss = SetLoss()
+        self.average = {k: v.clone() for k,v in self.model.state_dict().items() if '.body.' not in k}
+        self.n, self.spent = 0, 0.
+        self.file = Path(args.run)/'state.pt'
+        if self.file.exists(): self.load()
+
+    def save(self):
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        state = dict(model=self.model.state_dict(), opt=self.opt.state_dict(), ema=self.average, n=self.n, spent=self.spent)
+        torch.save(state, f'{self.file}.tmp')
+        os.replace(f'{self.file}.tmp', self.file)
+
+    def load(self):
+        s = torch.load(self.file, map_location='cpu', weights_only=True)
+        self.model.load_state_dict(s['model'])
+        self.opt.load_state_dict(s['opt'])
+        self.average, self.n, self.spent = s['ema'], s['n'], s['spent']
+
+    def rate(self):
+        "Warm-up, then half a cosine over the minutes"
+        part = self.spent/(60*self.args.minutes)
+        rise = min(1, (self.n + 1)/WARMUP)
+        return self.args.lr*rise*(.02 + .98*(1 + math.cos(math.pi*part))/2)
+
+    def update(self, images, target):
+        for g in self.opt.param_groups: g['lr'] = self.rate()
+        loss = self.loss(predictions(self.model, images, target.size), target)
+        self.opt.zero_grad()
+        loss.backward()
+        clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
+        self.opt.step()
+        self.n += 1
+        decay = min(.998, (1 + self.n)/(10 + self.n))
+        now = self.model.state_dict()
+        for k,v in self.average.items():
+            if v.is_floating_point(): v.lerp_(now[k], 1 - decay)
+        return float(loss)
+
+    def write(self, file):
+        "The moving average in half precision"
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half = {k: v.half().contiguous() if v.is_floating_point() else v for k,v in self.average.items()}
+        note = dict(name=self.args.name, updates=str(self.n), scenes=str(self.n*self.args.bs), minutes=str(self.args.minutes),
+                    commit=commit(), machine=json.dumps(machine()), vocab=json.dumps(KIND_NAMES))
+        save_file(half, file, note)
+        print(f'{file}: {file.stat().st_size/1e6:.1f} MB, {self.n} updates')
+
+
+def main():
+    p = parser(__doc__, minutes=85., bs=8, lr=2.5e-3, seed=0, name='deqdet_lite', run='runs/pretrain', body='')
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    run = Run(args)
+    last, mean = time.monotonic(), None
+    for images,target in DataLoader(Stream(run.n, args.bs), batch_size=None, num_workers=1, prefetch_factor=6):
+        if run.spent >= 60*args.minutes: break
+        loss = run.update(images, Target(*target))
+        mean = loss if mean is None else .98*mean + .02*loss
+        now = time.monotonic()
+        run.spent += min(now - last, 20) # a machine that slept did not train
+        last = now
+        if run.n%50==0: print(f'{run.n} updates, {run.spent/60:.1f} min, loss {mean:.2f}', flush=True)
+        if run.n%200==0: run.save()
+    run.save()
+    if args.out: run.write(args.out)
+
+
+if __name__=='__main__': main()
