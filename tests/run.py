@@ -1,6 +1,6 @@
 """What `make test` runs: everything that CI checks, counted.
 
-In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbdev_test passes on every notebook.
+In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbdev-test passes on every notebook.
 In the tree itself: pytest. The last line is `N passed, M failed`, `, K skipped` following where something was.
 A notebook of which no cell runs is not a pass."""
 import os, re, shutil, subprocess, sys, tempfile, time
@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 THREADS = 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'
 WORKERS = min(os.cpu_count() or 1, 4)
 TIMEOUT = 900 # seconds for a notebook
-FLAG = 'notest' # cells that settings.ini (tst_flags) lets nbdev_test skip
+FLAG = 'notest' # cells that nbdev-test skips (tst_flags of nbdev)
 NOT_OURS = '.*','_proc','_docs','demo','bench','runs','build','dist','*.egg-info','__pycache__'
 
 class Result(NamedTuple):
@@ -68,25 +68,21 @@ def check_export(root):
     before = contents(root)
     for p in (root/'deqdet').rglob('*.py'):
         if p.name!='__init__.py': p.unlink()
-    return changes_nothing('nbdev_export changes nothing', [BIN/'nbdev_export'], root, before)
+    return changes_nothing('nbdev-export changes nothing', [BIN/'nbdev-export'], root, before)
 
-def check_clean(root): return changes_nothing('nbdev_clean changes nothing', [BIN/'nbdev_clean'], root)
+def check_clean(root): return changes_nothing('nbdev-clean changes nothing', [BIN/'nbdev-clean'], root)
 
 def runs(path):
-    "How many cells of a notebook nbdev_test executes"
-    from nbdev.frontmatter import FrontmatterProc
-    from nbdev.process import NBProcessor
-    nb = NBProcessor(path, procs=FrontmatterProc, process=True).nb
-    if str(nb.frontmatter_.get('skip_exec', False)).lower() in ('true','1'): return 0
-    def off(d): return d.get('eval:', [''])[0].lower()=='false' or FLAG in d
-    return sum(c.cell_type=='code' and bool(c.source.strip()) and not off(c.directives_) for c in nb.cells)
+    "How many cells of a notebook nbdev-test executes"
+    from nbdev.test import nb_test_cells
+    return sum(bool(c.source.strip()) for c in nb_test_cells(path, skip_flags=FLAG))
 
 def check_notebook(root, nb):
-    "nbdev_test on one notebook"
+    "nbdev-test on one notebook"
     name = str(nb.relative_to(root))
-    code,out,secs = call([BIN/'nbdev_test', '--path', nb, '--n_workers', 0], root)
+    code,out,secs = call([BIN/'nbdev-test', nb, '--n-workers', 0], root)
     if code: return Result(name, 'failed', secs, f'{out[-4000:]}\n({code})')
-    if 'Success.' not in out: return Result(name, 'skipped', secs, out.strip() or 'nbdev_test did not run it')
+    if 'Success.' not in out: return Result(name, 'skipped', secs, out.strip() or 'nbdev-test did not run it')
     if not runs(nb): return Result(name, 'skipped', secs, 'none of its cells runs')
     return Result(name, 'passed', secs)
 

@@ -2,12 +2,11 @@
 import os, sys
 from pathlib import Path
 import pytest
-from execnb.nbio import mk_cell, new_nb, write_nb
+from fastcore.nbio import mk_cell, new_nb, write_nb
 import run
 from run import Result, check_clean, check_export, check_notebook, check_pytest, copy_tree, report
 
-INI = '[DEFAULT]\nrepo = deqdet\nlib_name = deqdet\nlib_path = deqdet\nnbs_path = nbs\nversion = 0.0.1\n' \
-      'user = u\nauthor = a\nbranch = main\ndescription = d\n'
+TOML = '[project]\nname = "deqdet"\n\n[tool.nbdev]\nput_version_in_init = false\nupdate_pyproject = false\n'
 EXPORTS = [mk_cell('# Page\n\n> small', 'markdown'), mk_cell('#| default_exp page'),
            mk_cell('#| export\ndef one(): return 1')]
 
@@ -16,16 +15,29 @@ def project(tmp_path):
     "An nbdev project with one exporting notebook, exported"
     (tmp_path/'nbs').mkdir()
     (tmp_path/'deqdet').mkdir()
-    (tmp_path/'settings.ini').write_text(INI)
+    (tmp_path/'pyproject.toml').write_text(TOML)
     write_nb(new_nb(EXPORTS), tmp_path/'nbs/00_page.ipynb')
-    code,out,_ = run.call([run.BIN/'nbdev_export'], tmp_path)
+    code,out,_ = run.call([run.BIN/'nbdev-export'], tmp_path)
     assert not code, out
-    run.call([run.BIN/'nbdev_clean'], tmp_path)
+    run.call([run.BIN/'nbdev-clean'], tmp_path)
     return tmp_path
 
 def test_sound_project(project):
     assert check_export(project).status=='passed'
     assert check_clean(project).status=='passed'
+
+def test_modules_in_folders(project):
+    "Folders of modules keep what no notebook makes: `__init__.py`, templates, weights"
+    (project/'nbs/wing').mkdir()
+    cells = [mk_cell('# Room', 'markdown'), mk_cell('#| default_exp wing.room'), mk_cell('#| export\nx = 1')]
+    write_nb(new_nb(cells), project/'nbs/wing/01_room.ipynb')
+    for cmd in 'nbdev-export','nbdev-clean': assert not run.call([run.BIN/cmd], project)[0]
+    (project/'deqdet/wing/page.html').write_text('<html>')
+    assert check_export(project).status=='passed'
+    assert {p.name for p in (project/'deqdet/wing').iterdir()}=={'__init__.py','room.py','page.html'}
+    assert (project/'nbs/wing/01_room.ipynb') in run.notebooks(project)
+    (project/'deqdet/wing/orphan.py').write_text('x = 1\n')
+    assert 'deqdet/wing/orphan.py' in check_export(project).note
 
 def test_unexported_change_fails(project):
     write_nb(new_nb(EXPORTS + [mk_cell('#| export\ndef two(): return 2')]), project/'nbs/00_page.ipynb')
