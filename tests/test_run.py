@@ -1,5 +1,5 @@
 "The runner behind `make test` counts what happened, and nothing else"
-import os, sys
+import os, subprocess, sys, time
 from pathlib import Path
 import pytest
 from fastcore.nbio import mk_cell, new_nb, write_nb
@@ -9,6 +9,15 @@ from run import Result, check_clean, check_export, check_notebook, check_pytest,
 TOML = '[project]\nname = "deqdet"\n\n[tool.nbdev]\nput_version_in_init = false\nupdate_pyproject = false\n'
 EXPORTS = [mk_cell('# Page\n\n> small', 'markdown'), mk_cell('#| default_exp page'),
            mk_cell('#| export\ndef one(): return 1')]
+
+@pytest.fixture
+def few_libraries(monkeypatch):
+    "A quick start for notebooks that need none of them"
+    monkeypatch.setattr(run, 'LIBRARIES', ['nbdev.test'])
+    monkeypatch.setattr(run, 'own', run.threading.local())
+    yield
+    run.own.nursery.stdin.close()
+    assert run.own.nursery.wait(30)==0
 
 @pytest.fixture
 def project(tmp_path):
@@ -60,11 +69,57 @@ def test_unclean_notebook_fails(project):
     (['assert 1+1==3'], 'failed', 'AssertionError'),
     (['#| eval: false\n1/0', '#| notest\n1/0'], 'skipped', 'none of its cells runs'),
     ([], 'skipped', 'none of its cells runs')], ids=['passes','fails','skips all','has no code'])
-def test_notebook(project, cells, status, note):
+def test_notebook(project, few_libraries, cells, status, note):
     path = project/'nbs/05_tried.ipynb'
     write_nb(new_nb([mk_cell('# Tried', 'markdown')] + [mk_cell(c) for c in cells]), path)
     res = check_notebook(project, path)
     assert res.status==status and note in res.note, res
+
+def test_notebooks_share_nothing(project, few_libraries):
+    "Each begins in a process that holds libraries and nothing of ours, in its own folder, and leaves nothing behind"
+    cell = 'import sys, os\nassert not [m for m in sys.modules if m.split(".")[0]=="deqdet"] and not hasattr(sys, "left")\n' \
+           'from pathlib import Path\nassert Path.cwd().name=="nbs" and os.environ["PYTHONPATH"]==str(Path.cwd().parent)\n' \
+           'import deqdet.page\nassert Path(deqdet.page.__file__).parents[1]==Path.cwd().parent\nsys.left = 1'
+    for i in range(2):
+        write_nb(new_nb([mk_cell('# Tried', 'markdown'), mk_cell(cell)]), project/f'nbs/0{i}_tried.ipynb')
+        res = check_notebook(project, project/f'nbs/0{i}_tried.ipynb')
+        assert res.status=='passed', res
+    assert not [m for m in run.LIBRARIES if m.startswith('deqdet')]
+
+def test_a_notebook_that_hangs_is_stopped_with_what_it_started(tmp_path):
+    code = 'import subprocess, sys, time\np = subprocess.Popen(["sleep", "600"])\n' \
+           'print(p.pid, file=open("pid", "w"), flush=True)\ntime.sleep(600)'
+    parent = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, start_new_session=True)
+    while not (tmp_path/'pid').exists() or not (tmp_path/'pid').read_text().strip(): time.sleep(.05)
+    assert run.ended(parent.pid, .2)=='stopped after 0.2 s'
+    pid = int((tmp_path/'pid').read_text())
+    for _ in range(100):
+        if not alive(pid): break
+        time.sleep(.1)
+    assert not alive(pid)
+    parent.wait()
+
+def test_a_notebook_that_dies(project, few_libraries):
+    "It fails, and the next one runs"
+    def tried(source):
+        write_nb(new_nb([mk_cell('# Tried', 'markdown'), mk_cell(source)]), project/'nbs/05_tried.ipynb')
+        return check_notebook(project, project/'nbs/05_tried.ipynb')
+    res = tried('import os, signal; os.kill(os.getpid(), signal.SIGKILL)')
+    assert res.status=='failed' and '(-9)' in res.note
+    assert tried('1').status=='passed'
+    run.own.nursery.kill()
+    run.own.nursery.wait()
+    assert tried('1').status=='passed'
+
+def alive(pid):
+    "Does a process run? One that has ended and that nobody waited for does not."
+    try: return Path(f'/proc/{pid}/stat').read_text().split(') ')[1][0]!='Z'
+    except FileNotFoundError: return False
+
+def test_longest_notebooks_exist_and_come_first():
+    found = run.notebooks(run.ROOT)
+    assert [str(p.relative_to(run.ROOT/'nbs'))[:-6] for p in found[:len(run.LONGEST)]]==run.LONGEST
+    assert len(found)==len(set(found))
 
 def test_what_hangs_is_stopped(tmp_path):
     code,out,secs = run.call([sys.executable, '-uc', 'import time; print("on"); time.sleep(60)'], tmp_path, timeout=3)
