@@ -18,7 +18,7 @@ WORKERS = min(os.cpu_count() or 1, 4)
 TIMEOUT = 900 # seconds for a notebook
 LIBRARIES = ['fastai.vision.all','timm','torchvision.transforms.v2','scipy.optimize','pycocotools.coco','matplotlib.pyplot','nbdev.test']
 # what takes longest, started first so that it does not run alone at the end
-LONGEST = ['tutorials/train','tutorials/equilibrium','14_learner','19_cli','08_equilibrium','13_evaluate','tutorials/own_data',
+LONGEST = ['tutorials/train','tutorials/equilibrium','14_learner','21_cli','08_equilibrium','13_evaluate','tutorials/own_data',
            '07_solver','families/04_deformable','tutorials/steps_vs_accuracy','10_model','11_sqr']
 FLAG = 'notest' # cells that nbdev-test skips (tst_flags of nbdev)
 NOT_OURS = '.*','_proc','_docs','demo','bench','runs','build','dist','*.egg-info','__pycache__'
