@@ -85,7 +85,7 @@ def test_recipe_of_a_solver():
     scope = vars(deqdet.solver) | dict(dataclass=dataclass)
     exec(source, scope)
     solve = lambda method: deqdet.solver.solve(lambda z: .8*z + 1, torch.zeros(3, 4), method=method, tol=1e-6, max_iter=100)
-    mine,plain = solve(scope['heavy_ball']()), solve(deqdet.solver.picard())
+    mine,plain = solve(scope['HeavyBall']()), solve(deqdet.solver.Picard())
     assert torch.allclose(mine.z, torch.full((3, 4), 5.), atol=1e-4) and (mine.n < plain.n).all()
 
 # ---- a small site, sound and broken
