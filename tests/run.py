@@ -4,7 +4,7 @@ In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbde
 In the tree itself: pytest. The last line is `N passed, M failed`, `, K skipped` following where something was.
 A notebook of which no cell runs is not a pass. Each notebook has a process of its own, a fork of one that has
 imported `LIBRARIES` and nothing of ours: importing them takes longer than many a notebook."""
-import json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
+import atexit, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -85,17 +85,25 @@ def runs(path):
 
 # ---- notebooks, each in a fork
 
+def redirect(out):
+    "Nothing to read, and a file for what is printed"
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    file = os.open(out, os.O_WRONLY|os.O_APPEND)
+    for fd in (1, 2): os.dup2(file, fd)
+
 def in_fork(root, nb, out):
     "In a new process: run nbdev-test on a notebook, write what it prints to a file, end"
-    os.setsid()
-    for fd,mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)): os.dup2(os.open(os.devnull if fd==0 else out, mode|os.O_APPEND), fd)
+    os.setsid() # whoever stops it stops what it started
+    redirect(out)
     os.chdir(root)
     os.environ['PYTHONPATH'] = root
     sys.path.insert(0, root)
+    sys.argv = ['nbdev-test', nb]
     code = 0
     try: import_module('nbdev.test').nbdev_test.__wrapped__(nb, n_workers=0)
     except SystemExit as e: code = e.code
     except BaseException: code = traceback.print_exc() or 1
+    atexit._run_exitfuncs() # temporary folders go
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -127,7 +135,7 @@ own = threading.local()
 def my_nursery():
     "The nursery of this thread, started where there is none or where it has died"
     if getattr(own, 'nursery', None) is None or own.nursery.poll() is not None:
-        cmd = [sys.executable, '-W', 'ignore', __file__, '--nursery', *LIBRARIES]
+        cmd = [sys.executable, __file__, '--nursery', *LIBRARIES]
         own.nursery = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ(ROOT))
     return own.nursery
 

@@ -79,11 +79,13 @@ def test_notebooks_share_nothing(project, few_libraries):
     "Each begins in a process that holds libraries and nothing of ours, in its own folder, and leaves nothing behind"
     cell = 'import sys, os\nassert not [m for m in sys.modules if m.split(".")[0]=="deqdet"] and not hasattr(sys, "left")\n' \
            'from pathlib import Path\nassert Path.cwd().name=="nbs" and os.environ["PYTHONPATH"]==str(Path.cwd().parent)\n' \
-           'import deqdet.page\nassert Path(deqdet.page.__file__).parents[1]==Path.cwd().parent\nsys.left = 1'
+           'import deqdet.page\nassert Path(deqdet.page.__file__).parents[1]==Path.cwd().parent\nsys.left = 1\n' \
+           'import tempfile\nkept = tempfile.TemporaryDirectory()\nprint(kept.name, file=open("name", "w"))'
     for i in range(2):
         write_nb(new_nb([mk_cell('# Tried', 'markdown'), mk_cell(cell)]), project/f'nbs/0{i}_tried.ipynb')
         res = check_notebook(project, project/f'nbs/0{i}_tried.ipynb')
         assert res.status=='passed', res
+        assert not Path((project/'nbs/name').read_text().strip()).exists()
     assert not [m for m in run.LIBRARIES if m.startswith('deqdet')]
 
 def test_a_notebook_that_hangs_is_stopped_with_what_it_started(tmp_path):
