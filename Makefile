@@ -1,37 +1,45 @@
-# Each target makes .venv itself when it is missing; plain `make` says what there is.
+# Each target makes its environment, .venv, itself when it is missing; plain `make` says what there is.
 MIN     := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 PYTHON  ?= python3 python3.13 python3.12 python3.11
-BIN     := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
-RUN     := .venv/.installed
-DEV     := .venv/.installed-dev
+# Which pair of torch and torchvision: the tested one of constraints.txt, or with TORCH=oldest the least that settings.ini allows
+TORCH   ?= tested
+VENV    := $(if $(filter oldest,$(TORCH)),.venv-oldest,.venv)
+PAIR    := $(if $(filter oldest,$(TORCH)),$(VENV)/oldest.txt,constraints.txt)
+BIN     := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PAIR) --editable
+RUN     := $(VENV)/.installed
+DEV     := $(VENV)/.installed-dev
 FAILED  := { echo "pip could not install it, for the reason above. It needs a network, or an index that it reaches: PIP_INDEX_URL"; \
 	echo "or PIP_FIND_LINKS. The next make tries again."; exit 1; }
-DECLARE := settings.ini setup.py constraints.txt
+DECLARE := settings.ini setup.py pyproject.toml $(PAIR)
 QUARTO  := 1.6.42
 
 .PHONY: help demo test docs export readme bench lab clean quarto quarto-version
 .DELETE_ON_ERROR:
+$(if $(filter-out tested oldest,$(TORCH)),$(error TORCH is `tested` or `oldest`, not `$(TORCH)`))
 
 help:
 	@echo "make demo     install what running needs, then train on drawn shapes for minutes: a page in demo/"
-	@echo "make test     install the dev extra, then everything that CI checks"
+	@echo "make test     install the dev extra, then everything that CI checks; TORCH=oldest: with the oldest torch"
 	@echo "make export   notebooks -> deqdet/*.py and README.md, and clean the notebooks"
 	@echo "make docs     the documentation site into _docs/ (needs Quarto)"
 	@echo "make bench    how fast it is, a quarter of an hour on two cores: JSON into bench/"
 	@echo "make lab      JupyterLab on the notebooks"
-	@echo "make clean    remove what the other targets wrote, .venv and training runs excepted"
+	@echo "make clean    remove what the other targets wrote, environments and training runs excepted"
 
 # The interpreter: the first of $(PYTHON) that is new enough.
 $(BIN)/python:
-	@[ -w . ] || { echo "$(CURDIR) cannot be written to, and .venv goes there: copy the folder, and say make in the copy."; exit 1; }
+	@[ -w . ] || { echo "$(CURDIR) cannot be written to, and $(VENV) goes there: copy the folder, and say make in the copy."; exit 1; }
 	@for p in $(PYTHON); do \
 	  if $$p -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN)".split("."))))' 2>/dev/null; \
-	  then echo "Making .venv with $$($$p --version)"; $$p -m venv .venv && exit; \
-	    rm -rf .venv; echo "$$p could not make it: its venv module (python3-venv on Debian and Ubuntu) is needed."; exit 1; fi; \
+	  then echo "Making $(VENV) with $$($$p --version)"; $$p -m venv $(VENV) && exit; \
+	    rm -rf $(VENV); echo "$$p could not make it: its venv module (python3-venv on Debian and Ubuntu) is needed."; exit 1; fi; \
 	done; \
 	echo "deqdet needs Python $(MIN) or newer; none of these is: $(PYTHON)."; \
 	echo "Install one, or name it: make PYTHON=/path/to/python3 ..."; exit 1
+
+.venv-oldest/oldest.txt: settings.ini | $(BIN)/python
+	@sed -n 's/^requirements.*torch>=\([0-9.]*\) torchvision>=\([0-9.]*\).*/torch==\1 torchvision==\2/p' settings.ini | tr ' ' '\n' > $@
 
 $(RUN): $(DECLARE) | $(BIN)/python
 	@echo "Installing deqdet and what it runs on (a few minutes and about 6 GB the first time)"
@@ -51,18 +59,18 @@ test: $(DEV)
 	@$(BIN)/python tests/run.py
 
 export: $(DEV)
-	$(BIN)/nbdev_export
-	$(BIN)/nbdev_clean
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
 	$(BIN)/python tests/readme.py
 
 readme: $(DEV)
 	$(BIN)/python tests/readme.py
 
-# README.md is written first, so that nbdev_docs finds it newer than index.ipynb and leaves it alone.
+# README.md is written first, so that nbdev-docs finds it newer than index.ipynb and leaves it alone.
 docs: quarto $(DEV)
-	$(BIN)/nbdev_export
+	$(BIN)/nbdev-export
 	$(BIN)/python tests/readme.py
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-docs
 	@echo "The site is in _docs/: open _docs/index.html"
 
 quarto:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 import yaml
-from execnb.nbio import dict2nb, mk_cell, read_nb
+from fastcore.nbio import dict2nb, mk_cell, read_nb
 from markdown_it import MarkdownIt
-from nbdev.doclinks import NbdevLookup, _nbpath2html, _qual_syms, nbglob
+from nbdev.config import nbpath2html
+from nbdev.doclinks import NbdevLookup, _qual_syms, nbglob
 from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
 
@@ -75,7 +76,7 @@ class Page:
     "One page of the site, before and after nbdev's processors"
     def __init__(self, path, nbs):
         self.path = path.relative_to(nbs).as_posix()
-        self.url = _nbpath2html(Path(self.path)).as_posix()
+        self.url = nbpath2html(Path(self.path)).as_posix()
         def read(): return read_nb(path) if path.suffix=='.ipynb' else dict2nb(
             cells=[mk_cell(path.read_text(encoding='utf-8'), 'markdown')], metadata={}, path_=str(path))
         self.raw = NBProcessor(nb=read()).nb
@@ -271,7 +272,7 @@ def check_outputs(site):
 
 def check_symbols(site):
     for mod,ns in site.names.stale().items():
-        what = f'{mod} exports {", ".join(ns)}, which the index does not know: run nbdev_export'
+        what = f'{mod} exports {", ".join(ns)}, which the index does not know: run nbdev-export'
         yield Fault('unknown symbol', '_modidx.py', what)
     for p in site.pages.values():
         for name in dict.fromkeys(c for _,t in p.texts for c in t.codes):

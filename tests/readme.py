@@ -1,9 +1,9 @@
 """README.md is what index.ipynb says: its text, code and printed text, with links and pictures that work on GitHub.
 
-`python tests/readme.py` writes it. nbdev_readme does the same through Quarto; this does it without."""
+`python tests/readme.py` writes it. nbdev-readme does the same through Quarto; this does it without."""
 import re, sys
 from pathlib import Path
-from execnb.nbio import read_nb
+from fastcore.nbio import read_nb
 from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
 

@@ -1,11 +1,13 @@
 """What `make test` runs: everything that CI checks, counted.
 
-In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbdev_test passes on every notebook.
+In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbdev-test passes on every notebook.
 In the tree itself: pytest. The last line is `N passed, M failed`, `, K skipped` following where something was.
-A notebook of which no cell runs is not a pass."""
-import os, re, shutil, subprocess, sys, tempfile, time
+A notebook of which no cell runs is not a pass. Each notebook has a process of its own, a fork of one that has
+imported `LIBRARIES` and nothing of ours: importing them takes longer than many a notebook."""
+import atexit, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,11 @@ BIN = Path(sys.executable).parent
 THREADS = 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'
 WORKERS = min(os.cpu_count() or 1, 4)
 TIMEOUT = 900 # seconds for a notebook
-FLAG = 'notest' # cells that settings.ini (tst_flags) lets nbdev_test skip
+LIBRARIES = ['fastai.vision.all','timm','torchvision.transforms.v2','scipy.optimize','pycocotools.coco','matplotlib.pyplot','nbdev.test']
+# what takes longest, started first so that it does not run alone at the end
+LONGEST = ['tutorials/train','tutorials/equilibrium','14_learner','21_cli','08_equilibrium','13_evaluate','tutorials/own_data',
+           '07_solver','families/04_deformable','tutorials/steps_vs_accuracy','10_model','11_sqr']
+FLAG = 'notest' # cells that nbdev-test skips (tst_flags of nbdev)
 NOT_OURS = '.*','_proc','_docs','demo','bench','runs','build','dist','*.egg-info','__pycache__'
 
 class Result(NamedTuple):
@@ -68,27 +74,91 @@ def check_export(root):
     before = contents(root)
     for p in (root/'deqdet').rglob('*.py'):
         if p.name!='__init__.py': p.unlink()
-    return changes_nothing('nbdev_export changes nothing', [BIN/'nbdev_export'], root, before)
+    return changes_nothing('nbdev-export changes nothing', [BIN/'nbdev-export'], root, before)
 
-def check_clean(root): return changes_nothing('nbdev_clean changes nothing', [BIN/'nbdev_clean'], root)
+def check_clean(root): return changes_nothing('nbdev-clean changes nothing', [BIN/'nbdev-clean'], root)
 
 def runs(path):
-    "How many cells of a notebook nbdev_test executes"
-    from nbdev.frontmatter import FrontmatterProc
-    from nbdev.process import NBProcessor
-    nb = NBProcessor(path, procs=FrontmatterProc, process=True).nb
-    if str(nb.frontmatter_.get('skip_exec', False)).lower() in ('true','1'): return 0
-    def off(d): return d.get('eval:', [''])[0].lower()=='false' or FLAG in d
-    return sum(c.cell_type=='code' and bool(c.source.strip()) and not off(c.directives_) for c in nb.cells)
+    "How many cells of a notebook nbdev-test executes"
+    from nbdev.test import nb_test_cells
+    return sum(bool(c.source.strip()) for c in nb_test_cells(path, skip_flags=FLAG))
+
+# ---- notebooks, each in a fork
+
+def redirect(out):
+    "Nothing to read, and a file for what is printed"
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    file = os.open(out, os.O_WRONLY|os.O_APPEND)
+    for fd in (1, 2): os.dup2(file, fd)
+
+def in_fork(root, nb, out):
+    "In a new process: run nbdev-test on a notebook, write what it prints to a file, end"
+    os.setsid() # whoever stops it stops what it started
+    redirect(out)
+    os.chdir(root)
+    os.environ['PYTHONPATH'] = root
+    sys.path.insert(0, root)
+    sys.argv = ['nbdev-test', nb]
+    code = 0
+    try: import_module('nbdev.test').nbdev_test.__wrapped__(nb, n_workers=0)
+    except SystemExit as e: code = e.code
+    except BaseException: code = traceback.print_exc() or 1
+    atexit._run_exitfuncs() # temporary folders go
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+def ended(pid, timeout):
+    "The exit status of a child; what runs for too long is stopped, with all that it started"
+    end = time.time() + timeout
+    try:
+        while time.time() < end:
+            done,status = os.waitpid(pid, os.WNOHANG)
+            if done: return os.waitstatus_to_exitcode(status)
+            time.sleep(.02)
+        return f'stopped after {timeout} s'
+    finally:
+        try: os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+
+def nursery(libraries):
+    "Fork for each line of stdin, `[root, notebook, file for the output, seconds]`; answer with the exit status"
+    for lib in libraries: import_module(lib)
+    for line in sys.stdin:
+        root,nb,out,timeout = json.loads(line)
+        pid = os.fork()
+        if not pid: in_fork(root, nb, out)
+        print(json.dumps(ended(pid, timeout)), flush=True)
+
+own = threading.local()
+
+def my_nursery():
+    "The nursery of this thread, started where there is none or where it has died"
+    if getattr(own, 'nursery', None) is None or own.nursery.poll() is not None:
+        cmd = [sys.executable, __file__, '--nursery', *LIBRARIES]
+        own.nursery = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ(ROOT))
+    return own.nursery
+
+def run_notebook(root, nb, timeout=TIMEOUT):
+    "nbdev-test on a notebook: exit status, what it printed, seconds"
+    start = time.time()
+    with tempfile.NamedTemporaryFile('r', encoding='utf-8', errors='replace') as f:
+        process = my_nursery()
+        print(json.dumps([str(root), str(nb), f.name, timeout]), file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        code = json.loads(answer) if answer else 'the process that starts notebooks died'
+        return code, re.sub(r'\x1b\[[0-9;]*m', '', f.read()), time.time()-start
 
 def check_notebook(root, nb):
-    "nbdev_test on one notebook"
+    "nbdev-test on one notebook"
     name = str(nb.relative_to(root))
-    code,out,secs = call([BIN/'nbdev_test', '--path', nb, '--n_workers', 0], root)
+    code,out,secs = run_notebook(root, nb)
     if code: return Result(name, 'failed', secs, f'{out[-4000:]}\n({code})')
-    if 'Success.' not in out: return Result(name, 'skipped', secs, out.strip() or 'nbdev_test did not run it')
+    if 'Success.' not in out: return Result(name, 'skipped', secs, out.strip() or 'nbdev-test did not run it')
     if not runs(nb): return Result(name, 'skipped', secs, 'none of its cells runs')
     return Result(name, 'passed', secs)
+
+# ---- tests
 
 def read_junit(path):
     "One `Result` for each pytest case of a junit file"
@@ -114,8 +184,10 @@ def check_pytest(root):
     return res
 
 def notebooks(root):
-    "The notebooks that nbdev would take: nothing hidden or private"
-    return sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts))
+    "The notebooks that nbdev would take, nothing hidden or private; those that take long come first"
+    found = [p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts)]
+    names = {p:p.relative_to(root/'nbs').with_suffix('').as_posix() for p in found}
+    return sorted(found, key=lambda p: (LONGEST.index(names[p]) if names[p] in LONGEST else len(LONGEST), p))
 
 def report(results):
     "Print failures, skips, the slowest notebooks and the totals; the exit status"
@@ -151,4 +223,6 @@ def main():
     print(f'\n{time.time()-start:.0f} s with {WORKERS} workers')
     return report(results)
 
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__':
+    if sys.argv[1:2]==['--nursery']: nursery(sys.argv[2:])
+    else: sys.exit(main())

@@ -1,8 +1,9 @@
 "The input of the documentation is sound, and every kind of fault is caught where there is one"
-import os, re, shutil, subprocess, sys
+import os, re, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
 import pytest
-from execnb.nbio import mk_cell, new_nb, read_nb, write_nb
+from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 import docs_check
 from docs_check import KINDS, Site, Text, faults, slug
 from readme import as_md, readme
@@ -24,7 +25,7 @@ def test_readme_is_index():
     assert (ROOT/'README.md').read_text(encoding='utf-8')==readme(ROOT/'nbs/index.ipynb'), 'run `make readme`'
 
 def test_index_maps_every_notebook(site):
-    numbered = {p for p in site.pages if re.match(r'\d\d[a-z]?_', p)}
+    numbered = {p for p in site.pages if re.match(r'\d\d_', Path(p).name)}
     assert numbered <= {h for _,t in site.pages['index.ipynb'].texts for h in t.links}
 
 def test_quarto_yml_is_linked():
@@ -33,20 +34,22 @@ def test_quarto_yml_is_linked():
 
 def test_quarto_yml_repeats_settings(site):
     from nbdev.config import get_config
-    cfg,web = get_config(),site.yml['website']
-    assert (web['title'], web['description'], web['repo-url'], web['site-url'], web['repo-branch']) == \
-           (cfg.title, cfg.description, cfg.git_url, cfg.doc_host+cfg.doc_baseurl, cfg.branch)
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT/'settings.ini')
+    about,cfg,web = ini['DEFAULT'],get_config(),site.yml['website']
+    assert (web['title'], web['description'])==(about['lib_name'], about['description'])
+    assert (web['repo-url'], web['site-url'], web['repo-branch'])==(cfg.git_url, cfg.doc_url, cfg.branch)
     assert site.yml['project']['output-dir']==cfg.doc_path.name
 
 def test_nbdev_renders_every_page(site, tmp_path):
-    "All of nbdev's processors, execution included, as nbdev_docs runs them before it calls Quarto"
+    "All of nbdev's processors, execution included, as nbdev-docs runs them before it calls Quarto"
     copy_tree(ROOT, tmp_path)
     env = os.environ | {'PYTHONPATH': str(tmp_path), 'PYTHONWARNINGS': 'ignore'}
     res = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'],
                          cwd=tmp_path, env=env, capture_output=True, text=True)
     assert res.returncode==0, res.stderr[-3000:]
     re_record = re.compile(r'^@dataclass.*\nclass (\w+)|^class (\w+)\((?:NamedTuple|Record)\)', re.M)
-    records = {a or b for f in (ROOT/'deqdet').glob('*.py') for a,b in re_record.findall(f.read_text())}
+    records = {a or b for f in (ROOT/'deqdet').rglob('*.py') for a,b in re_record.findall(f.read_text())}
     assert {'State','Target','Pred','Source'} <= records
     for p in site.pages.values():
         for c in read_nb(tmp_path/'_proc'/p.path).cells:
@@ -82,7 +85,7 @@ def test_recipe_of_a_solver():
     scope = vars(deqdet.solver) | dict(dataclass=dataclass)
     exec(source, scope)
     solve = lambda method: deqdet.solver.solve(lambda z: .8*z + 1, torch.zeros(3, 4), method=method, tol=1e-6, max_iter=100)
-    mine,plain = solve(scope['heavy_ball']()), solve(deqdet.solver.picard())
+    mine,plain = solve(scope['HeavyBall']()), solve(deqdet.solver.Picard())
     assert torch.allclose(mine.z, torch.full((3, 4), 5.), atol=1e-4) and (mine.n < plain.n).all()
 
 # ---- a small site, sound and broken

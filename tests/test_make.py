@@ -5,7 +5,7 @@ import pytest, yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
-TOOLS = 'make','sh','sed','rm','touch','find','mkdir','cat','chmod','echo','basename'
+TOOLS = 'make','sh','sed','tr','rm','touch','find','mkdir','cat','chmod','echo','basename'
 
 VENV = '''#!/bin/sh
 echo "$(basename "$0") $*" >> log
@@ -16,11 +16,11 @@ case "$1" in
   -c) [ ! -e too-old ] ;;
   --version) echo "Python 3.11.0" ;;
   -m) if [ -e no-venv ]; then echo "ensurepip is not available"; exit 1; fi
-      mkdir -p .venv/bin || exit 1
-      for f in python deqdet_demo nbdev_export nbdev_clean nbdev_docs jupyter; do
-        cat > .venv/bin/$f <<'EOF'
+      mkdir -p "$3/bin" || exit 1
+      for f in python deqdet_demo nbdev-export nbdev-clean nbdev-docs jupyter; do
+        cat > "$3/bin/$f" <<'EOF'
 {VENV}EOF
-        chmod +x .venv/bin/$f
+        chmod +x "$3/bin/$f"
       done ;;
 esac
 '''
@@ -30,7 +30,7 @@ class Checkout:
     def __init__(self, path):
         self.path,self.bin,self.user = path, path/'bin', None
         self.bin.mkdir()
-        for f in 'Makefile','settings.ini','setup.py','constraints.txt': shutil.copy(ROOT/f, path)
+        for f in 'Makefile','settings.ini','setup.py','pyproject.toml','constraints.txt': shutil.copy(ROOT/f, path)
         for f in TOOLS: (self.bin/f).symlink_to(shutil.which(f))
         for o in 'nbs','deqdet','tests','benchmarks': (path/o).mkdir()
         self.script('python3', PYTHON)
@@ -56,8 +56,8 @@ def jobs(log): return [o for o in log if 'pip install' not in o]
 @pytest.mark.parametrize('target,extra,calls', [
     ('demo', '.', ['deqdet_demo --out demo']),
     ('test', '.[dev]', ['python tests/run.py']),
-    ('export', '.[dev]', ['nbdev_export ', 'nbdev_clean ', 'python tests/readme.py']),
-    ('docs', '.[dev]', ['nbdev_export ', 'python tests/readme.py', 'nbdev_docs ']),
+    ('export', '.[dev]', ['nbdev-export ', 'nbdev-clean ', 'python tests/readme.py']),
+    ('docs', '.[dev]', ['nbdev-export ', 'python tests/readme.py', 'nbdev-docs ']),
     ('lab', '.[dev]', ['jupyter lab --notebook-dir=nbs'])])
 def test_target_sets_itself_up(checkout, target, extra, calls):
     "In a fresh clone each makes .venv, installs once and does its job"
@@ -68,6 +68,20 @@ def test_target_sets_itself_up(checkout, target, extra, calls):
     assert '--constraint constraints.txt' in log[0]
     code,out,log = checkout.make(target)
     assert code==0 and 'Installing' not in out and not installs(log)
+
+def test_oldest_pair(checkout):
+    "`TORCH=oldest` is an environment of its own, with the least torch and torchvision that settings.ini allows"
+    code,out,log = checkout.make('test', 'TORCH=oldest')
+    pair = (checkout.path/'.venv-oldest/oldest.txt').read_text().splitlines()
+    least = re.search(r'torch>=(\S+) torchvision>=(\S+)', (ROOT/'settings.ini').read_text()).groups()
+    assert code==0 and pair==[f'torch=={least[0]}', f'torchvision=={least[1]}'] and not (checkout.path/'.venv').exists(), out
+    assert '--constraint .venv-oldest/oldest.txt' in log[0] and jobs(log)==['python tests/run.py']
+    assert not installs(checkout.make('test', 'TORCH=oldest')[2])
+    assert installs(checkout.make('test')[2])==['.[dev]'] and (checkout.path/'.venv').exists()
+
+def test_unknown_pair(checkout):
+    code,out,log = checkout.make('test', 'TORCH=newest')
+    assert code and 'TORCH is `tested` or `oldest`, not `newest`' in out and not log
 
 def test_bench_runs_every_script(checkout):
     code,out,log = checkout.make('bench', 'BENCH=step loader')
@@ -137,7 +151,7 @@ def test_clean(checkout):
     checkout.make('test')
     wrote = '_proc/x','_docs/x','demo/x','bench/x','build/x','dist/x','deqdet.egg-info/x','.pytest_cache/x','tests/__pycache__/x',\
             'nbs/.ipynb_checkpoints/x','nbs/nbdev.yml'
-    kept = '.venv/.installed-dev','runs/x','nbs/00_boxes.ipynb','deqdet/boxes.py'
+    kept = '.venv/.installed-dev','.venv-oldest/x','runs/x','nbs/01_boxes.ipynb','deqdet/boxes.py'
     for o in wrote + kept:
         (checkout.path/o).parent.mkdir(parents=True, exist_ok=True)
         (checkout.path/o).touch()

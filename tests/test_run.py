@@ -1,31 +1,52 @@
 "The runner behind `make test` counts what happened, and nothing else"
-import os, sys
+import os, subprocess, sys, time
 from pathlib import Path
 import pytest
-from execnb.nbio import mk_cell, new_nb, write_nb
+from fastcore.nbio import mk_cell, new_nb, write_nb
 import run
 from run import Result, check_clean, check_export, check_notebook, check_pytest, copy_tree, report
 
-INI = '[DEFAULT]\nrepo = deqdet\nlib_name = deqdet\nlib_path = deqdet\nnbs_path = nbs\nversion = 0.0.1\n' \
-      'user = u\nauthor = a\nbranch = main\ndescription = d\n'
+TOML = '[project]\nname = "deqdet"\n\n[tool.nbdev]\nput_version_in_init = false\nupdate_pyproject = false\n'
 EXPORTS = [mk_cell('# Page\n\n> small', 'markdown'), mk_cell('#| default_exp page'),
            mk_cell('#| export\ndef one(): return 1')]
+
+@pytest.fixture
+def few_libraries(monkeypatch):
+    "A quick start for notebooks that need none of them"
+    monkeypatch.setattr(run, 'LIBRARIES', ['nbdev.test'])
+    monkeypatch.setattr(run, 'own', run.threading.local())
+    yield
+    run.own.nursery.stdin.close()
+    assert run.own.nursery.wait(30)==0
 
 @pytest.fixture
 def project(tmp_path):
     "An nbdev project with one exporting notebook, exported"
     (tmp_path/'nbs').mkdir()
     (tmp_path/'deqdet').mkdir()
-    (tmp_path/'settings.ini').write_text(INI)
+    (tmp_path/'pyproject.toml').write_text(TOML)
     write_nb(new_nb(EXPORTS), tmp_path/'nbs/00_page.ipynb')
-    code,out,_ = run.call([run.BIN/'nbdev_export'], tmp_path)
+    code,out,_ = run.call([run.BIN/'nbdev-export'], tmp_path)
     assert not code, out
-    run.call([run.BIN/'nbdev_clean'], tmp_path)
+    run.call([run.BIN/'nbdev-clean'], tmp_path)
     return tmp_path
 
 def test_sound_project(project):
     assert check_export(project).status=='passed'
     assert check_clean(project).status=='passed'
+
+def test_modules_in_folders(project):
+    "Folders of modules keep what no notebook makes: `__init__.py`, templates, weights"
+    (project/'nbs/wing').mkdir()
+    cells = [mk_cell('# Room', 'markdown'), mk_cell('#| default_exp wing.room'), mk_cell('#| export\nx = 1')]
+    write_nb(new_nb(cells), project/'nbs/wing/01_room.ipynb')
+    for cmd in 'nbdev-export','nbdev-clean': assert not run.call([run.BIN/cmd], project)[0]
+    (project/'deqdet/wing/page.html').write_text('<html>')
+    assert check_export(project).status=='passed'
+    assert {p.name for p in (project/'deqdet/wing').iterdir()}=={'__init__.py','room.py','page.html'}
+    assert (project/'nbs/wing/01_room.ipynb') in run.notebooks(project)
+    (project/'deqdet/wing/orphan.py').write_text('x = 1\n')
+    assert 'deqdet/wing/orphan.py' in check_export(project).note
 
 def test_unexported_change_fails(project):
     write_nb(new_nb(EXPORTS + [mk_cell('#| export\ndef two(): return 2')]), project/'nbs/00_page.ipynb')
@@ -48,11 +69,59 @@ def test_unclean_notebook_fails(project):
     (['assert 1+1==3'], 'failed', 'AssertionError'),
     (['#| eval: false\n1/0', '#| notest\n1/0'], 'skipped', 'none of its cells runs'),
     ([], 'skipped', 'none of its cells runs')], ids=['passes','fails','skips all','has no code'])
-def test_notebook(project, cells, status, note):
+def test_notebook(project, few_libraries, cells, status, note):
     path = project/'nbs/05_tried.ipynb'
     write_nb(new_nb([mk_cell('# Tried', 'markdown')] + [mk_cell(c) for c in cells]), path)
     res = check_notebook(project, path)
     assert res.status==status and note in res.note, res
+
+def test_notebooks_share_nothing(project, few_libraries):
+    "Each begins in a process that holds libraries and nothing of ours, in its own folder, and leaves nothing behind"
+    cell = 'import sys, os\nassert not [m for m in sys.modules if m.split(".")[0]=="deqdet"] and not hasattr(sys, "left")\n' \
+           'from pathlib import Path\nassert Path.cwd().name=="nbs" and os.environ["PYTHONPATH"]==str(Path.cwd().parent)\n' \
+           'import deqdet.page\nassert Path(deqdet.page.__file__).parents[1]==Path.cwd().parent\nsys.left = 1\n' \
+           'import tempfile\nkept = tempfile.TemporaryDirectory()\nprint(kept.name, file=open("name", "w"))'
+    for i in range(2):
+        write_nb(new_nb([mk_cell('# Tried', 'markdown'), mk_cell(cell)]), project/f'nbs/0{i}_tried.ipynb')
+        res = check_notebook(project, project/f'nbs/0{i}_tried.ipynb')
+        assert res.status=='passed', res
+        assert not Path((project/'nbs/name').read_text().strip()).exists()
+    assert not [m for m in run.LIBRARIES if m.startswith('deqdet')]
+
+def test_a_notebook_that_hangs_is_stopped_with_what_it_started(tmp_path):
+    code = 'import subprocess, sys, time\np = subprocess.Popen(["sleep", "600"])\n' \
+           'print(p.pid, file=open("pid", "w"), flush=True)\ntime.sleep(600)'
+    parent = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, start_new_session=True)
+    while not (tmp_path/'pid').exists() or not (tmp_path/'pid').read_text().strip(): time.sleep(.05)
+    assert run.ended(parent.pid, .2)=='stopped after 0.2 s'
+    pid = int((tmp_path/'pid').read_text())
+    for _ in range(100):
+        if not alive(pid): break
+        time.sleep(.1)
+    assert not alive(pid)
+    parent.wait()
+
+def test_a_notebook_that_dies(project, few_libraries):
+    "It fails, and the next one runs"
+    def tried(source):
+        write_nb(new_nb([mk_cell('# Tried', 'markdown'), mk_cell(source)]), project/'nbs/05_tried.ipynb')
+        return check_notebook(project, project/'nbs/05_tried.ipynb')
+    res = tried('import os, signal; os.kill(os.getpid(), signal.SIGKILL)')
+    assert res.status=='failed' and '(-9)' in res.note
+    assert tried('1').status=='passed'
+    run.own.nursery.kill()
+    run.own.nursery.wait()
+    assert tried('1').status=='passed'
+
+def alive(pid):
+    "Does a process run? One that has ended and that nobody waited for does not."
+    try: return Path(f'/proc/{pid}/stat').read_text().split(') ')[1][0]!='Z'
+    except FileNotFoundError: return False
+
+def test_longest_notebooks_exist_and_come_first():
+    found = run.notebooks(run.ROOT)
+    assert [str(p.relative_to(run.ROOT/'nbs'))[:-6] for p in found[:len(run.LONGEST)]]==run.LONGEST
+    assert len(found)==len(set(found))
 
 def test_what_hangs_is_stopped(tmp_path):
     code,out,secs = run.call([sys.executable, '-uc', 'import time; print("on"); time.sleep(60)'], tmp_path, timeout=3)
