@@ -123,7 +123,7 @@ def test_synth_is_what_it_says(tmp_path):
 
 def test_synth_boxes_are_extents(tmp_path):
     "A picture of one object: where it differs from its ground is where its box says"
-    from deqdet.data import _extent, _paint, _scene
+    from deqdet.sets.shapes import _extent, _paint, _scene
     for i in range(10):
         rng = np.random.default_rng(i)
         owner,labels = _scene(rng, (96,128), list(SHAPES), 1)
