@@ -1,11 +1,11 @@
 "Reading, checking and loading of detection sets: what a notebook is the wrong place for"
-import io, json, math, pickle, shutil, warnings
+import io, json, math, pickle, random, shutil, warnings
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image, ImageOps
 from deqdet.data import (DataError, DetDataset, DetDL, LAYOUTS, SHAPES, Source, Target, clean, collate, det_dls, epoch_order,
-    find_layout, load_image, picture_size, read_coco, read_data, read_voc, read_yolo, resize_long, synth_coco, uncollate, verify_data)
+    find_layout, load_image, picture_size, read_coco, read_data, read_voc, read_yolo, seeded, synth_coco, uncollate, verify_data)
 
 @pytest.fixture(scope='module')
 def shapes(tmp_path_factory): return synth_coco(tmp_path_factory.mktemp('data')/'shapes', 12, 6, size=64, seed=3, empty=.2)
@@ -561,3 +561,108 @@ def test_unknown_format_is_said_plainly(tmp_path):
     (tmp_path/'x.jpg').write_bytes(b'GIF89 or so')
     with pytest.raises(DataError, match='x.jpg: unreadable picture') as e: load_image(tmp_path/'x.jpg')
     assert '0x' not in str(e.value)
+
+# ---- what the page shows without proving it
+
+@pytest.fixture(scope='module')
+def eighty(tmp_path_factory):
+    return synth_coco(tmp_path_factory.mktemp('page')/'shapes', n_train=80, n_valid=20, seed=1)
+
+def test_crowds_and_frames(tmp_path):
+    "A crowd stays in `.coco` and is no target; a box over the frame is cut; bad ones are left out"
+    Image.new('RGB', (128,128)).save(tmp_path/'a.jpg')
+    boxes = [([10,20,30,40], 7, 0), ([64,32,32,64], 3, 0), ([0,0,90,90], 7, 1), ([5,5,0,9], 7, 0), ([5,5,9,9], 99, 0),
+             ([100,100,50,10], 7, 0)]
+    anns = [dict(id=i, image_id=9, category_id=k, bbox=b, iscrowd=crowd) for i,(b,k,crowd) in enumerate(boxes, 1)]
+    coco = dict(images=[dict(id=9, file_name='a.jpg', width=128, height=128)], annotations=anns,
+                categories=[dict(id=3, name='cat'), dict(id=7, name='dog')])
+    with pytest.warns(UserWarning, match='left out: 1 empty box, 1 unknown category'): ds = DetDataset(Source(coco, tmp_path))
+    assert ds[0][1].boxes.tolist()==[[10,20,40,60], [64,32,96,96], [100,100,128,110]]
+    assert [a['iscrowd'] for a in ds.coco['annotations']]==[0,0,1,0]
+
+def test_the_next_image_stands_in(copy):
+    (copy/'images/train_00003.jpg').write_bytes(b'not a picture')
+    src = read_coco(copy, 'train')
+    with pytest.raises(DataError, match='train_00003.jpg: unreadable picture'): DetDataset(src)[3]
+    with pytest.warns(UserWarning, match='stands in'): _,t = DetDataset(src, on_error='skip')[3]
+    assert t.image_id==5
+
+def test_seeded_numbers_depend_on_the_key_and_leave_nothing_behind():
+    def draw(): return torch.rand(1).item(), np.random.rand(), random.random()
+    torch.manual_seed(0); np.random.seed(0); random.seed(0)
+    untouched = draw()
+    torch.manual_seed(0); np.random.seed(0); random.seed(0)
+    with seeded(0, 1, 7): a = draw()
+    assert draw()==untouched
+    with seeded(0, 1, 7): assert draw()==a
+    with seeded(0, 2, 7): assert all(x!=y for x,y in zip(draw(), a))
+    state = torch.get_rng_state()
+    with pytest.raises(KeyError), seeded(1): draw(); raise KeyError
+    assert torch.equal(torch.get_rng_state(), state) # after an error as well
+
+def test_an_order_depends_on_seed_and_epoch():
+    wide = [i%3>0 for i in range(32)]
+    order = epoch_order(32, 0, 0, wide, bs=4)
+    assert sorted(order)==list(range(32))
+    assert order==epoch_order(32, 0, 0, wide, bs=4)
+    assert order!=epoch_order(32, 0, 1, wide, bs=4)
+
+def test_passes_leave_the_global_generator_alone(eighty):
+    ds = DetDataset(read_coco(eighty, 'train'), tfm=jitter)
+    def one_pass(start=0, num_workers=0):
+        dl = DetDL(ds, bs=16, shuffle=True, num_workers=num_workers)
+        dl.set_epoch(3, start)
+        return list(dl)
+    state = torch.get_rng_state()
+    whole,workers,rest = one_pass(), one_pass(num_workers=2), one_pass(start=48)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert equal(whole, workers) and equal(whole[3:], rest)
+    assert (len(whole), len(workers), len(rest))==(5, 5, 2)
+
+def test_one_call(eighty):
+    dls = det_dls(eighty, bs=8, num_workers=0, device='cpu')
+    x,s,t = dls.one_batch()
+    assert (x.dtype, x.shape, s.shape)==(torch.uint8, (8,3,128,128), (8,2))
+    assert (dls.vocab, dls.n_inp, dls.valid_ds.cat_ids)==(list(SHAPES), 2, [1,2,3,4])
+    assert det_dls(eighty, bs=8, size=96, num_workers=0).one_batch()[0].shape==(8,3,96,96)
+
+def test_a_learner_predicts_on_new_images_after_export(eighty, tmp_path):
+    from fastai.learner import Learner, load_learner
+    dls = det_dls(eighty, bs=8, num_workers=0, device='cpu')
+    def loss(pred, target): return (pred - (Target(target).labels>=0).sum(1)).pow(2).mean()
+    learn = Learner(dls, Mean(), loss, path=tmp_path)
+    with learn.no_logging(), learn.no_bar(): learn.fit(1, 1e-2)
+    learn.export('mean.pkl')
+    loaded = load_learner(tmp_path/'mean.pkl')
+    assert len(loaded.dls.train_ds)==0 and loaded.dls.vocab==dls.vocab
+    new = [eighty/'images/valid_00000.jpg', Image.new('RGB', (60,40)), np.zeros((20,30,3), np.uint8)]
+    dl = loaded.dls.test_dl(new, num_workers=0)
+    x,s,t = dl.one_batch()
+    assert s.tolist()==[[128,128], [40,60], [20,30]]
+    assert (t.labels>=0).sum()==0
+    with loaded.no_bar(): preds,targs = loaded.get_preds(dl=dl)
+    assert torch.equal(Target(targs).image_id, torch.arange(3)) and preds.shape==(3,)
+
+class Mean(torch.nn.Module):
+    "A stand-in for a detector: one number, added to the mean of an image"
+    def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, images, sizes): return images.float().mean((1,2,3))/255 + self.w
+
+def test_a_vocabulary_orders_the_labels(tmp_path):
+    "VOC sorts its names; a vocabulary that is given comes first"
+    for o in ('Annotations','ImageSets','JPEGImages'): (tmp_path/o).mkdir()
+    Image.new('RGB', (128,128)).save(tmp_path/'JPEGImages/a.jpg')
+    (tmp_path/'ImageSets/train.txt').write_text('a')
+    box = '<bndbox><xmin>{}</xmin><ymin>20</ymin><xmax>96</xmax><ymax>60</ymax></bndbox>'
+    objects = ''.join(f'<object><name>{k}</name>{box.format(x)}</object>' for k,x in (('dog',10), ('cat',64)))
+    (tmp_path/'Annotations/a.xml').write_text(f'<annotation>{objects}</annotation>')
+    voc = det_dls(tmp_path, splits=('train','train'), vocab=['dog','cat'], num_workers=0)
+    assert voc.one_batch()[2].labels.tolist()==[[0,1]]
+
+def test_the_door_has_every_name_of_old():
+    "`from deqdet.data import ...` works for all that stood in one module"
+    import deqdet.data as data
+    names = '''Target collate uncollate DataError load_image SHAPES synth_coco show_sample Problem Source picture_size
+        read_coco read_voc read_yolo LAYOUTS find_layout clean DetDataset resize_long seeded epoch_order DetDL read_data
+        det_dls Report verify_data'''.split()
+    assert set(names) <= set(data.__all__) and all(hasattr(data, o) for o in names)
