@@ -4,8 +4,8 @@ import numpy as np, pytest, torch
 from PIL import Image
 from deqdet.data import epoch_order
 from deqdet.sets.check import clean
-from deqdet.sets.formats import (LAYOUTS, DataError, _yolo_box, find_layout, permutation, read_coco, read_data, read_voc,
-    read_yolo, seed_of)
+from deqdet.sets.formats import (LAYOUTS, DataError, _yolo_box, find_layout, permutation, read_coco, read_data,
+    read_voc, read_yolo, seed_of)
 from deqdet.sets.shapes import synth_coco
 
 FILES = {'coco/annotations/instances_train.json': """

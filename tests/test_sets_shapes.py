@@ -22,5 +22,6 @@ def test_annotations_are_those_of_the_first_release(tmp_path):
     digest = hashlib.sha256()
     for split in ('train','valid'):
         coco = json.loads((path/f'annotations/instances_{split}.json').read_text())
-        for a in coco['annotations']: digest.update(repr((a['image_id'], a['category_id'], a['bbox'], a['area'])).encode())
+        for a in coco['annotations']:
+            digest.update(repr((a['image_id'], a['category_id'], a['bbox'], a['area'])).encode())
     assert digest.hexdigest()[:16]=='ffcf268a00c156e9'
