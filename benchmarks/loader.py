@@ -11,7 +11,8 @@ from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from deqdet.sets.augment import fit_hw, recipe_1x, recipe_2x
-from deqdet.data import collate, det_dls, load_image
+from deqdet.data import det_dls
+from deqdet.sets.images import collate, load_image
 from common import alternate, parser, report
 
 cpu = time.process_time # per core: what this process used, whatever else the machine does

@@ -1,14 +1,16 @@
 "Reading, checking and loading of detection sets: what a notebook is the wrong place for"
-import io, json, math, pickle, shutil, warnings
+import io, json, math, pickle, random, shutil, warnings
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image, ImageOps
-from deqdet.data import (DataError, DetDataset, DetDL, LAYOUTS, SHAPES, Source, Target, clean, collate, det_dls, epoch_order,
-    find_layout, load_image, picture_size, read_coco, read_data, read_voc, read_yolo, resize_long, synth_coco, uncollate, verify_data)
+from deqdet.data import (DataError, DetDataset, DetDL, LAYOUTS, SHAPES, Source, Target,  clean, collate,
+    det_dls, epoch_order, find_layout, load_image, picture_size, read_coco, read_data, read_voc, read_yolo, seeded,
+    synth_coco, uncollate, verify_data)
 
 @pytest.fixture(scope='module')
-def shapes(tmp_path_factory): return synth_coco(tmp_path_factory.mktemp('data')/'shapes', 12, 6, size=64, seed=3, empty=.2)
+def shapes(tmp_path_factory):
+    return synth_coco(tmp_path_factory.mktemp('data')/'shapes', 12, 6, size=64, seed=3, empty=.2)
 
 @pytest.fixture
 def copy(shapes, tmp_path): return Path(shutil.copytree(shapes, tmp_path/'copy'))
@@ -22,7 +24,8 @@ def edit(path, change, split='train'):
 
 def as_voc(src, dst, main=True):
     "The set `src`, of COCO layout, in VOC layout"
-    for o in ('JPEGImages','Annotations', 'ImageSets/Main' if main else 'ImageSets'): (dst/o).mkdir(parents=True, exist_ok=True)
+    for o in ('JPEGImages','Annotations', 'ImageSets/Main' if main else 'ImageSets'):
+        (dst/o).mkdir(parents=True, exist_ok=True)
     for split,name in (('train','train'), ('valid','val')):
         coco = json.loads((src/f'annotations/instances_{split}.json').read_text())
         names = {o['id']:o['name'] for o in coco['categories']}
@@ -31,10 +34,12 @@ def as_voc(src, dst, main=True):
             objs = ''
             for a in (a for a in coco['annotations'] if a['image_id']==o['id']):
                 x,y,w,h = a['bbox']
-                objs += (f"<object><name>{names[a['category_id']]}</name><difficult>{a['iscrowd']}</difficult><bndbox><xmin>{x}</xmin>"
-                         f"<ymin>{y}</ymin><xmax>{x+w}</xmax><ymax>{y+h}</ymax></bndbox></object>")
+                objs += (f"<object><name>{names[a['category_id']]}</name><difficult>{a['iscrowd']}</difficult>"
+                         f"<bndbox><xmin>{x}</xmin><ymin>{y}</ymin>"
+                         f"<xmax>{x+w}</xmax><ymax>{y+h}</ymax></bndbox></object>")
             size = f"<size><width>{o['width']}</width><height>{o['height']}</height></size>"
-            (dst/'Annotations'/Path(o['file_name']).with_suffix('.xml')).write_text(f'<annotation>{size}{objs}</annotation>')
+            (dst/'Annotations'/Path(o['file_name']).with_suffix('.xml')).write_text(
+                f'<annotation>{size}{objs}</annotation>')
         stems = [Path(o['file_name']).stem for o in coco['images']]
         (dst/('ImageSets/Main' if main else 'ImageSets')/f'{name}.txt').write_text('\n'.join(stems))
     return dst
@@ -56,7 +61,8 @@ def as_yolo(src, dst):
 
 AS = dict(coco=lambda src, dst: Path(shutil.copytree(src, dst)), voc=as_voc, yolo=as_yolo)
 
-def same(ds): return {Path(o['file_name']).name: (x, t.boxes, [ds.vocab[k] for k in t.labels]) for o,(x,t) in zip(ds.images, ds)}
+def same(ds):
+    return {Path(o['file_name']).name: (x, t.boxes, [ds.vocab[k] for k in t.labels]) for o,(x,t) in zip(ds.images, ds)}
 
 # ---- pictures
 
@@ -70,9 +76,11 @@ def photo():
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((101, 75), Image.BICUBIC)
 
-@pytest.mark.parametrize('mode,fmt,kw', [('RGB','jpeg',dict(quality=90)), ('RGB','jpeg',dict(quality=75, subsampling=0)),
-    ('RGB','jpeg',dict(progressive=True)), ('L','jpeg',{}), ('CMYK','jpeg',{}), ('RGB','png',{}), ('RGBA','png',{}), ('LA','png',{}),
-    ('P','png',{}), ('1','png',{}), ('RGB','webp',dict(lossless=True)), ('P','gif',{}), ('RGB','bmp',{}), ('RGB','tiff',{})])
+@pytest.mark.parametrize('mode,fmt,kw', [('RGB','jpeg',dict(quality=90)),
+    ('RGB','jpeg',dict(quality=75, subsampling=0)),
+    ('RGB','jpeg',dict(progressive=True)), ('L','jpeg',{}), ('CMYK','jpeg',{}), ('RGB','png',{}), ('RGBA','png',{}),
+    ('LA','png',{}), ('P','png',{}), ('1','png',{}), ('RGB','webp',dict(lossless=True)), ('P','gif',{}),
+    ('RGB','bmp',{}), ('RGB','tiff',{})])
 def test_decoding_is_exact(photo, tmp_path, mode, fmt, kw):
     "Whoever decodes, the bytes are Pillow's"
     f = tmp_path/'a'
@@ -100,7 +108,8 @@ def test_exif_orientation(photo, tmp_path, turn, fmt):
 
 def test_pictures_in_memory(photo):
     want = np.array(photo)
-    for x in (photo, want, want/255, want.astype(np.float32)/255, torch.as_tensor(want), torch.as_tensor(want).permute(2,0,1)):
+    for x in (photo, want, want/255, want.astype(np.float32)/255, torch.as_tensor(want),
+              torch.as_tensor(want).permute(2,0,1)):
         assert np.array_equal(load_image(x).permute(1,2,0), want)
     assert load_image(np.zeros((5,7), bool).astype(np.uint8)).shape==(3,5,7)
     assert load_image(np.zeros((5,7,4), np.uint8)).shape==(3,5,7)
@@ -123,7 +132,7 @@ def test_synth_is_what_it_says(tmp_path):
 
 def test_synth_boxes_are_extents(tmp_path):
     "A picture of one object: where it differs from its ground is where its box says"
-    from deqdet.data import _extent, _paint, _scene
+    from deqdet.sets.shapes import _extent, _paint, _scene
     for i in range(10):
         rng = np.random.default_rng(i)
         owner,labels = _scene(rng, (96,128), list(SHAPES), 1)
@@ -183,8 +192,10 @@ def test_layouts_that_cannot_be_told(shapes, tmp_path):
     assert len(read_data(both, 'yolo')[0].coco['images'])==12
     with pytest.raises(DataError, match='pascal'): det_dls(both, layout='pascal')
 
-@pytest.mark.parametrize('images,file', [('images/{}2017','annotations/instances_{}2017.json'), ('{}2017','annotations/instances_{}2017.json'),
-    ('{}','{}/_annotations.coco.json'), ('{}','annotations/{}.json'), ('images','{}.json'), ('images/{}','annotations/instances_{}.json')])
+@pytest.mark.parametrize('images,file', [('images/{}2017','annotations/instances_{}2017.json'),
+    ('{}2017','annotations/instances_{}2017.json'),
+    ('{}','{}/_annotations.coco.json'), ('{}','annotations/{}.json'), ('images','{}.json'),
+    ('images/{}','annotations/instances_{}.json')])
 def test_where_coco_files_lie(shapes, tmp_path, images, file):
     "Both splits name their pictures 0.jpg, 1.jpg, …: the folder decides, except where there is only one"
     for i,(split,name) in enumerate((('train','train'), ('valid','val'))):
@@ -203,17 +214,20 @@ def test_where_coco_files_lie(shapes, tmp_path, images, file):
 
 def test_several_coco_files(copy):
     shutil.copy(copy/'annotations/instances_train.json', copy/'annotations/instances_train2014.json')
-    with pytest.raises(DataError, match='instances_train.json, instances_train2014.json: name the splits'): det_dls(copy)
+    with pytest.raises(DataError, match='instances_train.json, instances_train2014.json: name the splits'):
+        det_dls(copy)
     assert len(det_dls(copy, splits=('train2014','valid'), num_workers=0).train_ds)==12
 
 def test_coco_with_everything(tmp_path, shapes):
     "Gaps in the category ids, RLE crowd, pictures without annotations, an id 0, no area, no size"
     (tmp_path/'images').mkdir(); (tmp_path/'annotations').mkdir()
     for i in (0,1,2): shutil.copy(shapes/f'images/train_0000{i}.jpg', tmp_path/f'images/{i}.jpg')
-    d = dict(images=[dict(id=40+i, file_name=f'{i}.jpg', width=64, height=64) for i in range(2)] + [dict(id=7, file_name='2.jpg')],
+    d = dict(images=[dict(id=40+i, file_name=f'{i}.jpg', width=64, height=64) for i in range(2)] +
+                    [dict(id=7, file_name='2.jpg')],
         categories=[dict(id=90, name='z'), dict(id=3, name='c'), dict(id=17, name='m')],
         annotations=[dict(id=0, image_id=41, category_id=90, bbox=[1,2,30,20], iscrowd=0),
-                     dict(id=5, image_id=41, category_id=17, bbox=[0,0,64,64], area=99., iscrowd=1, segmentation=dict(size=[64,64], counts=[9,99,3988])),
+                     dict(id=5, image_id=41, category_id=17, bbox=[0,0,64,64], area=99., iscrowd=1,
+                          segmentation=dict(size=[64,64], counts=[9,99,3988])),
                      dict(id=6, image_id=7, category_id=3, bbox=[5,6,7,8], area=31., segmentation=[[5,6,12,6,12,14]])])
     (tmp_path/'annotations/instances_train.json').write_text(json.dumps(d))
     ds = DetDataset(read_coco(tmp_path, 'train'))
@@ -227,7 +241,8 @@ def test_coco_with_everything(tmp_path, shapes):
 
 def test_validation_numbers_categories_otherwise(copy):
     def renumber(d):
-        d['categories'] = [dict(id=50-c['id'], name=c['name']) for c in d['categories'] if c['id']!=2] + [dict(id=99, name='comet')]
+        d['categories'] = [dict(id=50-c['id'], name=c['name']) for c in d['categories'] if c['id']!=2] + \
+                          [dict(id=99, name='comet')]
         for a in d['annotations']: a['category_id'] = 50-a['category_id']
         d['annotations'] = [a for a in d['annotations'] if a['category_id']!=48]
         d['annotations'][0]['category_id'] = 99
@@ -239,8 +254,11 @@ def test_validation_numbers_categories_otherwise(copy):
     old = DetDataset(read_coco(copy, 'train')).labels
     assert set(ds.labels.tolist()) <= {0,2,3} and set(old.tolist()) <= {0,1,2,3}
 
-@pytest.mark.parametrize('text,message', [('', 'no readable json'), ('{}', "field 'images'"), ('[]', "field 'images'"), ('{"images": 3}', "field 'images'"),
-    ('{"images": [], "categories": []}', "field 'annotations'"), ('{"images": [{"id": 1}], "categories": [], "annotations": []}', r"images\[0\]: no field 'file_name'"),
+@pytest.mark.parametrize('text,message', [('', 'no readable json'),
+    ('{}', "field 'images'"), ('[]', "field 'images'"),
+    ('{"images": 3}', "field 'images'"),
+    ('{"images": [], "categories": []}', "field 'annotations'"),
+    ('{"images": [{"id": 1}], "categories": [], "annotations": []}', r"images\[0\]: no field 'file_name'"),
     ('{"images": [{"id": "a", "file_name": "b"}], "categories": [], "annotations": []}', r"images\[0\] id: 'a'"),
     ('{"images": [], "categories": [{"id": 1}], "annotations": []}', r"categories\[0\]: no field 'name'"),
     ('{"images": [], "categories": [], "annotations": [3]}', r'annotations\[0\]'),
@@ -257,7 +275,8 @@ def test_missing_split_is_named(copy):
     again = det_dls(copy, valid_pct=.25, num_workers=0)
     names = lambda ds: {o['file_name'] for o in ds.images}
     assert (len(dls.train_ds), len(dls.valid_ds))==(9,3) and not names(dls.train_ds) & names(dls.valid_ds)
-    assert names(dls.valid_ds)==names(again.valid_ds)!=names(det_dls(copy, valid_pct=.25, seed=1, num_workers=0).valid_ds)
+    assert names(dls.valid_ds)==names(again.valid_ds)!=names(
+        det_dls(copy, valid_pct=.25, seed=1, num_workers=0).valid_ds)
 
 # ---- VOC
 
@@ -266,17 +285,21 @@ def test_voc_details(shapes, tmp_path):
     path = as_voc(shapes, tmp_path/'voc', main=False)
     xml = lambda i: path/f'Annotations/train_0000{i}.xml'
     box = '<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>11</xmax><ymax>22</ymax></bndbox>'
-    xml(0).write_text(f'<annotation><object><name>disc</name><difficult>1</difficult>{box}</object><object><name>cross</name>{box}</object></annotation>')
-    Image.open(path/'JPEGImages/train_00000.jpg').save(path/'JPEGImages/train_00000.png'); (path/'JPEGImages/train_00000.jpg').unlink()
+    xml(0).write_text(f'<annotation><object><name>disc</name><difficult>1</difficult>{box}</object>'
+                      f'<object><name>cross</name>{box}</object></annotation>')
+    Image.open(path/'JPEGImages/train_00000.jpg').save(path/'JPEGImages/train_00000.png')
+    (path/'JPEGImages/train_00000.jpg').unlink()
     xml(1).write_text('<annotation><obj')
     xml(2).unlink()
-    with pytest.warns(UserWarning, match='2 unreadable annotation'): ds = DetDataset(read_voc(path, 'train'), list(SHAPES))
+    with pytest.warns(UserWarning, match='2 unreadable annotation'):
+        ds = DetDataset(read_voc(path, 'train'), list(SHAPES))
     assert len(ds)==10                                   # pictures whose truth is unknown are left out
     assert ds.images[0]==dict(id=1, file_name='train_00000.png', width=64, height=64)
     assert ds[0][1].labels.tolist()==[3] and ds[0][1].boxes.tolist()==[[1,2,11,22]]
     assert [a['iscrowd'] for a in ds.coco['annotations'] if a['image_id']==1]==[1,0]
     report = verify_data(path)
-    assert report.counts=={'unreadable annotation':2} and {Path(o.file).name for o in report.problems}=={'train_00001.xml','train_00002.xml'}
+    assert report.counts=={'unreadable annotation':2} and \
+        {Path(o.file).name for o in report.problems}=={'train_00001.xml','train_00002.xml'}
 
 def test_voc_without_lists(shapes, tmp_path):
     path = as_voc(shapes, tmp_path/'voc'); shutil.rmtree(path/'ImageSets')
@@ -307,8 +330,10 @@ def test_yolo_descriptions(shapes, tmp_path, change, monkeypatch):
 def test_yolo_complaints(shapes, tmp_path):
     path = as_yolo(shapes, tmp_path/'yolo')
     good = (path/'data.yaml').read_text()
-    for text,message in ((good.replace('train: images/train', 'train: nowhere'), "field 'train': nowhere does not exist"),
-                         (good.replace('val: images/val\n', ''), "no split 'valid'"), ('names: [a\n', 'no readable yaml')):
+    for text,message in ((good.replace('train: images/train', 'train: nowhere'),
+                          "field 'train': nowhere does not exist"),
+                         (good.replace('val: images/val\n', ''), "no split 'valid'"),
+                         ('names: [a\n', 'no readable yaml')):
         (path/'data.yaml').write_text(text)
         with pytest.raises(DataError, match=f'data.yaml.*{message}'): det_dls(path)
     (path/'data.yaml').write_text('nothing: here')
@@ -316,12 +341,14 @@ def test_yolo_complaints(shapes, tmp_path):
 
 def test_yolo_lines(shapes, tmp_path):
     path = as_yolo(shapes, tmp_path/'yolo')
-    (path/'labels/train/train_00000.txt').write_text('1 .5 .5 .25 .5\n\n0 .1 .1 .6 .1 .6 .8\n2 .5 .5\nx y\n9 .5 .5 .1 .1\n0 .5 .5 inf .1\n')
+    (path/'labels/train/train_00000.txt').write_text('1 .5 .5 .25 .5\n\n0 .1 .1 .6 .1 .6 .8\n'
+        '2 .5 .5\nx y\n9 .5 .5 .1 .1\n0 .5 .5 inf .1\n')
     with pytest.warns(UserWarning, match='2 bad box, 2 unknown category'): ds = DetDataset(read_yolo(path, 'train'))
     x,t = ds[0]
     torch.testing.assert_close(t.boxes, torch.tensor([[24.,16,40,48], [6.4,6.4,38.4,51.2]]))
     assert t.labels.tolist()==[1,0]
-    assert [o.field for o in verify_data(path).problems]==['line 4 bbox', 'line 5 category_id', 'line 6 category_id', 'line 7 bbox']
+    assert [o.field for o in verify_data(path).problems]==[
+        'line 4 bbox', 'line 5 category_id', 'line 6 category_id', 'line 7 bbox']
 
 # ---- every kind of problem
 
@@ -332,10 +359,12 @@ def repeat(key): return lambda path: edit(path, lambda d: d[key].append(d[key][0
 
 PROBLEMS = {
     'missing picture':    (lambda p: (p/'images/train_00004.jpg').unlink(), 'train_00004.jpg', 'file'),
-    'unreadable picture': (lambda p: (p/'images/train_00004.jpg').write_bytes(b'GIF89 or so'), 'train_00004.jpg', 'file'),
+    'unreadable picture': (lambda p: (p/'images/train_00004.jpg').write_bytes(b'GIF89 or so'),
+                           'train_00004.jpg', 'file'),
     'unreadable picture (empty)': (lambda p: (p/'images/train_00004.jpg').write_bytes(b''), 'train_00004.jpg', 'file'),
     'truncated picture':  (truncate, 'train_00004.jpg', 'file'),
-    'wrong size':         (lambda p: edit(p, lambda d: d['images'][4].update(height=99)), 'train_00004.jpg', 'height, width'),
+    'wrong size':         (lambda p: edit(p, lambda d: d['images'][4].update(height=99)),
+                           'train_00004.jpg', 'height, width'),
     'box outside':        (a(2, bbox=[64,3,5,5]), 'instances_train.json', 'annotations[2] bbox'),
     'box outside (left)': (a(2, bbox=[-9,3,9,5]), 'instances_train.json', 'annotations[2] bbox'),
     'box cut':            (a(2, bbox=[60,3,50,5]), 'instances_train.json', 'annotations[2] bbox'),
@@ -352,7 +381,9 @@ PROBLEMS = {
     'duplicate id':       (a(2, id=1), 'instances_train.json', 'annotations[2] id'),
     'duplicate id (picture)':  (repeat('images'), 'instances_train.json', 'images[12] id'),
     'duplicate id (category)': (repeat('categories'), 'instances_train.json', 'categories[4] id'),
-    'picture in both splits':  (lambda p: edit(p, lambda d: d['images'][4].update(file_name='train_00003.jpg'), 'valid'), 'train_00003.jpg', 'file'),
+    'picture in both splits':  (lambda p: edit(p, lambda d: d['images'][4].update(file_name='train_00003.jpg'),
+                                               'valid'),
+                                'train_00003.jpg', 'file'),
 }
 
 @pytest.mark.parametrize('kind', PROBLEMS)
@@ -372,7 +403,8 @@ def test_verify_data_sees(copy, kind):
         ds = DetDataset(read_coco(copy, 'train'))
     lost = kind in ('box outside','empty box','bad box','unknown category','unknown picture')
     assert len(ds.coco['annotations'])==n-lost
-    assert [f'1 {kind}' in str(w.message) and field in str(w.message) for w in caught if 'left out' in str(w.message)]==[True]*lost
+    assert [f'1 {kind}' in str(w.message) and field in str(w.message) for w in caught
+            if 'left out' in str(w.message)]==[True]*lost
     assert len({a['id'] for a in ds.coco['annotations']})==len(ds.coco['annotations'])
     if kind.endswith('picture') and kind!='unknown picture' or kind=='wrong size':
         with pytest.raises(DataError, match='train_00004.jpg'): list(ds)
@@ -401,12 +433,16 @@ def test_no_picture_can_be_read(copy):
 
 def jitter(img, t): return (img*torch.rand(())*np.random.rand()).to(torch.uint8), t
 
-def equal(a, b): return len(a)==len(b) and all(torch.equal(x, y) for p,q in zip(a, b) for x,y in zip([*p[:2], *p[2]], [*q[:2], *q[2]]))
+def equal(a, b):
+    return len(a)==len(b) and all(torch.equal(x, y) for p,q in zip(a, b)
+                                  for x,y in zip([*p[:2], *p[2]], [*q[:2], *q[2]]))
 
 @pytest.mark.parametrize('group', [False, True])
 def test_any_pass_can_be_repeated_and_resumed(shapes, group):
     "Same bits whatever the number of workers, the past, and the place where the pass begins"
-    def make(**kw): return det_dls(shapes, bs=4, tfms=(jitter, None), seed=5, group=group, **{'num_workers':0, 'device':'cpu', **kw}).train
+    def make(**kw):
+        return det_dls(shapes, bs=4, tfms=(jitter, None), seed=5, group=group,
+                       **{'num_workers':0, 'device':'cpu', **kw}).train
     dl = make()
     one,two = list(dl), list(dl)                   # epochs 0 and 1
     assert not equal(one, two)
@@ -444,7 +480,8 @@ def test_large_sets_are_grouped(tmp_path, n):
     sides = [(48,64) if i%3 else (64,48) for i in range(n)]
     images = [dict(id=i+1, file_name=f'{i}.jpg', height=h, width=w) for i,(h,w) in enumerate(sides)]
     for split in ('train','valid'):
-        (tmp_path/f'instances_{split}.json').write_text(json.dumps(dict(images=images, annotations=[], categories=[dict(id=1, name='a')])))
+        (tmp_path/f'instances_{split}.json').write_text(json.dumps(dict(
+            images=images, annotations=[], categories=[dict(id=1, name='a')])))
     dls = det_dls(tmp_path, bs=8, num_workers=0)
     assert dls.train.group==(n==1000) and not dls.valid.group
     idxs = dls.train.get_idxs()
@@ -459,9 +496,11 @@ def test_sizes_of_every_kind(tmp_path):
     for i,(h,w) in enumerate([(1,1), (8000,50), (37,41)]):
         Image.new('RGB', (w,h), (i*90,)*3).save(tmp_path/f'images/{i}.png')
         images.append(dict(id=i+1, file_name=f'{i}.png', width=w, height=h))
-    anns = [dict(id=1, image_id=1, category_id=1, bbox=[0,0,1,1]), dict(id=2, image_id=2, category_id=1, bbox=[0,7000,50,1000])]
+    anns = [dict(id=1, image_id=1, category_id=1, bbox=[0,0,1,1]),
+            dict(id=2, image_id=2, category_id=1, bbox=[0,7000,50,1000])]
     for split in ('train','valid'):
-        (tmp_path/f'annotations/instances_{split}.json').write_text(json.dumps(dict(images=images, annotations=anns, categories=[dict(id=1, name='a')])))
+        (tmp_path/f'annotations/instances_{split}.json').write_text(json.dumps(dict(
+            images=images, annotations=anns, categories=[dict(id=1, name='a')])))
     dls = det_dls(tmp_path, bs=3, size=64, num_workers=0, device='cpu')
     x,s,t = next(iter(dls.valid))
     assert x.shape==(3,3,64,64) and s.tolist()==[[64,64],[64,1],[58,64]] and t.orig.tolist()==[[1,1],[8000,50],[37,41]]
@@ -512,10 +551,12 @@ def test_collate_round_trip(seed):
     items = []
     for i in range(r(1, 6)):
         h,w,m = r(1, 150), r(1, 150), r(0, 5)
-        t = Target(torch.rand(m, 4, generator=g)*w, torch.randint(0, 9, (m,), generator=g), torch.tensor([h,w]), torch.tensor(i), torch.tensor([2*h,3*w]))
+        t = Target(torch.rand(m, 4, generator=g)*w, torch.randint(0, 9, (m,), generator=g),
+                   torch.tensor([h,w]), torch.tensor(i), torch.tensor([2*h,3*w]))
         items.append((torch.randint(0, 256, (3,h,w), generator=g, dtype=torch.uint8), t))
     x,s,t = batch = collate(items)
-    assert x.shape[2]%32==0 and x.shape[3]%32==0 and x.shape[2]-max(o[0].shape[1] for o in items)<32 and t.boxes.shape[1]>=1
+    assert x.shape[2]%32==0 and x.shape[3]%32==0 and \
+        x.shape[2]-max(o[0].shape[1] for o in items)<32 and t.boxes.shape[1]>=1
     for (a,p),(b,q) in zip(items, uncollate(batch)):
         assert torch.equal(a, b) and all(torch.equal(u, v) for u,v in zip(p, q))
     assert x.sum()==sum(o[0].sum() for o in items)      # all else is zero
@@ -529,11 +570,13 @@ def test_bccd(data_dir):
     report = verify_data(path)
     assert report.layout=='voc' and report.counts=={'empty box':2}
     assert {Path(o.file).stem for o in report.problems}=={'BloodImage_00343','BloodImage_00338'}
-    with pytest.warns(UserWarning, match='1 empty box'): dls = det_dls(path, bs=8, size=320, num_workers=0, device='cpu')
+    with pytest.warns(UserWarning, match='1 empty box'):
+        dls = det_dls(path, bs=8, size=320, num_workers=0, device='cpu')
     assert dls.vocab==['Platelets','RBC','WBC'] and (len(dls.train_ds), len(dls.valid_ds))==(205,87)
     assert len(dls.train_ds.boxes)+len(dls.valid_ds.boxes)==3941
     x,s,t = dls.one_batch()
-    assert x.shape==(8,3,256,320) and s.unique(dim=0).tolist()==[[240,320]] and t.orig.unique(dim=0).tolist()==[[480,640]]
+    assert x.shape==(8,3,256,320) and s.unique(dim=0).tolist()==[[240,320]] and \
+        t.orig.unique(dim=0).tolist()==[[480,640]]
     import matplotlib.pyplot as plt
     dls.show_batch(max_n=4); plt.close('all')
 
@@ -561,3 +604,109 @@ def test_unknown_format_is_said_plainly(tmp_path):
     (tmp_path/'x.jpg').write_bytes(b'GIF89 or so')
     with pytest.raises(DataError, match='x.jpg: unreadable picture') as e: load_image(tmp_path/'x.jpg')
     assert '0x' not in str(e.value)
+
+# ---- what the page shows without proving it
+
+@pytest.fixture(scope='module')
+def eighty(tmp_path_factory):
+    return synth_coco(tmp_path_factory.mktemp('page')/'shapes', n_train=80, n_valid=20, seed=1)
+
+def test_crowds_and_frames(tmp_path):
+    "A crowd stays in `.coco` and is no target; a box over the frame is cut; bad ones are left out"
+    Image.new('RGB', (128,128)).save(tmp_path/'a.jpg')
+    boxes = [([10,20,30,40], 7, 0), ([64,32,32,64], 3, 0), ([0,0,90,90], 7, 1), ([5,5,0,9], 7, 0), ([5,5,9,9], 99, 0),
+             ([100,100,50,10], 7, 0)]
+    anns = [dict(id=i, image_id=9, category_id=k, bbox=b, iscrowd=crowd) for i,(b,k,crowd) in enumerate(boxes, 1)]
+    coco = dict(images=[dict(id=9, file_name='a.jpg', width=128, height=128)], annotations=anns,
+                categories=[dict(id=3, name='cat'), dict(id=7, name='dog')])
+    with pytest.warns(UserWarning, match='left out: 1 empty box, 1 unknown category'):
+        ds = DetDataset(Source(coco, tmp_path))
+    assert ds[0][1].boxes.tolist()==[[10,20,40,60], [64,32,96,96], [100,100,128,110]]
+    assert [a['iscrowd'] for a in ds.coco['annotations']]==[0,0,1,0]
+
+def test_the_next_image_stands_in(copy):
+    (copy/'images/train_00003.jpg').write_bytes(b'not a picture')
+    src = read_coco(copy, 'train')
+    with pytest.raises(DataError, match='train_00003.jpg: unreadable picture'): DetDataset(src)[3]
+    with pytest.warns(UserWarning, match='stands in'): _,t = DetDataset(src, on_error='skip')[3]
+    assert t.image_id==5
+
+def test_seeded_numbers_depend_on_the_key_and_leave_nothing_behind():
+    def draw(): return torch.rand(1).item(), np.random.rand(), random.random()
+    torch.manual_seed(0); np.random.seed(0); random.seed(0)
+    untouched = draw()
+    torch.manual_seed(0); np.random.seed(0); random.seed(0)
+    with seeded(0, 1, 7): a = draw()
+    assert draw()==untouched
+    with seeded(0, 1, 7): assert draw()==a
+    with seeded(0, 2, 7): assert all(x!=y for x,y in zip(draw(), a))
+    state = torch.get_rng_state()
+    with pytest.raises(KeyError), seeded(1): draw(); raise KeyError
+    assert torch.equal(torch.get_rng_state(), state) # after an error as well
+
+def test_an_order_depends_on_seed_and_epoch():
+    wide = [i%3>0 for i in range(32)]
+    order = epoch_order(32, 0, 0, wide, bs=4)
+    assert sorted(order)==list(range(32))
+    assert order==epoch_order(32, 0, 0, wide, bs=4)
+    assert order!=epoch_order(32, 0, 1, wide, bs=4)
+
+def test_passes_leave_the_global_generator_alone(eighty):
+    ds = DetDataset(read_coco(eighty, 'train'), tfm=jitter)
+    def one_pass(start=0, num_workers=0):
+        dl = DetDL(ds, bs=16, shuffle=True, num_workers=num_workers)
+        dl.set_epoch(3, start)
+        return list(dl)
+    state = torch.get_rng_state()
+    whole,workers,rest = one_pass(), one_pass(num_workers=2), one_pass(start=48)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert equal(whole, workers) and equal(whole[3:], rest)
+    assert (len(whole), len(workers), len(rest))==(5, 5, 2)
+
+def test_one_call(eighty):
+    dls = det_dls(eighty, bs=8, num_workers=0, device='cpu')
+    x,s,t = dls.one_batch()
+    assert (x.dtype, x.shape, s.shape)==(torch.uint8, (8,3,128,128), (8,2))
+    assert (dls.vocab, dls.n_inp, dls.valid_ds.cat_ids)==(list(SHAPES), 2, [1,2,3,4])
+    assert det_dls(eighty, bs=8, size=96, num_workers=0).one_batch()[0].shape==(8,3,96,96)
+
+def test_a_learner_predicts_on_new_images_after_export(eighty, tmp_path):
+    from fastai.learner import Learner, load_learner
+    dls = det_dls(eighty, bs=8, num_workers=0, device='cpu')
+    def loss(pred, target): return (pred - (Target(target).labels>=0).sum(1)).pow(2).mean()
+    learn = Learner(dls, Mean(), loss, path=tmp_path)
+    with learn.no_logging(): learn.fit(1, 1e-2)
+    learn.export('mean.pkl')
+    loaded = load_learner(tmp_path/'mean.pkl')
+    assert len(loaded.dls.train_ds)==0 and loaded.dls.vocab==dls.vocab
+    new = [eighty/'images/valid_00000.jpg', Image.new('RGB', (60,40)), np.zeros((20,30,3), np.uint8)]
+    dl = loaded.dls.test_dl(new, num_workers=0)
+    x,s,t = dl.one_batch()
+    assert s.tolist()==[[128,128], [40,60], [20,30]]
+    assert (t.labels>=0).sum()==0
+    preds,targs = loaded.get_preds(dl=dl)
+    assert torch.equal(Target(targs).image_id, torch.arange(3)) and preds.shape==(3,)
+
+class Mean(torch.nn.Module):
+    "A stand-in for a detector: one number, added to the mean of an image"
+    def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, images, sizes): return images.float().mean((1,2,3))/255 + self.w
+
+def test_a_vocabulary_orders_the_labels(tmp_path):
+    "VOC sorts its names; a vocabulary that is given comes first"
+    for o in ('Annotations','ImageSets','JPEGImages'): (tmp_path/o).mkdir()
+    Image.new('RGB', (128,128)).save(tmp_path/'JPEGImages/a.jpg')
+    (tmp_path/'ImageSets/train.txt').write_text('a')
+    box = '<bndbox><xmin>{}</xmin><ymin>20</ymin><xmax>96</xmax><ymax>60</ymax></bndbox>'
+    objects = ''.join(f'<object><name>{k}</name>{box.format(x)}</object>' for k,x in (('dog',10), ('cat',64)))
+    (tmp_path/'Annotations/a.xml').write_text(f'<annotation>{objects}</annotation>')
+    voc = det_dls(tmp_path, splits=('train','train'), vocab=['dog','cat'], num_workers=0)
+    assert voc.one_batch()[2].labels.tolist()==[[0,1]]
+
+def test_the_door_has_every_name_of_old():
+    "`from deqdet.data import ...` works for all that stood in one module"
+    import deqdet.data as data
+    names = '''Target collate uncollate DataError load_image SHAPES synth_coco show_sample Problem Source picture_size
+        read_coco read_voc read_yolo LAYOUTS find_layout clean DetDataset resize_long seeded epoch_order DetDL read_data
+        det_dls Report verify_data'''.split()
+    assert set(names) <= set(data.__all__) and all(hasattr(data, o) for o in names)

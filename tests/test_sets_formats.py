@@ -1,0 +1,103 @@
+"One image with the same two objects in three layouts, and the division of a set"
+import json, shutil
+import numpy as np, pytest, torch
+from PIL import Image
+from deqdet.data import epoch_order
+from deqdet.sets.check import clean
+from deqdet.sets.formats import (LAYOUTS, DataError, _yolo_box, find_layout, permutation, read_coco, read_data,
+    read_voc, read_yolo, seed_of)
+from deqdet.sets.shapes import synth_coco
+
+FILES = {'coco/annotations/instances_train.json': """
+{"images": [{"id": 9, "file_name": "a.jpg", "width": 128, "height": 128}],
+ "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+ "annotations": [{"id": 1, "image_id": 9, "category_id": 7, "bbox": [10, 20, 30, 40], "area": 900, "iscrowd": 0},
+                 {"id": 2, "image_id": 9, "category_id": 3, "bbox": [64, 32, 32, 64], "area": 1500, "iscrowd": 0}]}
+""", 'voc/Annotations/a.xml': """
+<annotation><filename>a.jpg</filename><size><width>128</width><height>128</height><depth>3</depth></size>
+<object><name>dog</name><bndbox><xmin>10</xmin><ymin>20</ymin><xmax>40</xmax><ymax>60</ymax></bndbox></object>
+<object><name>cat</name><bndbox><xmin>64</xmin><ymin>32</ymin><xmax>96</xmax><ymax>96</ymax></bndbox></object>
+</annotation>""", 'voc/ImageSets/train.txt': "a", 'yolo/labels/train/a.txt': """
+1 0.1953125 0.3125 0.234375 0.3125
+0 0.625 0.5 0.25 0.5
+""", 'yolo/data.yaml': """
+train: images/train
+val: images/val
+names: [cat, dog]
+"""}
+
+@pytest.fixture(scope='module')
+def tmp(tmp_path_factory):
+    "The three layouts in one folder"
+    tmp = tmp_path_factory.mktemp('layouts')
+    for name in (*FILES, 'coco/images/a.jpg', 'voc/JPEGImages/a.jpg', 'yolo/images/train/a.jpg'):
+        (tmp/name).parent.mkdir(parents=True, exist_ok=True)
+        if name in FILES: (tmp/name).write_text(FILES[name].strip())
+        else: Image.new('RGB', (128,128)).save(tmp/name)
+    return tmp
+
+def test_layouts_are_recognised(tmp):
+    assert [find_layout(tmp/o) for o in LAYOUTS]==list(LAYOUTS)
+    with pytest.raises(DataError, match='no COCO'): find_layout(tmp/'coco/images')
+    with pytest.raises(DataError, match='no such folder'): find_layout(tmp/'nowhere')
+
+def test_three_layouts_one_truth(tmp):
+    "After cleaning, but for the ids"
+    same = [clean(read(tmp/k, 'train'))[0] for k,read in LAYOUTS.items()]
+    names = [{c['id']: c['name'] for c in o['categories']} for o in same]
+    for o,n in zip(same, names):
+        assert [a['bbox'] for a in o['annotations']]==[[10,20,30,40], [64,32,32,64]]
+        assert [n[a['category_id']] for a in o['annotations']]==['dog','cat']
+    assert names==[{3: 'cat', 7: 'dog'}, {1: 'cat', 2: 'dog'}, {0: 'cat', 1: 'dog'}]
+
+def test_coco_reader(tmp):
+    src = read_coco(tmp/'coco', 'train')
+    assert src.folder==tmp/'coco/images'
+    assert src.coco['annotations'][0]==dict(id=1, image_id=9, category_id=7, bbox=[10,20,30,40], area=900, iscrowd=0)
+    with pytest.raises(DataError, match="no split 'valid'"): read_coco(tmp/'coco', 'valid')
+    (tmp/'bad.json').write_text('{"images": [{"id": 1}], "categories": []}')
+    with pytest.raises(DataError, match=r"images\[0\]: no field 'file_name'"): read_coco(tmp/'bad.json')
+
+def test_voc_reader(tmp):
+    src = read_voc(tmp/'voc', 'train')
+    assert [o['name'] for o in src.coco['categories']]==['cat','dog']
+    first = src.coco['annotations'][0]
+    assert (first['bbox'], first['at'][1])==([10.0, 20.0, 30.0, 40.0], 'object[0]')
+    with pytest.raises(DataError, match='ImageSets/Main/valid.txt'): read_voc(tmp/'voc', 'valid')
+
+def test_yolo_reader(tmp):
+    src = read_yolo(tmp/'yolo', 'train')
+    assert src.coco['images']==[dict(id=1, file_name='images/train/a.jpg', width=128, height=128)]
+    got = [(a['category_id'], a['bbox'], a['at'][1]) for a in src.coco['annotations']]
+    assert got==[(1, [10.0, 20.0, 30.0, 40.0], 'line 1'), (0, [64.0, 32.0, 32.0, 64.0], 'line 2')]
+
+def test_yolo_lines_are_boxes_or_polygons():
+    assert _yolo_box('2 .5 .5 .2 .4', (100,200))==(2, [80., 30., 40., 40.])
+    np.testing.assert_allclose(_yolo_box('2 .4 .3 .6 .3 .6 .7', (100,200))[1], [80, 30, 40, 40], atol=1e-5)
+    assert _yolo_box('2 .5 .5', (100,200))==(2, '2 .5 .5')
+
+def test_both_splits_are_read_or_made(tmp, tmp_path):
+    shapes = synth_coco(tmp_path/'shapes', n_train=80, n_valid=20, size=32)
+    assert [len(o.coco['images']) for o in read_data(shapes)]==[80,20]
+    (tmp_path/'one').mkdir()
+    shutil.copy(shapes/'annotations/instances_train.json', tmp_path/'one/shapes.json')
+    parts = read_data(tmp_path/'one', valid_pct=.25)
+    assert [len(o.coco['images']) for o in parts]==[60,20]
+    with pytest.raises(DataError, match="no split 'valid'"): read_data(tmp/'coco')
+    with pytest.raises(DataError, match='layout='): read_data(shapes, layout='pascal')
+
+def test_the_division_of_a_set_stays(tmp_path):
+    "Frozen: who trained on a part of a set yesterday validates on the other part tomorrow"
+    images = [dict(id=i, file_name=f'{i}.jpg', width=8, height=8) for i in range(12)]
+    (tmp_path/'one.json').write_text(json.dumps(dict(images=images, categories=[], annotations=[])))
+    held = [[o['id'] for o in read_data(tmp_path, valid_pct=.25, seed=s)[1].coco['images']] for s in (0,1)]
+    assert held==[[0, 5, 9], [0, 8, 9]]
+
+@pytest.mark.parametrize('seed', range(3))
+def test_permutation_is_the_first_order_of_the_loader(seed):
+    "One source of chance for the division of a set and for the order of an epoch"
+    order = permutation(50, seed, 0)
+    assert order==epoch_order(50, seed, 0) and sorted(order)==list(range(50)) and order!=permutation(50, seed, 1)
+    g = torch.Generator().manual_seed(seed_of(seed, 0))
+    assert order==torch.randperm(50, generator=g).tolist()
+    assert seed_of(seed, 0)==int(np.random.SeedSequence((seed, 0)).generate_state(1)[0])

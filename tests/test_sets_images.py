@@ -1,0 +1,76 @@
+"Images, targets and batches: what the page shows without proving it"
+import numpy as np, pytest, torch
+from fastai.torch_core import TensorImage, to_concat
+from PIL import Image
+from deqdet.sets.images import DataError, Target, collate, fill_sizes, image_size, load_image, uncollate
+
+one = dict(boxes=torch.tensor([[10., 10, 40, 30]]), labels=torch.tensor([0]))
+two = dict(boxes=torch.tensor([[0., 0, 20, 20], [30, 5, 60, 50]]), labels=torch.tensor([1, 0]))
+small = torch.full((3,40,60), 90, dtype=torch.uint8)
+wide = torch.full((3,50,100), 200, dtype=torch.uint8)
+
+def target(d, hw=(64,64), i=0): return Target(d['boxes'], d['labels'], torch.tensor(hw), torch.tensor(i))
+
+def samples(): return [(TensorImage(small), target(one, (40,60), 1)), (wide, target(two, (50,100), 2))]
+
+def test_fastai_glues_lists_by_position():
+    "Why a target is no list of dictionaries: two images come back as one, and a shorter last batch ends it"
+    glued = to_concat([[one], [two]])
+    assert len(glued)==1
+    assert glued[0]['boxes'].shape==(3,4)
+    with pytest.raises(IndexError): to_concat([[one, two], [one]])
+
+def test_targets_of_ragged_batches_stay_apart():
+    b1 = collate([(small, target(one)), (wide, target(two))])
+    b2 = collate([(small, target(one))])
+    glued = to_concat([b1[2], b2[2]])
+    assert type(glued) is Target
+    assert [tuple(o.shape) for o in glued.boxes]==[(2,4),(2,4),(1,4)] and glued.image_id.shape==(3,)
+
+def test_orig_is_size_unless_given():
+    t = target(two)
+    assert type(Target(list(t))) is Target and torch.equal(t.orig, torch.tensor([64, 64]))
+    other = Target(t.boxes, t.labels, t.size, t.image_id, torch.tensor([128, 96]))
+    assert other.orig.tolist()==[128, 96] and other.size.tolist()==[64, 64]
+
+def test_a_batch_is_padded_and_plain():
+    x,s,t = collate(samples())
+    assert x.shape==(2,3,64,128)
+    assert type(x) is torch.Tensor and [type(o) for o in t]==[torch.Tensor]*5
+    assert s.tolist()==[[40,60], [50,100]]
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    for (x1,t1),(x2,t2) in zip(samples(), uncollate((x,s,t))):
+        assert torch.equal(x1.as_subclass(torch.Tensor), x2)
+        for a,b in zip(t1, t2): assert torch.equal(a, b)
+
+def test_an_image_without_objects_is_a_sample():
+    nothing = Target(torch.zeros(0,4), torch.zeros(0, dtype=torch.long), torch.tensor([40,60]), torch.tensor(3))
+    assert torch.equal(collate([(small, nothing)])[2].labels, torch.tensor([[-1]]))
+
+@pytest.fixture
+def turned(tmp_path):
+    "A file of 20 x 40 pixels that says: turn me by 90 degrees"
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new('RGB', (40,20), 'red').save(tmp_path/'turned.jpg', exif=exif)
+    return tmp_path/'turned.jpg'
+
+def test_an_image_is_turned_unless_annotated_unturned(turned):
+    assert load_image(turned).shape==(3,40,20)
+    assert load_image(turned, (20,40)).shape==(3,20,40)
+    assert load_image(turned, (40,20)).shape==load_image(turned, (7,9)).shape==(3,40,20)
+
+def test_grey_floats_become_bytes(): assert load_image(np.full((20,40), .5)).unique().tolist()==[128]
+
+def test_errors_name_the_file(turned):
+    cut = turned.with_name('cut.jpg')
+    cut.write_bytes(turned.read_bytes()[:300])
+    with pytest.raises(DataError, match='cut.jpg: unreadable picture'): load_image(cut)
+    with pytest.raises(DataError, match='none.jpg: no such picture'): load_image(turned.with_name('none.jpg'))
+
+def test_sizes_are_filled_in_where_they_are_missing(turned):
+    "What the annotations say stays; what they do not say the file does, upright; a file that is not there gives 0"
+    images = [dict(file_name='turned.jpg'), dict(file_name='turned.jpg', width=7, height=9), dict(file_name='none.jpg')]
+    fill_sizes(images, turned.parent)
+    assert [(o['height'], o['width']) for o in images]==[(40,20), (9,7), (0,0)]
+    assert image_size(turned)==(40,20) and image_size(turned.with_name('none.jpg')) is None
