@@ -313,9 +313,6 @@ def to_distributed(self:DetLearner,
     return self
 
 @patch
-def distrib_ctx(self:DetLearner,
-    sync_bn=False, # share the statistics of BatchNorm?
-    **kwargs       # for accelerate's `Accelerator`
-):
+def distrib_ctx(self:DetLearner, sync_bn=False, **kwargs):
     "Train over the processes that were started, or in the one there is"
     return Learner.distrib_ctx(self, sync_bn=sync_bn, **kwargs)
