@@ -12,20 +12,25 @@ from deqdet.decoder import Stacked
 from deqdet.families.deformable import DeformableDETR, TwoStageLoss
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.evaluate import evaluate
-from deqdet.learner import (EMA, CSVLog, DetOpt, Interpretation, NonFinite, Recipe, Residuals, Resume, SaveBest, deal, det_learner,
-                            average_checkpoints, draw_results, param_groups, part_of, recipes, shard)
+from deqdet.learner import (EMA, CSVLog, DetLearner, DetOpt, Interpretation, NonFinite, Recipe, Resume, SaveBest,
+                            WatchSettling, average_checkpoints, deal, det_learner, draw_results, param_groups,
+                            recipes, section_of, shard)
+from deqdet.loss import SetLoss
 from deqdet.model import AdaMixer
 from deqdet.zoo import create_detector, published, zoo
 
-SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32, heads=4,
-                 groups=2, points=(4,), out_points=8, hidden=32, strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))
+SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4,
+                 grid=(2,2,.4), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=32,
+                 strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))
 
 @pytest.fixture(scope='module')
-def path(tmp_path_factory): return synth_coco(tmp_path_factory.mktemp('learner')/'shapes', n_train=6, n_valid=3, size=64, seed=5)
+def path(tmp_path_factory):
+    return synth_coco(tmp_path_factory.mktemp('learner')/'shapes', n_train=6, n_valid=3, size=64, seed=5)
 
 def make(path, hyper=SMALL, bs=2, size=None, **kwargs):
     torch.manual_seed(0)
-    learn = det_learner(det_dls(path, bs=bs, size=size, num_workers=0, device='cpu'), hyper.build(), **dict(lr=1e-3, path=path) | kwargs)
+    dls = det_dls(path, bs=bs, size=size, num_workers=0, device='cpu')
+    learn = det_learner(dls, hyper.build(), **dict(lr=1e-3, path=path) | kwargs)
     learn.remove_cb(ProgressCallback)
     learn.recorder.add_time = False
     return learn
@@ -44,9 +49,9 @@ def test_groups_of_published_models(name):
         groups = param_groups(model, r.mults)
         ids = [id(p) for g in groups for p in g.params]
         assert len(ids)==len(set(ids)) and set(ids)=={id(p) for p in model.parameters() if p.requires_grad}
-        assert [g.part for g in groups]==sorted((g.part for g in groups), key=('body','rest','decoder').index)
+        assert [g.section for g in groups]==sorted((g.section for g in groups), key=('body','rest','decoder').index)
     decoder = {n for n,_ in model.named_parameters() if n.startswith('decoder.')}
-    rates = {(g.lr, g.wd) for g in param_groups(model, recipes['1x'].mults) if g.part=='decoder'}
+    rates = {(g.lr, g.wd) for g in param_groups(model, recipes['1x'].mults) if g.section=='decoder'}
     assert decoder and rates=={(4., 10.)}
 
 def test_a_detector_brings_its_recipe(path):
@@ -59,11 +64,12 @@ def test_a_detector_brings_its_recipe(path):
 def test_swin_norms_and_tables(name):
     "In a Swin body exactly the norms and the position tables learn slower, without decay"
     with torch.device('meta'): model = published(name).hyper.build()
-    slow = {id(p) for g in param_groups(model, recipes['2x_swin'].mults) if (g.part, g.lr, g.wd)==('body', .1, 0.) for p in g.params}
+    groups = param_groups(model, recipes['2x_swin'].mults)
+    slow = {id(p) for g in groups if (g.section, g.lr, g.wd)==('body', .1, 0.) for p in g.params}
     norms = {id(p) for m in model.pyramid.body.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
     tables = {id(p) for n,p in model.pyramid.body.named_parameters() if n.endswith('relative_position_bias_table')}
     assert norms and tables and slow==norms|tables
-    still = [g for g in param_groups(model, recipes['2x_swin'].mults) if g.wd==0 and g.part=='rest']
+    still = [g for g in param_groups(model, recipes['2x_swin'].mults) if g.wd==0 and g.section=='rest']
     assert [id(p) for g in still for p in g.params]==[id(p) for p in model.pyramid.neck.norm.parameters()]
 
 def test_schedule_is_the_published_one():
@@ -87,7 +93,7 @@ def test_update_is_adamw(path):
     fit(learn)
     scale = 1/(torch.stack([g.norm() for g in learn.keep.g.values()]).norm() + 1e-6)
     for n,p in learn.model.named_parameters():
-        m,d = (4,10) if part_of(n)=='decoder' else (1,1)
+        m,d = (4,10) if section_of(n)=='decoder' else (1,1)
         g = learn.keep.g[n]*min(scale, 1)
         want = before[n]*(1 - 1e-3*m*.05*d) - 1e-3*m*g/(g.abs() + 1e-8)
         torch.testing.assert_close(p, want, atol=2e-6, rtol=1e-4)
@@ -119,7 +125,10 @@ def test_one_picture(tmp_path):
 def test_ways_to_fit(path):
     learn = make(path)
     with learn.quiet():
-        learn.fit_flat_cos(1, 1e-3); learn.fit_one_cycle(1, 1e-3); learn.fit(1, slice(1e-4, 1e-3)); learn.fit_sgdr(1, 1, 1e-3)
+        learn.fit_flat_cos(1, 1e-3)
+        learn.fit_one_cycle(1, 1e-3)
+        learn.fit(1, slice(1e-4, 1e-3))
+        learn.fit_sgdr(1, 1, 1e-3)
         before = learn.history
         assert len(learn.validate())==len(before.columns) - 1 and learn.history.equals(before)
     learn.show_training_loop()
@@ -128,7 +137,8 @@ def test_results_show_scores(path):
     "A name and a score for each detection above the threshold"
     learn = make(path)
     img,t = learn.dls.valid_ds[0]
-    found = [torch.tensor([[.9,.4,.1]]), torch.tensor([[0,1,2]]), torch.tensor([[[2.,9,30,40],[20,30,50,60],[1,1,9,9]]])]
+    boxes = torch.tensor([[[2.,9,30,40],[20,30,50,60],[1,1,9,9]]])
+    found = [torch.tensor([[.9,.4,.1]]), torch.tensor([[0,1,2]]), boxes]
     ax = draw_results([(img, t)], found, learn.dls.vocab).flat[0]
     assert [o.get_text() for o in ax.texts]==['disc 0.90', 'triangle 0.40']
 
@@ -147,8 +157,9 @@ def test_predictions_inside_a_fit(path):
     assert asked.history.equals(plain.history)
 
 def test_the_loss_of_a_family(path):
-    deformable = DeformableDETR(n_classes=4, body='tiny', frozen_stages=-1, n_queries=6, width=32, norm_groups=8, heads=2, encoder_layers=1,
-                                encoder_heads=2, encoder_hidden=32, hidden=32, two_stage=True, strategy=Stacked(2))
+    deformable = DeformableDETR(n_classes=4, body='tiny', frozen_stages=-1, n_queries=6, width=32, norm_groups=8,
+                                heads=2, encoder_layers=1, encoder_heads=2, encoder_hidden=32, hidden=32,
+                                two_stage=True, strategy=Stacked(2))
     learn = make(path, deformable)
     assert isinstance(learn.loss_func, TwoStageLoss) and learn.loss_func.form=='cxcywh'
     learn.freeze()
@@ -163,7 +174,8 @@ def test_no_epochs_are_none(path):
     assert len(learn.history)==0
 
 def test_unknown_arguments(path):
-    for bad in (lambda: make(path, lrr=1), lambda: Recipe(warm=3), lambda: Resume('x', evry=1), lambda: make(path).fit_published('1x', epoch=2)):
+    for bad in (lambda: make(path, lrr=1), lambda: Recipe(warm=3), lambda: Resume('x', evry=1),
+                lambda: make(path).fit_published('1x', epoch=2)):
         with pytest.raises(TypeError): bad()
 
 def test_save_and_load(path):
@@ -176,7 +188,8 @@ def test_save_and_load(path):
 
 @pytest.mark.filterwarnings('ignore')
 def test_export_with_everything(path, tmp_path):
-    learn = fit(make(path, amp='bf16', accumulate=2, cbs=[EMA(.5), NonFinite(), SaveBest(), CSVLog(), Residuals(2)]))
+    cbs = [EMA(.5), NonFinite(), SaveBest(), CSVLog(), WatchSettling(2)]
+    learn = fit(make(path, amp='bf16', accumulate=2, cbs=cbs))
     learn.export(tmp_path/'all.pkl')
     again = load_learner(tmp_path/'all.pkl')
     file = next((path/'images').iterdir())
@@ -193,7 +206,8 @@ def test_frozen_stays_frozen(path):
     now = learn.model.state_dict()
     assert all(torch.equal(still[n], now[n]) for n in asleep)
     assert all(torch.equal(still[n], v) for n,v in now.items() if 'running_' in n)
-    assert not any(torch.equal(still[n], now[n]) for n in ('pyramid.body.net.layer4.0.conv1.weight', 'decoder.step.cls.3.weight'))
+    moving = 'pyramid.body.net.layer4.0.conv1.weight', 'decoder.step.cls.3.weight'
+    assert not any(torch.equal(still[n], now[n]) for n in moving)
 
 def test_a_learner_made_frozen_and_thawed(path):
     "Making a new optimiser while the body is frozen does not lose the body"
@@ -205,10 +219,12 @@ def test_a_learner_made_frozen_and_thawed(path):
 # ---- callbacks
 
 def test_everything_at_once(path):
-    learn = fit(make(path, amp='bf16', accumulate=2, cbs=[EMA(.5), NonFinite(skip=1), Resume('all.pt', every=1), SaveBest(), CSVLog()]), 2)
+    def everything(**kwargs):
+        cbs = [EMA(.5), NonFinite(skip=1), Resume('all.pt', **kwargs), SaveBest(), CSVLog()]
+        return make(path, amp='bf16', accumulate=2, cbs=cbs)
+    learn = fit(everything(every=1), 2)
     assert learn.history.train_loss.notna().all() and not torch.is_autocast_enabled('cpu')
-    again = make(path, amp='bf16', accumulate=2, cbs=[EMA(.5), NonFinite(skip=1), Resume('all.pt', resume=True), SaveBest(), CSVLog()])
-    fit(again, 3)
+    again = fit(everything(resume=True), 3)
     assert again.train_iter==9 and len(again.csv_log.read())==3
 
 @pytest.mark.parametrize('fail', [False, True])
@@ -249,13 +265,14 @@ def test_an_error_does_not_leave_autocast_on(path, event):
     assert not torch.is_autocast_enabled('cpu')
 
 def test_best_is_what_was_validated(path, tmp_path):
-    learn = make(path, cbs=[EMA(.7), SaveBest(tmp_path/'best.pt', 'valid_loss'), Resume(tmp_path/'last.pt')], lr=4e-3)
-    fit(learn, 3)
+    def tracked(**kwargs):
+        cbs = [EMA(.7), SaveBest(tmp_path/'best.pt', 'valid_loss'), Resume(tmp_path/'last.pt', **kwargs)]
+        return make(path, cbs=cbs, lr=4e-3)
+    learn = fit(tracked(), 3)
     logged = learn.history.valid_loss
     learn.model.load_state_dict(read_weights(tmp_path/'best.pt'))
     with learn.quiet(): assert learn.validate()[0]==pytest.approx(logged.min(), abs=1e-5)
-    again = make(path, cbs=[EMA(.7), SaveBest(tmp_path/'best.pt', 'valid_loss'), Resume(tmp_path/'last.pt', resume=True)], lr=4e-3)
-    fit(again, 3)
+    again = fit(tracked(resume=True), 3)
     assert again.save_best.best==pytest.approx(logged.min())
 
 def test_average_of_checkpoints(path, tmp_path):
@@ -266,7 +283,8 @@ def test_average_of_checkpoints(path, tmp_path):
     files[-1] = tmp_path/'last.pt' # the same weights, from another kind of file
     mean,k = average_checkpoints(files),'decoder.step.cls.3.weight'
     torch.testing.assert_close(mean[k], sum(read_weights(f)[k] for f in files)/3)
-    assert mean.keys()==learn.model.state_dict().keys() and all(mean[n].dtype==v.dtype for n,v in learn.model.state_dict().items())
+    state = learn.model.state_dict()
+    assert mean.keys()==state.keys() and all(mean[n].dtype==v.dtype for n,v in state.items())
 
 @pytest.mark.parametrize('n, bs, world', [(n, bs, w) for n in (1,2,5,8,13) for bs in (1,2,4) for w in (1,2,3,8)])
 def test_deal(n, bs, world):
@@ -293,3 +311,73 @@ def test_tensorboard(path, tmp_path):
     from fastai.callback.tensorboard import TensorBoardCallback
     fit(make(path, cbs=TensorBoardCallback(tmp_path/'tb', trace_model=False, log_preds=False)))
     assert list((tmp_path/'tb').glob('events*'))
+
+# ---- what the lesson shows without asserting it
+
+def test_a_learner_takes_its_numbers_from_the_recipe(path):
+    torch.manual_seed(0)
+    learn = DetLearner(det_dls(path, bs=2, num_workers=0, device='cpu'), SMALL.build(), '1x', loss_func=SetLoss())
+    learn.create_opt()
+    assert [learn.opt.sections, learn.lr, learn.wd]==[['body','rest','decoder'], 2.5e-5, .01]
+    learn.freeze()
+    assert [all(p.requires_grad for p in ps) for ps in learn.opt.param_lists]==[False, True, True]
+
+def test_other_classes_and_unknown_recipes_are_refused(path):
+    with pytest.raises(ValueError, match='7 classes'): make(path, replace(SMALL, n_classes=7))
+    with pytest.raises(KeyError, match="no recipe '4x'"): make(path, recipe='4x')
+
+def test_freezing_stops_the_body_and_fine_tuning_thaws_what_learned(path):
+    learn = make(path, replace(SMALL, body='resnet10t', frozen_stages=1))
+    def learning():
+        names = [n for n,p in learn.model.named_parameters() if p.requires_grad]
+        return [sum(section_of(n)==s for n in names) for s in ('body','rest','decoder')]
+    before = learning()
+    learn.freeze()
+    assert learning()==[0, *before[1:]]
+    with learn.quiet(): learn.fine_tune(1, base_lr=1e-3)
+    assert learning()==before
+
+def test_searching_for_a_rate_changes_nothing(path):
+    learn = make(path)
+    before = [p.clone() for p in learn.model.parameters()]
+    with learn.quiet(): learn.lr_find(1e-5, 1, num_it=8, show_plot=False)
+    assert learn.recorder.lrs[0]==pytest.approx(1e-5, abs=1e-9)
+    assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
+
+@pytest.mark.parametrize('strategy, states', [(Settled(steps=3, supervise=(1,3), perturb=Perturb(position=3.)), 1),
+                                              (Stacked(3), 3)], ids=['equilibrium', 'stack'])
+def test_predictions_are_the_last_states(path, strategy, states):
+    learn = make(path, replace(SMALL, strategy=strategy))
+    assert len(learn.model.eval()(*learn.dls.valid.one_batch()[:2]))==states
+    preds,targets,found,losses = learn.get_preds(with_decoded=True, with_loss=True)
+    assert [preds.scores.shape, found.scores.shape, losses.shape, len(targets.boxes)]==[(3,4,4), (3,16), (3,), 3]
+
+def test_predict_takes_whatever_holds_a_picture(path):
+    "The same boxes from a path, an image, an array and a tensor; twice as large on a picture of twice the size"
+    file = sorted((path/'images').iterdir())[0]
+    img = Image.open(file).convert('RGB')
+    learn = make(path)
+    boxes = learn.predict(file, 0., max_dets=3)['boxes']
+    array = np.array(img)
+    for o in (str(file), img, array, torch.from_numpy(array).permute(2,0,1)):
+        torch.testing.assert_close(learn.predict(o, 0., 3)['boxes'], boxes, atol=1e-5, rtol=0)
+    assert [len(d['names']) for d in learn.predict([file, img], 0., 5)]==[5, 5]
+    learn.dls.valid_ds.tfm = det_dls(path, size=64, num_workers=0).valid_ds.tfm
+    large = learn.predict(img.resize((128,128), Image.NEAREST), 0., 3)['boxes']
+    torch.testing.assert_close(large, 2*boxes, atol=1., rtol=0)
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_exported_learner_predicts_without_its_pictures(path, tmp_path):
+    learn = fit(make(path))
+    learn.export(tmp_path/'model.pkl')
+    again = load_learner(tmp_path/'model.pkl')
+    file = next((path/'images').iterdir())
+    assert torch.equal(again.predict(file, 0.)['scores'], learn.predict(file, 0.)['scores'])
+    assert len(again.dls.valid_ds)==0
+
+def test_losses_of_single_pictures(path):
+    learn = make(path)
+    interp = Interpretation.from_learner(learn)
+    inputs,_,target,_,losses = interp[0]
+    with torch.no_grad(): loss = learn.loss_func(learn.model.eval()(*inputs), target)
+    assert loss.item()==pytest.approx(losses[0].item(), abs=1e-3)

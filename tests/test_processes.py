@@ -12,13 +12,15 @@ from deqdet.evaluate import evaluate
 from deqdet.learner import EMA, CSVLog, NonFinite, Recipe, Resume, Stop, det_learner
 from deqdet.model import AdaMixer
 
-HYPER = AdaMixer(n_classes=4, body='resnet10t', frozen_stages=0, feat_width=32, norm_groups=8, n_queries=49, grid=(7,7,.3), width=32, heads=4,
-                 groups=2, points=(4,), out_points=8, hidden=64)
-STACK,EQUILIBRIUM = replace(HYPER, strategy=Stacked(2)),replace(HYPER, strategy=replace(HYPER.strategy, steps=2, supervise=(2,)))
+HYPER = AdaMixer(n_classes=4, body='resnet10t', frozen_stages=0, feat_width=32, norm_groups=8, n_queries=49,
+                 grid=(7,7,.3), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=64)
+STACK = replace(HYPER, strategy=Stacked(2))
+EQUILIBRIUM = replace(HYPER, strategy=replace(HYPER.strategy, steps=2, supervise=(2,)))
 
 def make(path, hyper, cbs=(), bs=2, **kwargs):
     torch.manual_seed(0)
-    learn = det_learner(det_dls(path, bs=bs, num_workers=0, device='cpu'), hyper.build(), lr=1e-3, path=path, cbs=list(cbs), **kwargs)
+    dls = det_dls(path, bs=bs, num_workers=0, device='cpu')
+    learn = det_learner(dls, hyper.build(), lr=1e-3, path=path, cbs=list(cbs), **kwargs)
     learn.recorder.add_time = False
     return learn
 
@@ -26,7 +28,9 @@ class Gradients(Callback):
     "Of every update, before clipping"
     order = 9
     def before_fit(self): self.seen = []
-    def before_step(self): self.seen.append(torch.cat([p.grad.flatten().clone() for p in self.parameters() if p.grad is not None]))
+    def before_step(self):
+        grads = [p.grad.flatten().clone() for p in self.parameters() if p.grad is not None]
+        self.seen.append(torch.cat(grads))
 
 class CutOff(Callback):
     def __init__(self, n): self.n = n
@@ -52,13 +56,15 @@ def fit(learn, epochs=1, many=True):
     return learn
 
 def train_and_validate(path, many, **kwargs):
-    "Gradients and weights of one epoch; AP before it. (Adam's first updates are signs of gradients, so rounding would show: SGD)"
+    "Gradients and weights of one epoch; AP before it"
+    # Adam's first updates are signs of gradients, so rounding would show: SGD
     learn = make(path, STACK, [Gradients()], opt_func=torch.optim.SGD, **kwargs)
     with learn.no_bar(), learn.distrib_ctx() if many else nullcontext(): learn.validate()
     before = dict(learn.ap.result)
     fit(learn, 1, many)
-    return dict(grads=torch.stack(learn.gradients.seen), weights=weights(learn), before=before, after=dict(learn.ap.result),
-                evaluated=dict(evaluate(learn.model, learn.dls.valid)), train_loss=learn.history.train_loss.tolist())
+    return dict(grads=torch.stack(learn.gradients.seen), weights=weights(learn),
+                before=before, after=dict(learn.ap.result), evaluated=dict(evaluate(learn.model, learn.dls.valid)),
+                train_loss=learn.history.train_loss.tolist())
 
 def resumed(path):
     "Weights of a run, and of the same run cut off and gone on with; noise is on"
@@ -79,7 +85,8 @@ def stopped(path):
     return dict(asked=learn.stop.asked, iterations=learn.train_iter)
 
 def worker(path):
-    out = dict(same=train_and_validate(path, True), resumed=resumed(path), left_out=left_out(path), stopped=stopped(path))
+    out = dict(same=train_and_validate(path, True), resumed=resumed(path), left_out=left_out(path),
+               stopped=stopped(path))
     torch.save(out, path/f'out{rank_distrib()}.pt')
 
 TORCHRUN = 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'
@@ -160,7 +167,8 @@ def test_notebook_launcher(path, tmp_path):
     "What `notebook_launcher` starts trains together, and both know the AP"
     (tmp_path/'notebook.py').write_text(NOTEBOOK)
     env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', CUDA_VISIBLE_DEVICES='')
-    res = subprocess.run([sys.executable, '-W', 'ignore', tmp_path/'notebook.py', path, tmp_path], env=env, capture_output=True, text=True, timeout=300)
+    cmd = [sys.executable, '-W', 'ignore', tmp_path/'notebook.py', path, tmp_path]
+    res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
     assert res.returncode==0, res.stderr[-4000:]
     assert '2 in a batch x 2 processes' in res.stdout
     a,b = ((tmp_path/f'AP{r}').read_text() for r in range(2))
@@ -182,7 +190,8 @@ def test_an_abandoned_loader_ends_with_the_process(tmp_path):
     "Processes that load are deaf to the signal with which Python ends its children"
     path = synth_coco(tmp_path/'shapes', n_train=8, n_valid=2, size=64, seed=3)
     for f in (path/'images').glob('train_*'): f.write_bytes(f.read_bytes()[:200])
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', ABANDONED, path], capture_output=True, text=True, timeout=90)
+    cmd = [sys.executable, '-W', 'ignore', '-c', ABANDONED, path]
+    res = subprocess.run(cmd, capture_output=True, text=True, timeout=90)
     assert res.returncode==0 and 'DataError' in res.stdout, res.stderr[-2000:]
 
 if __name__=='__main__': worker(Path(sys.argv[1]))

@@ -1,8 +1,8 @@
 "Training that is cut off, anywhere and in any way, goes on as if nothing had happened"
-import os, signal, subprocess, sys
+import os, random, signal, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback
 from deqdet.sets.augment import recipe_small
@@ -10,15 +10,17 @@ from deqdet.data import det_dls, synth_coco
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.learner import EMA, Amp, CSVLog, Resume, Stop, det_learner
 from deqdet.model import AdaMixer
+from deqdet.training import resume
 from deqdet.training.optim import Muon
 
-SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32, heads=4,
-                 groups=2, points=(4,), out_points=8, hidden=32, strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))
+SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4,
+                 grid=(2,2,.4), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=32,
+                 strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))
 
-def make(path, cbs=(), num_workers=0, tfms=None, **kwargs):
+def make(path, cbs=(), num_workers=0, tfms=None, hyper=SMALL, bs=2, **kwargs):
     torch.manual_seed(0)
-    dls = det_dls(path, bs=2, tfms=tfms, num_workers=num_workers, device='cpu')
-    learn = det_learner(dls, SMALL.build(), lr=1e-3, path=path, cbs=[EMA(.8), *cbs], **dict(accumulate=2) | kwargs)
+    dls = det_dls(path, bs=bs, tfms=tfms, num_workers=num_workers, device='cpu')
+    learn = det_learner(dls, hyper.build(), lr=1e-3, path=path, cbs=[EMA(.8), *cbs], **dict(accumulate=2) | kwargs)
     learn.recorder.add_time = False
     return learn
 
@@ -45,7 +47,8 @@ def same(a, b):
     assert a.term_recorder.values==b.term_recorder.values
 
 @pytest.fixture(scope='module')
-def path(tmp_path_factory): return synth_coco(tmp_path_factory.mktemp('resume')/'shapes', n_train=7, n_valid=2, size=64, seed=2)
+def path(tmp_path_factory):
+    return synth_coco(tmp_path_factory.mktemp('resume')/'shapes', n_train=7, n_valid=2, size=64, seed=2)
 
 @pytest.fixture(scope='module')
 def whole(path): return run(make(path))
@@ -61,7 +64,8 @@ def test_cut_twice_with_workers(path, whole, tmp_path):
     "Saves are three iterations apart: what was done after the last one is done again"
     file = tmp_path/'last.pt'
     for n in (2, 5):
-        with pytest.raises(RuntimeError): run(make(path, [Resume(file, every=2, resume=True), CutOff(n)], num_workers=2))
+        cbs = [Resume(file, every=2, resume=True), CutOff(n)]
+        with pytest.raises(RuntimeError): run(make(path, cbs, num_workers=2))
     same(whole, run(make(path, [Resume(file, resume=True)])))
 
 VARIED = dict(recipe='tiny', tfms=(recipe_small(64), recipe_small(64, train=False)))
@@ -105,7 +109,8 @@ def test_more_epochs(path, tmp_path):
     longer = run(make(path, [Resume(file, resume=True)]), epochs=3)
     assert len(longer.history)==3 and longer.train_iter==9
 
-def test_without_a_file_it_starts(path, whole, tmp_path): same(whole, run(make(path, [Resume(tmp_path/'none.pt', resume=True)])))
+def test_without_a_file_it_starts(path, whole, tmp_path):
+    same(whole, run(make(path, [Resume(tmp_path/'none.pt', resume=True)])))
 
 def test_fresh_start_ignores_the_file(path, whole, tmp_path):
     file = tmp_path/'last.pt'
@@ -118,7 +123,8 @@ def test_next_fit_is_whole(path, tmp_path):
     file = tmp_path/'last.pt'
     run(make(path, [Resume(file)]))
     learn = make(path)
-    with pytest.raises(RuntimeError), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-3, cbs=[Resume(file, resume=True), CutOff(7)])
+    cbs = [Resume(file, resume=True), CutOff(7)]
+    with pytest.raises(RuntimeError), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-3, cbs=cbs)
     run(learn, 1)
     assert len(learn.history)==1 and learn.train_iter==3
 
@@ -129,7 +135,10 @@ def test_validate_and_lr_find_leave_it_alone(path, tmp_path):
     stamp = file.stat().st_mtime_ns
     learn = make(path, [Resume(file, resume=True)], accumulate=1)
     before = [p.clone() for p in learn.model.parameters()]
-    with learn.no_bar(), learn.no_logging(): learn.validate(); learn.get_preds(); learn.lr_find(num_it=8, show_plot=False)
+    with learn.no_bar(), learn.no_logging():
+        learn.validate()
+        learn.get_preds()
+        learn.lr_find(num_it=8, show_plot=False)
     assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
     assert file.stat().st_mtime_ns==stamp
 
@@ -155,6 +164,106 @@ def test_a_signal_after_a_failed_fit(path):
         with pytest.raises(RuntimeError), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[Stop(), CutOff(1)])
         with pytest.raises(KeyboardInterrupt): signal.raise_signal(signal.SIGINT)
     finally: signal.signal(signal.SIGINT, old); signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+# ---- what is refused, and what an older file is
+
+@pytest.fixture(scope='module')
+def last(path, tmp_path_factory):
+    "What a finished run wrote"
+    file = tmp_path_factory.mktemp('last')/'last.pt'
+    run(make(path, [Resume(file)]))
+    return file
+
+def refused(path, file, match, **kwargs):
+    with pytest.raises(ValueError, match=match): run(make(path, [Resume(file, resume=True)], **kwargs))
+
+@pytest.mark.parametrize('size', [5000, 0])
+def test_a_damaged_file_is_refused(path, last, tmp_path, size):
+    file = tmp_path/'bad.pt'
+    file.write_bytes(last.read_bytes()[:size])
+    refused(path, file, 'bad.pt: damaged')
+
+def test_weights_alone_are_refused(path, tmp_path):
+    torch.save(SMALL.build().state_dict(), tmp_path/'bad.pt')
+    refused(path, tmp_path/'bad.pt', 'weights alone')
+
+def test_weights_of_another_model_are_refused(path, last):
+    refused(path, last, 'weights of another model', hyper=replace(SMALL, n_queries=1, grid=(1,1,.4)))
+
+def test_another_batch_size_is_refused(path, last): refused(path, last, 'must be the same', bs=4)
+
+def test_a_file_of_an_older_version_loads(path, whole, tmp_path):
+    "It says 'cuda' where today's says 'device'"
+    file = tmp_path/'last.pt'
+    with pytest.raises(RuntimeError, match='cut off'): run(make(path, [Resume(file, every=1), CutOff(4)]))
+    s = torch.load(file, weights_only=True)
+    for r in s['rng']: r['cuda'] = r.pop('device')
+    torch.save(s, file)
+    same(whole, run(make(path, [Resume(file, resume=True)])))
+
+def test_the_csv_log_is_whole_after_going_on(path, whole, tmp_path):
+    file = tmp_path/'last.pt'
+    def cbs(*more): return [CSVLog(tmp_path/'log.csv'), *more]
+    with pytest.raises(RuntimeError, match='cut off'): run(make(path, cbs(Resume(file, every=1), CutOff(5))))
+    again = run(make(path, cbs(Resume(file, resume=True))))
+    want = whole.history.train_loss.tolist()
+    assert again.csv_log.read().train_loss.tolist()==pytest.approx(want, abs=1e-4)
+
+# ---- random generators
+
+def draws(): return torch.rand(2).tolist(), np.random.rand(), random.random()
+
+def test_generators_are_put_back(tmp_path):
+    s = resume._rng()
+    want = draws()
+    resume._set_rng(s)
+    assert draws()==want
+    torch.save(s, tmp_path/'rng.pt')
+    resume._set_rng(torch.load(tmp_path/'rng.pt', weights_only=True))
+    assert draws()==want
+
+class Several:
+    "An accelerator of two devices"
+    def __init__(self): self.states = [torch.tensor([1]), torch.tensor([2])]
+    def get_rng_state_all(self): return list(self.states)
+    def set_rng_state_all(self, states): self.states = list(states)
+
+class Single:
+    "An accelerator of one device"
+    def __init__(self): self.states = [torch.tensor([1])]
+    def get_rng_state(self): return self.states[0]
+    def set_rng_state(self, state): self.states = [state]
+
+@pytest.mark.parametrize('kind', [Several, Single])
+def test_generators_of_any_accelerator_are_put_back(monkeypatch, kind):
+    module = kind()
+    monkeypatch.setattr(resume, '_accelerator', lambda: module)
+    before = module.states
+    s = resume._rng()
+    module.states = [x + 5 for x in before]
+    resume._set_rng(s)
+    assert [x.item() for x in module.states]==[x.item() for x in before]
+
+def test_states_of_an_accelerator_are_passed_over_without_one(monkeypatch):
+    monkeypatch.setattr(resume, '_accelerator', lambda: None)
+    s = resume._rng()
+    assert s['device']==[]
+    resume._set_rng(s | dict(device=[torch.tensor([1])]))
+
+# ---- signals
+
+class Knock(Callback):
+    "A SIGTERM in the fourth iteration"
+    def before_backward(self):
+        if self.train_iter==3: os.kill(os.getpid(), signal.SIGTERM)
+
+def test_a_signal_ends_the_run_between_two_iterations(path, whole, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    stopped = run(make(path, [Resume(tmp_path/'knock.pt'), Stop(), Knock()]))
+    again = run(make(path, [Resume(tmp_path/'knock.pt', resume=True), Stop()]))
+    assert [stopped.stop.asked, stopped.train_iter, again.stop.asked]==['SIGTERM', 4, None]
+    same(whole, again)
+    assert signal.getsignal(signal.SIGTERM)==handler
 
 # The rest needs processes that can be killed. This file is also their program.
 PROGRAM = '''
@@ -184,8 +293,8 @@ print('stopped by', learn.stop.asked, 'after', learn.train_iter)
 def strike(path, file, how, n, sig):
     "Start a run, wait until it says so, send a signal; what it printed, and its exit status"
     code = PROGRAM.format(tests=str(Path(__file__).parent), path=str(path), file=str(file), how=how, n=n)
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         env=os.environ | dict(OMP_NUM_THREADS='1'))
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
     for line in p.stdout:
         if line.strip()=='NOW': p.send_signal(sig); break
     out,err = p.communicate(timeout=120)

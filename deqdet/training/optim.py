@@ -16,13 +16,15 @@ def orthogonal(
 ) -> Tensor:    # the same shape
     "Nearly the same directions, all of nearly the same size: singular values between .7 and 1.2"
     x = m.flatten(1)
-    x = x if len(x) <= x.shape[1] else x.T
+    x = x if len(x) <= x.shape[1] else x.T # (rows, columns), rows <= columns
     x = x/(x.norm() + 1e-7)
-    a,total = x@x.T,torch.eye(len(x), dtype=x.dtype, device=x.device)
+    a = x@x.T                              # (rows, rows)
+    total = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(steps):
         q = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)
         q.diagonal().add_(3.4445)
-        total,a = q@total,q@a@q
+        total = q@total
+        a = q@a@q
     x = total@x
     return (x if len(x)==len(m) else x.T).reshape(m.shape)
 
@@ -46,7 +48,8 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        found = [(p, p.grad, g) for g in self.param_groups for p in g['params'] if p.grad is not None and is_matrix(p)]
+        found = [(p, p.grad, g) for g in self.param_groups for p in g['params']
+                 if p.grad is not None and is_matrix(p)]
         for p,grad,g in found:
             self.turn(p, grad, g)
             p.grad = None
@@ -56,9 +59,12 @@ class Muon(torch.optim.AdamW):
 
     def turn(self, p, grad, g):
         "Update one matrix of a group"
-        state,beta = self.state[p],g['betas'][0]
-        if not state: state.update(step=torch.tensor(0.), mean=torch.zeros_like(p)) # AdamW looks for 'step' in what it loads
+        state = self.state[p]
+        beta = g['betas'][0]
+        if not state: # AdamW looks for 'step' in what it loads
+            state.update(step=torch.tensor(0.), mean=torch.zeros_like(p))
         state['step'] += 1
         state['mean'].lerp_(grad, 1 - beta)
         update = orthogonal(grad.lerp(state['mean'], beta))
-        p.mul_(1 - g['lr']*g['weight_decay']).add_(update, alpha=-.2*g['lr']*max(p.flatten(1).shape)**.5)
+        alpha = -.2*g['lr']*max(p.flatten(1).shape)**.5
+        p.mul_(1 - g['lr']*g['weight_decay']).add_(update, alpha=alpha)
