@@ -33,7 +33,8 @@ def xyzr_to_xyxy(
 ) -> Tensor:     # (...,4) corners in pixels
     "Corners of a log-scale box"
     cx,cy,z,r = xyzr.unbind(-1)
-    w,h = 2**(z - r/2), 2**(z + r/2)
+    w = 2**(z - r/2)
+    h = 2**(z + r/2)
     return torch.stack([cx - w/2, cy - h/2, cx + w/2, cy + h/2], -1)
 
 # %% ../nbs/01_boxes.ipynb #be318e2a
@@ -42,8 +43,9 @@ def xyxy_to_xyzr(
 ) -> Tensor:     # (...,4) cx, cy in pixels, log2 scale, log2 ratio
     "Log-scale form of a box given by its corners"
     x1,y1,x2,y2 = xyxy.unbind(-1)
-    lw,lh = ((x2-x1).abs() + 1e-7).log2(), ((y2-y1).abs() + 1e-7).log2()
-    return torch.stack([(x1+x2)/2, (y1+y2)/2, (lw+lh)/2, lh-lw], -1)
+    log_w = ((x2-x1).abs() + 1e-7).log2()
+    log_h = ((y2-y1).abs() + 1e-7).log2()
+    return torch.stack([(x1+x2)/2, (y1+y2)/2, (log_w+log_h)/2, log_h-log_w], -1)
 
 # %% ../nbs/01_boxes.ipynb #fb52b874
 def move(
@@ -51,14 +53,16 @@ def move(
     delta: Tensor  # (...,4) dx, dy in units of the box's scale, dz, dr
 ) -> Tensor:       # (...,4) the moved box, in the form of `xyzr`
     "One refinement of a position"
-    (xy,zr),(dxy,dzr) = xyzr.split(2, -1), delta.split(2, -1)
-    return torch.cat([xy + dxy*2**zr[..., :1], zr + dzr], -1)
+    xy,zr = xyzr.split(2, -1)
+    dxy,dzr = delta.split(2, -1)
+    scale = 2**zr[..., :1] # (...,1) pixels
+    return torch.cat([xy + dxy*scale, zr + dzr], -1)
 
 # %% ../nbs/01_boxes.ipynb #8b236552
 def pairs(
     a: Tensor, # (...,N,4) boxes
     b: Tensor  # (...,M,4) boxes
-) -> tuple[Tensor, Tensor]: # (...,N,1,4) and (...,1,M,4), so that elementwise functions become pairwise
+) -> tuple[Tensor, Tensor]: # (...,N,1,4) and (...,1,M,4): elementwise functions become pairwise
     "Line up every box of `a` with every box of `b`"
     return a[..., :, None, :], b[..., None, :, :]
 
@@ -75,8 +79,9 @@ def intersection(
     b: Tensor  # (...,4) corners
 ) -> Tensor:   # (...) area in common, 0 for inverted boxes
     "Area that two boxes share"
-    lt,rb = torch.max(a[..., :2], b[..., :2]), torch.min(a[..., 2:], b[..., 2:])
-    return (rb - lt).clamp(min=0).prod(-1)
+    left_top = torch.max(a[..., :2], b[..., :2])
+    right_bottom = torch.min(a[..., 2:], b[..., 2:])
+    return (right_bottom - left_top).clamp(min=0).prod(-1)
 
 # %% ../nbs/01_boxes.ipynb #203487d2
 def iou(
@@ -106,26 +111,29 @@ def giou(
     "Generalised intersection over union, elementwise"
     inter = intersection(a, b)
     union = (area(a) + area(b) - inter).clamp(min=eps)
-    lt,rb = torch.min(a[..., :2], b[..., :2]), torch.max(a[..., 2:], b[..., 2:])
-    hull = (rb - lt).clamp(min=0).prod(-1).clamp(min=eps)
+    left_top = torch.min(a[..., :2], b[..., :2])
+    right_bottom = torch.max(a[..., 2:], b[..., 2:])
+    hull = (right_bottom - left_top).clamp(min=0).prod(-1).clamp(min=eps)
     return inter/union - (hull - union)/hull
 
 # %% ../nbs/01_boxes.ipynb #03f7fb5a
 class Record(tuple):
-    "A tuple with named fields that both `type(x)([...])` and `type(x)(*fields)` rebuild, as fastai and torch do"
+    "A tuple with named fields that both `type(x)([...])` and `type(x)(*fields)` rebuild"
     _fields = ()
 
     def __new__(cls,
         *fields, # the fields in order, or one list, tuple or iterator of them
         **named  # fields by name
     ):
-        if len(fields)==1 and isinstance(fields[0], (list,tuple,Iterator)): fields = tuple(fields[0])
-        missing = [f for f in cls._fields[len(fields):] if f not in named]
-        unknown = [f for f in named if f not in cls._fields[len(fields):]]
+        one = len(fields)==1 and isinstance(fields[0], (list,tuple,Iterator))
+        if one: fields = tuple(fields[0])
+        by_name = cls._fields[len(fields):]
+        missing = [f for f in by_name if f not in named]
+        unknown = [f for f in named if f not in by_name]
         if missing or unknown or len(fields) > len(cls._fields): raise TypeError(
             f"{cls.__name__} has fields {cls._fields}: {len(fields)} given in order, {missing=}, "
             f"unknown or given twice={unknown}")
-        return super().__new__(cls, (*fields, *(named[f] for f in cls._fields[len(fields):])))
+        return super().__new__(cls, (*fields, *(named[f] for f in by_name)))
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -136,4 +144,6 @@ class Record(tuple):
     def _asdict(self): return dict(zip(self._fields, self))
     def _replace(self, **changed): return Record.__new__(type(self), **(self._asdict() | changed))
     def __getnewargs__(self): return (tuple(self),)
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self._asdict().items())})"
+    def __repr__(self):
+        fields = ', '.join(f'{k}={v!r}' for k,v in self._asdict().items())
+        return f'{type(self).__name__}({fields})'

@@ -2,9 +2,13 @@
 import copy, json, math, pickle, subprocess, sys
 from pathlib import Path
 import pytest, timm, torch, torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from timm.models import FeatureListNet
+from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
-from deqdet.backbone import Body, Neck, PaddedBlock, Pyramid, create_body, inside, read_weights, tiny_body
+import deqdet.backbone, deqdet.ops.weights
+from deqdet.backbone import (MEAN, STD, Body, Neck, PaddedBlock, Pyramid, create_body, four_levels, freeze, inside,
+    pad_first, tiny_body)
 
 REFERENCE = Path(__file__).parent/'parity'/'reference'
 SWIN = 'swin_tiny_patch4_window7_224'
@@ -12,6 +16,18 @@ SMALL = dict(embed_dim=24, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
 
 def count(module): return sum(p.numel() for p in module.parameters())
 def close(a, b, eps=1e-5): return (a - b).abs().max().item() < eps
+def change(a, b): return ((a - b).norm()/b.norm()).item()
+def noise(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+@pytest.fixture(scope='module')
+def resnet():
+    "A small ResNet of which every layer matters, with BatchNorm statistics of the pictures that it will see"
+    torch.manual_seed(1)
+    net = ResNet(BasicBlock, [1, 1, 1, 1], channels=(32, 64, 128, 192), num_classes=0, zero_init_last=False)
+    net = FeatureListNet(net, out_indices=(1, 2, 3, 4)).train()
+    with torch.no_grad():
+        for i in range(40): net(noise(4, 3, 64, 64, seed=i))
+    return net
 
 # the necks, against the numbers of the published code
 
@@ -91,41 +107,6 @@ def test_swin_takes_any_size_and_pictures_do_not_mix(hw):
         assert f.shape == (2, c, side(hw[0], s), side(hw[1], s))
         assert close(f[1], g[0], 1e-4)
 
-# weights
-
-@pytest.fixture(scope='module')
-def swin_classifier():
-    torch.manual_seed(3)
-    return timm.create_model(SWIN, num_classes=3, **SMALL)
-
-@pytest.mark.parametrize('form', ['safetensors', 'plain.pth', 'state_dict.pth', 'model.pth'])
-def test_weights_of_a_whole_swin_fill_the_body(swin_classifier, tmp_path, form):
-    sd, file = swin_classifier.state_dict(), tmp_path/f'weights.{form}'
-    if form == 'safetensors': save_file(sd, file)
-    else: torch.save(sd if form == 'plain.pth' else {form[:-4]: sd, 'epoch': 3}, file)
-    body = create_body(SWIN, pretrained=file, frozen_stages=-1, out_norm=False, **SMALL).eval()
-    x = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        want = swin_classifier.eval().forward_intermediates(x, intermediates_only=True)
-        for a, b in zip(body(x)[:3], want): assert close(a, b)   # the last stage shifts here, and not in the classifier
-    assert {k for k, _ in body.named_parameters() if not k.startswith('net.')} == set()
-
-def test_a_file_that_does_not_fit_is_refused(swin_classifier, tmp_path):
-    sd, file = swin_classifier.state_dict(), tmp_path/'weights.safetensors'
-    save_file({k: v for k, v in sd.items() if 'layers.2' not in k}, file)
-    with pytest.raises(ValueError, match=r"weights.safetensors: expected timm's names; \d+ of .* such as 'layers_2"):
-        create_body(SWIN, pretrained=str(file), **SMALL)
-    save_file(sd, file)
-    with pytest.raises(ValueError, match='size mismatch'): create_body(SWIN, pretrained=file, **SMALL | dict(num_heads=(1, 2, 4, 4)))
-
-class Code:
-    def __reduce__(self): return print, ('code in a checkpoint ran',)
-
-def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
-    torch.save({'state_dict': {}, 'extra': Code()}, tmp_path/'bad.pth')
-    with pytest.raises(pickle.UnpicklingError): read_weights(tmp_path/'bad.pth')
-    assert 'ran' not in capsys.readouterr().out
-
 # bodies in general
 
 @pytest.mark.parametrize('name', ['resnet18', 'regnety_002', 'convnext_atto', 'cspdarknet53', 'swin_s3_tiny_224'])
@@ -136,9 +117,79 @@ def test_other_families(name):
     assert any(p.requires_grad for p in body.parameters()) and not all(p.requires_grad for p in body.parameters())
 
 def test_stages_that_cannot_be_told_apart():
+    "HRNet runs four resolutions side by side"
     with torch.device('meta'):
-        with pytest.raises(ValueError, match='pass frozen_stages=-1'): create_body('mobilenetv3_small_100')
-        create_body('mobilenetv3_small_100', frozen_stages=-1)
+        with pytest.raises(ValueError, match='pass frozen_stages=-1'): create_body('hrnet_w18_small', drop_path=None)
+        create_body('hrnet_w18_small', frozen_stages=-1, drop_path=None)
+
+# what is frozen, in bodies of which the stages are blocks of one list, or not
+
+MOBILE = [('conv_stem', 'bn1', 'act1'), ('blocks.0',), ('blocks.1',), ('blocks.2', 'blocks.3'), ('blocks.4', 'blocks.5')]
+LITE = [('conv_stem', 'bn1', 'blocks.0'), ('blocks.1',), ('blocks.2',), ('blocks.3', 'blocks.4'), ('blocks.5', 'blocks.6')]
+CONVNEXT = [('stem_0', 'stem_1'), ('stages_0',), ('stages_1',), ('stages_2',), ('stages_3',)]
+CASES = [('tf_efficientnet_lite0', LITE), ('mobilenetv3_small_050', MOBILE), ('convnext_atto', CONVNEXT)]
+
+def within(name, parts): return any(name.startswith(f'{p}.') for p in parts)
+
+@pytest.mark.parametrize('name,groups', CASES)
+def test_all_of_a_body_belongs_to_the_stem_or_to_a_stage(name, groups):
+    with torch.device('meta'): net = create_body(name, frozen_stages=-1).net
+    parts = [p for g in groups for p in g]
+    assert all(within(k, parts) for k, _ in net.named_parameters())
+
+@pytest.mark.parametrize('k', [-1, 0, 1, 2, 3, 4])
+@pytest.mark.parametrize('name,groups', CASES)
+def test_frozen_stages_are_what_does_not_learn(name, groups, k):
+    with torch.device('meta'): body = create_body(name, frozen_stages=k, norm_eval=False).train()
+    frozen = [p for g in groups[:k+1] for p in g]
+    for n, p in body.net.named_parameters(): assert p.requires_grad != within(n, frozen), n
+    for n, m in body.net.named_modules():
+        if not list(m.children()): assert m.training != within(n + '.', frozen), n
+
+@pytest.mark.parametrize('name,groups', CASES)
+def test_bodies_train_end_to_end_and_what_is_frozen_stays(name, groups):
+    "Pictures to levels, backward and a step: frozen weights and all statistics stay, the rest moves; frozen parts build no graph"
+    torch.manual_seed(0)
+    body = create_body(name, frozen_stages=1)
+    p = Pyramid(body, Neck(body.channels, width=32, groups=8)).train()
+    before = copy.deepcopy(body.net.state_dict())
+    images, sizes = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96], [50, 70]])
+    assert [f.requires_grad for f in body(p.normalize(images, sizes))] == [False, True, True, True]
+    levels = p(images, sizes)
+    assert [tuple(f.shape) for f in levels] == [(2, 32, 64//s, 96//s) for s in p.strides]
+    sum((f*torch.randn_like(f)).sum() for f in levels).backward()
+    frozen = [part for g in groups[:2] for part in g]
+    for n, q in body.net.named_parameters(): assert (q.grad is None) == within(n, frozen), n
+    torch.optim.SGD(p.parameters(), lr=.1).step()
+    moved = {n for n, v in body.net.state_dict().items() if not torch.equal(v, before[n])}
+    learns = {n for n, q in body.net.named_parameters() if q.grad is not None and q.grad.abs().max() > 0}
+    assert moved == learns
+    for i in (2, 3, 4): assert any(within(n, groups[i]) for n in moved)
+
+# how a body wants its pictures
+
+@pytest.mark.parametrize('name', [*BODIES.values(), 'swin_large_patch4_window12_384.ms_in22k', 'resnet18', 'convnext_atto'])
+def test_published_bodies_keep_imagenets_normalisation_bit_for_bit(name):
+    "These numbers stand in the published configurations"
+    with torch.device('meta'): body = create_body(name, frozen_stages=-1)
+    assert (body.mean, body.std) == ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    p = Pyramid(body, Neck(body.channels))
+    assert torch.equal(p.mean.flatten(), torch.tensor([123.675, 116.28, 103.53]))
+    assert torch.equal(p.std.flatten(), torch.tensor([58.395, 57.12, 57.375]))
+
+def test_a_body_that_says_nothing_has_imagenets_normalisation():
+    body = tiny_body()
+    assert (body.mean, body.std) == (MEAN, STD)
+
+@pytest.mark.parametrize('name,mean,std', [('tf_efficientnet_lite0', 127.5, 127.5), ('maxvit_tiny_rw_224', 127.5, 127.5), ('mobilevit_xxs', 0, 255)])
+def test_a_body_brings_its_own_normalisation(name, mean, std):
+    with torch.device('meta'): body = create_body(name, frozen_stages=-1, drop_path=None)
+    assert (body.mean, body.std) == ((mean,)*3, (std,)*3)
+    p = Pyramid(body, Neck(body.channels, width=32))
+    x = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8)
+    assert torch.allclose(p.normalize(x), (x.float() - mean)/std)
+    other = Pyramid(body, Neck(body.channels, width=32), mean=(1., 2., 3.), std=(4., 5., 6.))   # who names it, has it
+    assert other.mean.flatten().tolist() == [1, 2, 3] and other.std.flatten().tolist() == [4, 5, 6]
 
 @pytest.mark.parametrize('k', [-1, 0, 1, 2, 3, 4])
 def test_frozen_parts_stay_as_they_are(k):
@@ -194,3 +245,196 @@ def test_autocast(dtype, eps):
 def test_backbone_does_not_import_fastai():
     code = "import sys, deqdet.backbone; sys.exit('fastai' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+# which levels a network has
+
+def test_the_levels_are_found_by_their_strides():
+    assert four_levels([2, 4, 8, 16, 32]) == [1, 2, 3, 4] and four_levels([4, 8, 16, 32]) == [0, 1, 2, 3]
+
+def test_a_network_without_the_four_strides_is_refused():
+    with pytest.raises(ValueError, match=r'strides \(4, 8, 16, 32\); this one has \(16, 16, 16\)'): four_levels([16, 16, 16])
+
+# freezing
+
+def test_train_undoes_what_eval_did_to_a_part(resnet):
+    net = copy.deepcopy(resnet)
+    net.bn1.eval()
+    assert not net.bn1.training
+    net.train()
+    assert net.bn1.training   # the freezing is gone
+
+def test_a_frozen_module_is_in_eval_mode_and_leaves_nothing_to_differentiate():
+    layer = freeze(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    assert not layer.training and not any(p.requires_grad for p in layer.parameters())
+    assert not layer(torch.ones(1, 3)).requires_grad
+
+def test_modes_of_a_body_in_training(resnet):
+    "Stem and first stage in eval mode, every BatchNorm on stored statistics, the affine weights of later ones learn"
+    body = Body(copy.deepcopy(resnet), frozen_stages=1, norm_eval=True).train()
+    assert body.training and body.net.layer2.training
+    assert not any(m.training for m in body.modules() if isinstance(m, nn.BatchNorm2d))
+    assert not body.net.conv1.training and not body.net.layer1.training
+    assert {n.split('.')[0] for n, p in body.net.named_parameters() if p.requires_grad} == {'layer2', 'layer3', 'layer4'}
+    assert body.net.layer2[0].bn1.weight.requires_grad
+
+def test_unfreezing_from_outside_lasts_until_train(resnet):
+    body = Body(copy.deepcopy(resnet), frozen_stages=1, norm_eval=True).requires_grad_(True)
+    assert body.net.conv1.weight.requires_grad
+    body.train()
+    assert not body.net.conv1.weight.requires_grad and body.net.layer2[0].conv1.weight.requires_grad
+
+def test_frozen_parts_build_no_graph(resnet):
+    body = Body(copy.deepcopy(resnet), frozen_stages=1, norm_eval=True)
+    feats = body(noise(2, 3, 64, 64))
+    assert [f.requires_grad for f in feats] == [False, True, True, True]
+    feats[3].sum().backward()
+    assert body.net.conv1.weight.grad is None and body.net.layer4[0].conv1.weight.grad.norm() > 0
+
+def test_tiny_body_learns_all_over():
+    tiny = tiny_body()
+    assert all(p.requires_grad for p in tiny.parameters()) and all(m.training for m in tiny.modules())
+
+# Swin
+
+ANY = dict(features_only=True, strict_img_size=False, drop_path_rate=0., **SMALL)
+
+def test_padding_first_changes_nothing_where_nothing_is_padded():
+    torch.manual_seed(0)
+    plain = timm.create_model(SWIN, always_partition=True, **ANY).eval()
+    swin = pad_first(copy.deepcopy(plain))
+    x = noise(1, 3, 224, 224)                                         # multiples of 7 at every level
+    with torch.no_grad():
+        for a, b in zip(plain(x), swin(x)): assert close(a, b)
+        assert change(swin(x[..., :104, :104])[3], plain(x[..., :104, :104])[3]) > .01
+        sides = [tuple(f.shape) for f in swin(noise(1, 3, 90, 203))]
+    assert sides == [(1, 23, 51, 24), (1, 12, 26, 48), (1, 6, 13, 96), (1, 3, 7, 192)]
+    assert [k for k, _ in plain.named_parameters()] == [k for k, _ in swin.named_parameters()]
+
+@pytest.mark.parametrize('always,want', [(False, (0, 0)), (True, (3, 3))])
+def test_the_last_stage_shifts_only_where_windows_are_always_made(always, want):
+    net = timm.create_model(SWIN, always_partition=always, **ANY)
+    assert tuple(net.layers_3.blocks[1].shift_size) == want
+
+def test_output_norms_of_a_swin():
+    torch.manual_seed(0)
+    body = create_body(SWIN, frozen_stages=-1, out_norm=True, **SMALL).eval()
+    with torch.no_grad(): feats = body(noise(1, 3, 64, 200))
+    assert [tuple(f.shape) for f in feats] == [(1, c, math.ceil(64/s), math.ceil(200/s)) for c, s in zip(body.channels, body.strides)]
+    for f in feats: assert close(f.mean(1), torch.zeros_like(f[:, 0]))
+    assert count(body.norms) == 2*sum(body.channels)
+
+def test_paths_are_dropped_in_training_only():
+    torch.manual_seed(0)
+    swin = create_body(SWIN, frozen_stages=-1, drop_path=.3, **SMALL)
+    x = noise(2, 3, 64, 64)
+    with torch.no_grad():
+        assert change(swin.eval()(x)[3], swin(x)[3]) == 0
+        assert change(swin.train()(x)[3], swin(x)[3]) > 0
+
+# what `create_body` refuses
+
+@pytest.mark.parametrize('name,kwargs,says', [
+    ('resnet18', dict(nonsense=1), 'nonsense'), ('vit_tiny_patch16_224', {}, r'this one has \(16, 16'),
+    ('resnet18.nosuch', {}, 'Invalid pretrained tag'), ('resnet18', dict(frozen_stages=5), 'frozen_stages is 5; expected -1 to 4')])
+def test_bodies_that_are_refused(name, kwargs, says):
+    with pytest.raises(Exception, match=says): create_body(name, **kwargs)
+
+def test_frozen_parameters_of_the_published_resnet():
+    with torch.device('meta'): body = create_body(BODIES['r50'])
+    assert sum(p.numel() for p in body.parameters() if not p.requires_grad) == 225_344
+
+# the neck
+
+@pytest.mark.parametrize('channels,kernel,want', [
+    ((256, 512, 1024, 2048), 3, 8_848_896), ((96, 192, 384, 768), 3, 3_319_296),
+    ((256, 512, 1024, 2048), 1, 984_576), ((96, 192, 384, 768), 1, 370_176)])
+def test_parameters_of_the_necks(channels, kernel, want):
+    with torch.device('meta'): assert count(Neck(channels, kernel=kernel, act=kernel == 3)) == want
+
+@pytest.fixture
+def unequal():
+    "Levels of very different scale, as from a Swin without norms"
+    return [s*noise(2, c, 32//2**i, 40//2**i, seed=i) for i, (c, s) in enumerate([(24, 1.), (48, .2), (96, .3), (192, .4)])]
+
+def test_the_neck_makes_levels_of_equal_scale(unequal):
+    torch.manual_seed(0)
+    for f in Neck((24, 48, 96, 192))(unequal):
+        assert f.std().item() == pytest.approx(1, abs=.02) and f.mean().item() == pytest.approx(0, abs=.02)
+
+def test_the_neck_treats_pictures_alone_and_ignores_the_scale_of_a_level(unequal):
+    torch.manual_seed(0)
+    neck = Neck((24, 48, 96, 192))
+    out = neck(unequal)
+    assert all(change(a[0], b[1]) < 1e-5 for a, b in zip(neck([f[1:] for f in unequal]), out))
+    assert all(change(a, b) < 1e-2 for a, b in zip(neck([3*f for f in unequal]), out))   # biases are zero at the start
+
+def test_the_neck_refuses_a_missing_level(unequal):
+    with pytest.raises(ValueError, match='shorter'): Neck((24, 48, 96, 192))(unequal[:3])
+
+def test_a_neck_without_activation_is_convolution_and_norm(unequal):
+    neck = Neck((24, 48, 96, 192), kernel=1, act=False)
+    assert torch.equal(neck.norm(neck.convs[0](unequal[0])), neck(unequal)[0])
+
+def test_initial_weights_of_the_neck_are_xaviers():
+    torch.manual_seed(0)
+    for conv in Neck((24, 48, 96, 192)).convs:
+        bound = math.sqrt(6/(9*(conv.in_channels + 256)))
+        assert .99*bound < conv.weight.abs().max() <= bound
+        assert not conv.bias.any()
+
+# normalisation and padding
+
+@pytest.fixture
+def padded():
+    "Two pictures of different sizes in a batch, and the pictures"
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=g) for h, w in ((64, 96), (48, 65)))
+    return torch.stack([a, F.pad(b, (0, 31, 0, 16))]), torch.tensor([[64, 96], [48, 65]]), a, b
+
+@pytest.fixture
+def pyramid(resnet):
+    torch.manual_seed(0)
+    return Pyramid(Body(copy.deepcopy(resnet)), Neck((32, 64, 128, 192), width=64)).eval()
+
+def test_inside_is_true_on_the_picture():
+    want = torch.tensor([[[1, 1, 0], [0, 0, 0]], [[1, 1, 1], [1, 1, 1]]])
+    sizes = torch.tensor([[128, 192], [96, 130]])
+    assert torch.equal(inside(torch.tensor([[1, 2], [2, 3]]), 2, 3).int(), want)
+    assert torch.equal(inside(sizes, 128, 192).sum((1, 2)), sizes.prod(1))
+
+def test_normalise_then_pad_to_the_bit_whatever_is_in_the_padding(pyramid, padded):
+    batch, sizes, a, b = padded
+    mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
+    got = pyramid.normalize(batch, sizes)
+    assert torch.equal(got[0], (a - mean)/std)
+    assert torch.equal(got[1], F.pad((b - mean)/std, (0, 31, 0, 16)))
+    assert torch.equal(pyramid.normalize(a[None]), (a - mean)[None]/std)       # no sizes, no padding
+    dirt = torch.randint(0, 255, batch.shape, dtype=torch.uint8)
+    noisy = torch.where(inside(sizes, 64, 96)[:, None], batch, dirt)
+    assert torch.equal(pyramid.normalize(noisy, sizes), got)
+    assert close(pyramid.normalize(batch/255, sizes), got)                     # floats in 0..1
+
+def test_levels_of_a_pyramid_are_a_tuple_of_equal_width(pyramid, padded):
+    with torch.no_grad(): levels = pyramid(*padded[:2])
+    assert type(levels) is tuple
+    assert [tuple(f.shape) for f in levels] == [(2, 64, 64//s, 96//s) for s in pyramid.strides]
+
+def test_under_autocast_normalisation_stays_in_full_precision(pyramid, padded):
+    batch, sizes = padded[:2]
+    with torch.no_grad():
+        want = pyramid(batch, sizes)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert pyramid.normalize(batch, sizes).dtype == torch.float32
+            half = pyramid(batch, sizes)
+    assert max(change(h.float(), f) for h, f in zip(half, want)) < .05
+
+def test_gradients_reach_what_learns_and_the_checkpoint_holds_weights_only(resnet, padded):
+    body = Body(copy.deepcopy(resnet), frozen_stages=1, norm_eval=True)
+    p = Pyramid(body, Neck(body.channels, width=32, groups=8)).train()
+    sum(f.square().mean() for f in p(*padded[:2])).backward()
+    assert {n.split('.')[2] for n, q in p.named_parameters() if q.grad is None} == {'conv1', 'bn1', 'layer1'}
+    assert not {'mean', 'std'} & set(p.state_dict())
+
+def test_the_page_of_weights_is_reached_through_this_one():
+    for name in ('read_weights', 'load_timm', 'pretrained_net'):
+        assert getattr(deqdet.backbone, name) is getattr(deqdet.ops.weights, name) and name in deqdet.backbone.__all__
