@@ -19,7 +19,7 @@ from .solver import Picard, parts, per_image, pullback, put, rebuild, solve, tak
 # %% ../nbs/08_equilibrium.ipynb #c6d3a1ee
 @dataclass(frozen=True)
 class RAG:
-    "Refinement-aware gradient: apply the step `k` times, with gradient, to a state that has none"
+    "Refinement-aware gradient: `k` steps, with gradient, from a state that has none"
     k: int=2 # applications; 1 is Jacobian-free back-propagation, 2 the paper's choice
     def __call__(self,
         f, # state -> state
@@ -33,7 +33,7 @@ rag = RAG # its former name, which saved detectors hold
 # %% ../nbs/08_equilibrium.ipynb #12587eef
 @dataclass(frozen=True)
 class Phantom:
-    "Phantom gradient: `k` damped applications, with gradient, of the step to a state that has none"
+    "Phantom gradient: `k` damped steps, with gradient, from a state that has none"
     k: int=5       # applications
     tau: float=.5  # part of the way that each of them goes; 1 is `RAG`
     def __call__(self,
@@ -61,7 +61,7 @@ class _MapGradient(torch.autograd.Function):
 # %% ../nbs/08_equilibrium.ipynb #a23bda63
 @dataclass
 class Implicit:
-    "The gradient of the implicit function theorem: solves `g = v + J^T g` in the backward pass"
+    "The gradient of the implicit function theorem: `g = v + J^T g`, solved in the backward pass"
     method: object=Picard() # how the adjoint equation is solved
     tol: float=1e-6         # relative residual of g, per image
     max_iter: int=50        # products with the Jacobian, at most
@@ -79,7 +79,7 @@ class Implicit:
         "The gradient that enters the last application"
         zero = tuple(torch.zeros_like(p) for p in v)
         rows = torch.arange(len(v[0]), device=v[0].device)
-        def step(g, v, rows): # images that have converged are gone from g, the graph still has them
+        def step(g, v, rows): # g has lost the images that converged, the graph has all
             back = take(pull(put(zero, rows, g)), rows)
             return tuple(a + b.to(a.dtype) for a,b in zip(v, parts(back)))
         self.solution = solve(step, v, (v, rows), method=self.method,
@@ -118,20 +118,22 @@ class Perturb:
 # %% ../nbs/08_equilibrium.ipynb #70196e45
 @dataclass(frozen=True)
 class Settled:
-    "The equilibrium strategy: how to train and read two steps; called on them, it makes the decoder"
-    steps: int=20 # T: applications of the step on the training path, and (with `extra`) at inference
+    "The equilibrium strategy; called on two steps, it makes their decoder"
+    steps: int=20 # T: applications of the step on the path, and (with `extra`) at inference
     supervise: tuple=(1,3,6,9,12,20) # states of the path that get a loss
     grad: object=RAG(2)  # how gradients reach the step from a detached state
-    init_steps: int=2    # applications of the step, with gradient, that supervise the first guess
+    init_steps: int=2    # applications that supervise the first guess, with gradient
     extra: int=1         # applications at inference beyond `steps`, as in the released code
-    perturb: object=Perturb() # state -> state, before each step of the training path; None for no noise
-    recompute: bool=True # keep states and recompute steps in `backward`; False keeps everything
+    perturb: object=Perturb() # state -> state, before each step of the path; None: no noise
+    recompute: bool=True # keep states, recompute steps in `backward`; False keeps all
 
     stages = 2 # steps with weights of their own
 
     def __post_init__(self):
         if not self.supervise: return
-        if not 1 <= min(self.supervise) <= max(self.supervise) <= self.steps: raise ValueError(
+        first = min(self.supervise)
+        last = max(self.supervise)
+        if not 1 <= first <= last <= self.steps: raise ValueError(
             f'supervised states {tuple(self.supervise)} must lie in 1..{self.steps}')
 
     def __call__(self, steps): return Equilibrium(*steps, plan=self)
@@ -186,7 +188,7 @@ class Equilibrium(nn.Module):
         self.plan = replace(plan or Settled(), **kwargs)
 
     def forward(self, state, feats, **kwargs):
-        "Training: a `Pred` per supervised state. Evaluation: the answer alone; keywords go to `solve`"
+        "A `Pred` per supervised state in training, else the answer alone; keywords go to `solve`"
         if self.training: return self.supervised(state, feats)
         answer = self.solve(state, feats, **kwargs).z
         return [self.step.read(answer)]
@@ -225,7 +227,7 @@ class Equilibrium(nn.Module):
         return self.plan.extra + (self.plan.steps if steps is None else steps)
 
     def solve(self, state, feats, steps=None, warm_start=None, **kwargs):
-        "Inference: `Solution` after T + `extra` applications at most, from g's guess or a known state"
+        "`Solution` of T + `extra` applications at most, from g's guess or a known state"
         feats = prepared(self.step, feats)
         z0 = self.init(state, feats) if warm_start is None else warm_start
         options = dict(max_iter=self.length(steps), measure=self.measure) | kwargs

@@ -17,9 +17,9 @@ from .ops.acceleration import Anderson, Broyden, anderson, broyden
 from .ops.states import by_autograd, by_differences, flat, jac_penalty, part_norms
 from .ops.states import parts, pullback, put, rebuild, spectral_radius, take, wide
 
-# %% ../nbs/07_solver.ipynb #bf11852d
-_all_ = ['Anderson', 'Broyden', 'anderson', 'broyden', 'by_autograd', 'by_differences', 'jac_penalty',
-         'parts', 'pullback', 'put', 'rebuild', 'spectral_radius', 'take']
+# %% ../nbs/07_solver.ipynb #2a8a9750
+_all_ = ['Anderson', 'Broyden', 'anderson', 'broyden', 'by_autograd', 'by_differences',
+         'jac_penalty', 'parts', 'pullback', 'put', 'rebuild', 'spectral_radius', 'take']
 
 # %% ../nbs/07_solver.ipynb #67184d52
 class Residual(NamedTuple):
@@ -59,7 +59,7 @@ class Solution(NamedTuple):
     z: Any              # state: the last `f(z)` of each image
     status: Tensor      # (B,) values of `Status`
     n: Tensor           # (B,) applications of `f` that the image took part in
-    trace: Residual|None # rel, abs: (T,B,P), row t of application t+1; done: the last row again
+    trace: Residual|None # rel, abs: (T,B,P), row t of application t+1; then the last again
     kept: dict          # number of applications -> state after so many
     @property
     def converged(self): return self.status == Status.CONVERGED
@@ -133,8 +133,8 @@ class _Book:
         self.trace.append(self.last)
 
     def stop(self, i, fz):
-        "Close the account of what is done after `i` applications; the rows that stay, or None for all"
-        if self.moving.all(): return None # the usual answer, for the price of one look at small numbers
+        "Note what is done after `i` applications; the rows that stay, or None for all"
+        if self.moving.all(): return None # the usual answer, at little cost
         bad = ~_finite_images(fz)         # (b,)
         done = flat(self.settled).all(1)  # (b,)
         end = bad | done
@@ -161,14 +161,15 @@ class _Book:
         trace = Residual(*map(torch.stack, zip(*self.trace))) if self.trace else None
         return Solution(z, self.status, self.n, trace, {k: kept.get(k, z) for k in keep})
 
-# %% ../nbs/07_solver.ipynb #c5df3a10
+# %% ../nbs/07_solver.ipynb #09c525ee
 def _check_batch(tree, n):
     "Every tensor must have `n` images on its first axis"
     if isinstance(tree, dict): tree = tuple(tree.values())
     if isinstance(tree, (tuple, list)):
         for t in tree: _check_batch(t, n)
-    elif isinstance(tree, Tensor) and tree.shape[:1] != (n,): raise ValueError(
-        f'z0 and args must be batch-first with {n} images, found a tensor of shape {tuple(tree.shape)}')
+    elif isinstance(tree, Tensor) and tree.shape[:1] != (n,):
+        raise ValueError(f'z0 and args must be batch-first with {n} images, '
+                         f'found a tensor of shape {tuple(tree.shape)}')
 
 def _check_keep(keep, max_iter):
     if keep and not 0 <= keep[0] <= keep[-1] <= max_iter:
@@ -181,13 +182,13 @@ def _check_answer(fz, n):
 
 # %% ../nbs/07_solver.ipynb #d886103c
 def solve(
-    f: Callable,             # `f(z, *args)` -> state of the type and shapes of z, each image on its own
-    z0: Any,                 # state to start from: a tensor or (named) tuple of batch-first tensors
-    args: tuple=(),          # nested tuples, lists, dicts of batch-first tensors that `f` looks at
-    method: Any=Picard(),    # `Picard`, `Anderson`, `Broyden`, or anything with their init and step
-    tol: float=0.,           # an image is done when its residuals are at most this; 0: all run to the end
+    f: Callable,             # `f(z, *args)` -> state like z, each image on its own
+    z0: Any,                 # first state: a tensor or (named) tuple, batch first
+    args: tuple=(),          # nested tuples, lists, dicts of tensors, batch first
+    method: Any=Picard(),    # anything with `init` and `step`
+    tol: float=0.,           # done when all residuals are at most this; 0: never
     max_iter: int=20,        # applications of `f`, at most
-    keep=(),                 # numbers of applications, 0..max_iter, after which the state is kept
+    keep=(),                 # numbers of applications after which to keep the state
     measure: Callable=per_image, # `measure(z, fz)` -> `Residual`
     record: bool=False       # keep the trace of residuals even if tol is 0
 ) -> Solution:

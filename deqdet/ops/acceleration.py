@@ -88,7 +88,7 @@ class Broyden:
         return _matmul(_matmul(x[:,None], V.mT), U)[:,0] - self.beta*x
 
     def _correct(self, U, V, dx, dg):
-        "`U` and `V` with the rank that explains the move `dx` of the state by `dg` of the residual"
+        "`U` and `V` with one rank more, so that `dg` explains `dx`"
         v = self._apply(V, U, dx)
         u = dx - self._apply(U, V, dg)
         size = (v*dg).sum(1, keepdim=True)                         # (B,1)

@@ -28,7 +28,7 @@ def rebuild(
 
 # %% ../../nbs/ops/06_states.ipynb #09c1f774
 def take(
-    tree: Any,   # nested tuples, lists and dicts of batch-first tensors; anything else passes through
+    tree: Any,   # nested tuples, lists and dicts of batch-first tensors; else itself
     rows: Tensor # (b,) indices of images, or (B,) mask
 ) -> Any:        # same nesting, b images
     "The given images of every tensor"
@@ -177,7 +177,7 @@ def jac_penalty(
     args: tuple=(), # further arguments of `f`
     draws: int=1,   # random vectors, each one product with the Jacobian
     product: Callable=by_autograd # `by_autograd` or `by_differences`
-) -> Tensor:        # scalar: squared Frobenius norm without units over its size, mean over images
+) -> Tensor:        # scalar: squared Frobenius norm without units over K, mean over images
     "Estimate of the size of the Jacobian, to be added to a loss"
     rms = [u/flat(p).shape[1]**0.5 for u,p in zip(units(z).unbind(-1), parts(z))] # P times (B,)
     inverse = [1/t for t in rms]
