@@ -1,4 +1,4 @@
-"The equilibrium: gradients, noise and every argument on small steps; peak memory and time of a training step at published widths"
+"Gradients, noise and every argument on small steps; peak memory and time of a training step at published widths"
 import json
 import os
 import subprocess
@@ -21,7 +21,8 @@ from deqdet.equilibrium import Equilibrium
 kw = json.loads(sys.argv[1])
 torch.manual_seed(0)
 deq = Equilibrium(MixerStep(80), MixerStep(80), **{k: tuple(v) if isinstance(v, list) else v for k, v in kw.items()})
-feats = [torch.randn(1, 256, 256//s, 320//s).to(memory_format=torch.channels_last).requires_grad_() for s in (4, 8, 16, 32)]
+feats = [torch.randn(1, 256, 256//s, 320//s).to(memory_format=torch.channels_last) for s in (4, 8, 16, 32)]
+for f in feats: f.requires_grad_()
 queries = Queries(100, 256)
 def step():
     for p in [*deq.parameters(), *feats]: p.grad = torch.zeros_like(p)   # their memory is there from the start
@@ -35,7 +36,8 @@ print(json.dumps(dict(n=n, memory=memory, time=min(step()[2] for _ in range(2)))
 
 
 def measure(**kw):
-    # glibc keeps freed blocks below a threshold that it raises on its own: a fixed one makes the process's peak that of the tensors
+    # glibc keeps freed blocks below a threshold that it raises on its own;
+    # a fixed one makes the process's peak that of the tensors
     env = os.environ | dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
     r = subprocess.run([sys.executable, '-c', SCRIPT, json.dumps(kw)], capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stderr
@@ -50,7 +52,8 @@ def measured():
 
 def test_peak_memory_does_not_grow_with_supervised_states_nor_with_steps(measured):
     "The process's peak during a training step, above what it held before"
-    assert [measured[k]['n'] for k in ('nine', 'one', 'plain', 'long')] == [9, 2, 9, 9]  # the first guess always has a loss
+    counts = [measured[k]['n'] for k in ('nine', 'one', 'plain', 'long')]
+    assert counts == [9, 2, 9, 9]  # the first guess always has a loss
     print({k: round(v['memory']) for k, v in measured.items()})
     assert measured['nine']['memory'] <= 1.35*measured['one']['memory']
     assert measured['long']['memory'] <= 1.1*measured['nine']['memory']
@@ -116,8 +119,8 @@ def test_former_names_still_read_saved_detectors():
     from deqdet.model import from_dict
     assert from_dict({'is': 'deqdet.equilibrium.rag', 'k': 3}) == RAG(3)
     assert from_dict({'is': 'deqdet.equilibrium.phantom', 'k': 3, 'tau': .2}) == Phantom(3, .2)
-    implicit = from_dict({'is': 'deqdet.equilibrium.implicit', 'method': {'is': 'deqdet.solver.anderson', 'm': 3, 'lam': .1, 'beta': 1.},
-                          'tol': 1e-3, 'max_iter': 9})
+    method = {'is': 'deqdet.solver.anderson', 'm': 3, 'lam': .1, 'beta': 1.}
+    implicit = from_dict({'is': 'deqdet.equilibrium.implicit', 'method': method, 'tol': 1e-3, 'max_iter': 9})
     assert isinstance(implicit, Implicit) and implicit.method.m == 3
     assert from_dict({'is': 'deqdet.solver.picard', 'damp': .5}).damp == .5
 
@@ -192,7 +195,8 @@ def toy():
     return g, f, start, (torch.randn(2, 4, 1, dtype=torch.double),)
 
 
-def plain_preds(init, step, state, feats, steps=20, supervise=(1, 3, 6, 9, 12, 20), grad=RAG(2), init_steps=2, perturb=lambda z: z):
+def plain_preds(init, step, state, feats, steps=20, supervise=(1, 3, 6, 9, 12, 20), grad=RAG(2), init_steps=2,
+                perturb=lambda z: z):
     "A training pass without recomputing, as the page writes it first"
     f = partial(step, feats=feats)
     z = init(state, feats)
@@ -229,7 +233,9 @@ def test_phantom_reaches_the_boxes(toy):
 def test_gradients_of_features_are_those_of_the_plain_sum():
     "AdaMixer's step in float64"
     torch.manual_seed(0)
-    g, f = (MixerStep(3, width=32, feat_width=32, groups=2, points=16, out_points=32, heads=4, hidden=64).double() for _ in range(2))
+    small = dict(width=32, feat_width=32, groups=2, points=16, out_points=32, heads=4, hidden=64)
+    g = MixerStep(3, **small).double()
+    f = MixerStep(3, **small).double()
     for s in (g, f):
         nn.init.normal_(s.reg[-1].weight, std=.02)
         nn.init.normal_(s.mixing.params.weight, std=.05)
@@ -245,8 +251,9 @@ def test_gradients_of_features_are_those_of_the_plain_sum():
 
 
 NOISE = Perturb(position=.5)
-CHANGES = [dict(supervise=(20,)), dict(grad=RAG(1)), dict(init_steps=0), dict(perturb=None), dict(perturb=replace(NOISE, p_content=.9)),
-           dict(perturb=replace(NOISE, p_position=.9)), dict(perturb=replace(NOISE, position=2.)), dict(perturb=replace(NOISE, content=.5))]
+CHANGES = [dict(supervise=(20,)), dict(grad=RAG(1)), dict(init_steps=0), dict(perturb=None),
+           *(dict(perturb=replace(NOISE, **kw)) for kw in (dict(p_content=.9), dict(p_position=.9), dict(position=2.),
+                                                           dict(content=.5)))]
 
 
 def gradient_of_f(toy, **kw):
@@ -273,8 +280,11 @@ def test_steps_after_the_last_supervised_state_do_not(toy, kw):
     assert relative(gradient_of_f(toy, **kw)[2], gradient_of_f(toy)[2]) <= 1e-4
 
 
-@pytest.mark.parametrize('kw,n,calls', [(dict(), 9, 34), (dict(steps=30), 9, 44), (dict(supervise=(20,)), 4, 24), (dict(grad=RAG(1)), 9, 28),
-                                        (dict(init_steps=0), 7, 32)], ids=repr)
+COUNTS = [(dict(), 9, 34), (dict(steps=30), 9, 44), (dict(supervise=(20,)), 4, 24), (dict(grad=RAG(1)), 9, 28),
+          (dict(init_steps=0), 7, 32)]
+
+
+@pytest.mark.parametrize('kw,n,calls', COUNTS, ids=repr)
 def test_predictions_and_calls(toy, kw, n, calls):
     assert gradient_of_f(toy, **kw)[:2] == (n, calls)
 
