@@ -1,7 +1,7 @@
 """How time and memory grow with the work: a small DEQDet, one thing changed at a time, the exponent fitted
 
-A training step (forward, loss, backward) and an inference, each setting in a process of its own. `exponent` is the slope
-of log(seconds) over log(value) between the two largest values: 1 is proportional, 2 quadratic, 0 constant."""
+A training step (forward, loss, backward) and an inference, each setting in a process of its own. `exponent` is the
+slope of log(seconds) over log(value) between the two largest values: 1 is proportional, 2 quadratic, 0 constant."""
 import json, math, multiprocessing as mp, os, resource, sys, time
 from dataclasses import replace
 from statistics import median
@@ -19,17 +19,23 @@ VALUES = dict(queries=(50,100,200,400,900), points=(4,16,36,64), size=(128,256,5
 
 def made(queries, points, size, batch, T, classes, objects):
     "A detector and a batch"
-    hyper = AdaMixer(n_classes=classes, body='tiny', frozen_stages=-1, feat_width=64, norm_groups=16, width=64, heads=4, hidden=256,
-                     n_queries=queries, points=(points,), out_points=2*points, strategy=Settled(steps=T, supervise=(1,3,6)))
+    hyper = AdaMixer(n_classes=classes, body='tiny', frozen_stages=-1, feat_width=64, norm_groups=16, width=64,
+                     heads=4, hidden=256, n_queries=queries, points=(points,), out_points=2*points,
+                     strategy=Settled(steps=T, supervise=(1,3,6)))
     xy = torch.rand(batch, objects, 2)*size*.7
-    boxes, sizes = torch.cat([xy, xy + 5 + torch.rand(batch, objects, 2)*size*.25], -1), torch.full((batch, 2), size)
+    wh = 5 + torch.rand(batch, objects, 2)*size*.25
+    boxes = torch.cat([xy, xy+wh], -1)
+    sizes = torch.full((batch, 2), size)
     target = Target(boxes, torch.randint(classes, (batch, objects)), sizes, torch.arange(batch), sizes)
-    return hyper.build(), torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8), sizes, target
+    model = hyper.build()
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    return model, images, sizes, target
 
 
 def timed(f, n):
     "Peak MiB of the first call above what there was, and the median seconds of the others"
-    base, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = []
     f()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)/1024
     for _ in range(n):
@@ -40,7 +46,8 @@ def timed(f, n):
 
 
 def measure(queue, what, setting, rounds, threads):
-    torch.set_num_threads(threads); torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
     model, images, sizes, target = made(**setting)
     loss = SetLoss()
     def train():
@@ -55,7 +62,9 @@ def one(what, setting, args):
     "`measure` in a fresh process"
     queue = mp.get_context('fork').Queue()
     p = mp.get_context('fork').Process(target=measure, args=(queue, what, setting, args.rounds, args.threads))
-    p.start(); out = queue.get(); p.join()
+    p.start()
+    out = queue.get()
+    p.join()
     return out
 
 
@@ -64,16 +73,19 @@ def exponent(xs, ys): return math.log(ys[-1]/ys[-2])/math.log(xs[-1]/xs[-2]) if 
 
 def main():
     if 'MALLOC_MMAP_THRESHOLD_' not in os.environ: # else glibc keeps what was freed, and a peak says little
-        os.execve(sys.executable, [sys.executable, '-W', 'ignore', *sys.argv], os.environ | dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536'))
+        fixed = dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
+        os.execve(sys.executable, [sys.executable, '-W', 'ignore', *sys.argv], os.environ | fixed)
     args = parser(__doc__.splitlines()[0], rounds=2).parse_args()
     result = {}
     for name, values in VALUES.items():
         for what in ('train', 'infer'):
             if what == 'infer' and name == 'objects': continue
             rows = [one(what, BASE | {name: v}, args) for v in values]
-            seconds, peak = ([r[k] for r in rows] for k in ('seconds', 'peak_mib'))
-            result.setdefault(name, dict(values=values))[what] = dict(seconds=seconds, peak_mib=peak, exponent=exponent(values, seconds),
-                                                                      memory_exponent=exponent(values, peak))
+            seconds = [r['seconds'] for r in rows]
+            peak = [r['peak_mib'] for r in rows]
+            found = dict(seconds=seconds, peak_mib=peak, exponent=exponent(values, seconds),
+                         memory_exponent=exponent(values, peak))
+            result.setdefault(name, dict(values=values))[what] = found
     report(result, args.out, base=BASE)
 
 

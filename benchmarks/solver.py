@@ -1,6 +1,6 @@
 "What `solve` adds to a plain loop of 20 steps, for a step that takes about five milliseconds"
 import time, torch
-from deqdet.solver import anderson, broyden, solve
+from deqdet.solver import Anderson, Broyden, solve
 from common import alternate, parser, report
 
 
@@ -30,14 +30,15 @@ def ways(f, z, steps):
             'keep': lambda: solve(f, z, max_iter=steps, keep=(1,3,6,9,12,20)),
             'record': lambda: solve(f, z, max_iter=steps, record=True),
             'tol never reached': lambda: solve(f, z, max_iter=steps, tol=1e-30),
-            'anderson': lambda: solve(f, z, max_iter=steps, method=anderson()),
-            'broyden': lambda: solve(f, z, max_iter=steps, method=broyden())}
+            'anderson': lambda: solve(f, z, max_iter=steps, method=Anderson()),
+            'broyden': lambda: solve(f, z, max_iter=steps, method=Broyden())}
 
 
 @torch.no_grad()
 def main():
     args = parser(__doc__, rounds=15, ms=5., steps=20, images=2, queries=100, width=256, device='cpu').parse_args()
-    torch.set_num_threads(args.threads); torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
     z = torch.randn(args.images, args.queries, args.width, device=args.device)
     t = alternate(ways(step_of(args.ms, z), z, args.steps), args.rounds)
     report(dict(step_ms=1e3*t['loop']['median']/args.steps,

@@ -5,8 +5,8 @@ import numpy as np, pytest, torch
 from torch import Tensor
 from torch.testing import assert_close
 from deqdet.boxes import Record
-from deqdet.solver import (Residual, Status, anderson, broyden, by_autograd, by_differences, jac_penalty, parts, per_image,
-                           per_query, picard, pullback, rebuild, solve, spectral_radius, take)
+from deqdet.solver import (Anderson, Broyden, Picard, Residual, Status, by_autograd, by_differences, jac_penalty, parts,
+                           per_image, per_query, pullback, rebuild, solve, spectral_radius, take)
 
 class Two(NamedTuple):
     content: Tensor
@@ -16,7 +16,7 @@ class Rec(Record):
     content: Tensor
     place: Tensor
 
-METHODS = [picard(), picard(0.6), anderson(), anderson(m=2, lam=1e-8), anderson(m=8, beta=0.7), broyden(3), broyden(20)]
+METHODS = [Picard(), Picard(0.6), Anderson(), Anderson(m=2, lam=1e-8), Anderson(m=8, beta=0.7), Broyden(3), Broyden(20)]
 ids = lambda m: repr(m)
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ def test_non_finite_images_leave_the_others_alone(method, tol):
 def test_divergence_is_a_status():
     sol = solve(lambda z: 2*z + 1, torch.ones(3,2).float(), tol=1e-3, max_iter=500)
     assert sol.status.tolist()==[Status.NON_FINITE]*3 and sol.z.isinf().all() and (sol.n < 140).all()
-    sol = solve(lambda z: 2*z + 1, torch.ones(3,2), tol=1e-6, method=anderson(lam=0.))
+    sol = solve(lambda z: 2*z + 1, torch.ones(3,2), tol=1e-6, method=Anderson(lam=0.))
     assert sol.converged.all()
     assert_close(sol.z, -torch.ones(3,2))
 
@@ -194,7 +194,7 @@ def test_bad_input():
     z = torch.zeros(3,8)
     for bad in (dict(tolerance=1), dict(solver='anderson'), dict(eps=1e-3)):
         with pytest.raises(TypeError): solve(lin, z, (A,b), **bad)
-    for make in (picard, anderson, broyden):
+    for make in (Picard, Anderson, Broyden):
         with pytest.raises(TypeError): make(alpha=1)
         with pytest.raises(Exception): make().m = 3
     with pytest.raises(ValueError, match='3 images'): solve(lin, z, (A,b[:2]))
@@ -235,6 +235,140 @@ def test_plain_run_never_reads_a_value():
 def test_import_is_light():
     code = "import sys, deqdet.solver; assert not {'fastai', 'torchvision', 'matplotlib', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, '-c', code], check=True)
+
+# ---------------------------------------------------------------- what the page shows once, on more
+
+def test_former_names_are_the_same_classes():
+    "Saved detectors and older code say `picard`, `anderson`, `broyden`"
+    import deqdet.solver as solver
+    assert (solver.picard, solver.anderson, solver.broyden) == (Picard, Anderson, Broyden)
+
+def test_misspelt_options_are_named():
+    for make,option in ((Picard, 'dampen'), (Anderson, 'lambda_'), (Broyden, 'betta')):
+        with pytest.raises(TypeError, match=option): make(**{option: 0.5})
+
+def test_infinite_norm_is_no_convergence():
+    "In single precision the norm of a far state overflows before the state does"
+    far = torch.full((1,3), 1.2e19).float()
+    assert far.norm().isinf() and (far/2).norm().isfinite()
+    assert per_image(far/2, far).rel.isinf()
+
+def test_cosine_from_everywhere():
+    sol = solve(torch.cos, torch.tensor([[0.1], [0.7390851], [3.], [100.]]), tol=1e-10, max_iter=100)
+    assert sol.converged.all()
+    assert_close(sol.z, torch.full((4,1), 0.7390851332151607), atol=1e-9, rtol=0)
+
+def test_relative_rule_is_blind_at_zero():
+    stuck = solve(lambda z: z/2, torch.ones(1,3), tol=1e-6, max_iter=30)
+    assert stuck.status.tolist() == [Status.MAX_ITER]
+    assert_close(stuck.trace.rel, torch.ones(30,1,1), atol=1e-2, rtol=0)
+
+def rotations(n=6):
+    "Linear maps that shrink by a known rate each"
+    torch.manual_seed(0)
+    rho = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
+    Q = torch.linalg.qr(torch.randn(n,12,12)).Q
+    return (rho[:,None,None]*Q, torch.randn(n,12)), torch.zeros(n,12)
+
+def test_kept_states_agree_with_shorter_runs():
+    args,zeros = rotations()
+    sol = solve(lin, zeros, args, tol=1e-6, max_iter=60, keep=(0,1,3,60))
+    assert list(sol.kept) == [0,1,3,60]
+    assert torch.equal(sol.kept[0], zeros)
+    assert_close(sol.kept[3], solve(lin, zeros, args, max_iter=3).z, atol=1e-12, rtol=0)
+    assert torch.equal(sol.kept[60], sol.z)
+    with pytest.raises(ValueError, match='keep'): solve(lin, zeros, args, max_iter=5, keep=(1,6))
+
+def test_plain_run_makes_the_same_few_tensors_at_any_length():
+    from torch.overrides import TorchFunctionMode
+    class CountCalls(TorchFunctionMode):
+        n = 0
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.n += isinstance(out, Tensor)
+            return out
+    args,zeros = rotations()
+    def added(steps):
+        with CountCalls() as plain:
+            z = zeros
+            for _ in range(steps): z = lin(z, *args)
+        with CountCalls() as ours: sol = solve(lin, zeros, args, max_iter=steps)
+        assert torch.equal(sol.z, z)
+        return ours.n - plain.n
+    assert added(5) == added(100) <= 12
+
+def test_bad_input_is_named():
+    rates,z0 = torch.tensor([0.1, 0.5, 0.8, 0.9])[:,None], torch.zeros(4,8)
+    def shrink(z, rate=rates): return 1 + rate*(z-1)
+    with pytest.raises(ValueError, match='4 images'): solve(shrink, z0, (rates[:3],))
+    with pytest.raises(ValueError, match='through args'): solve(shrink, z0[:1], tol=1e-3)
+    with pytest.raises(TypeError, match='tolerance'): solve(shrink, z0, (rates,), tolerance=1e-3)
+
+def test_lost_images_keep_what_they_became():
+    starts = torch.tensor([[0.], [1.49], [1.51], [math.nan]])
+    sol = solve(lambda z: (z**2 + 0.75)/2, starts, tol=1e-6, max_iter=60)
+    assert sol.z[2].isinf() and sol.z[3].isnan()
+    assert sol.n[3] == 1
+
+def test_rotation_that_picard_circles():
+    def turn(z): return torch.stack([3-z[...,1], z[...,0]-1], -1)
+    assert solve(turn, torch.tensor([[3.,0.]]), tol=1e-6, method=Anderson()).converged.all()
+
+@pytest.mark.parametrize('method', [Picard(), Picard(0.5), Anderson(), Broyden()], ids=ids)
+def test_answer_that_is_found_stays_found(method):
+    sol = solve(lambda z: torch.full_like(z, 2.), torch.zeros(2,3), method=method, max_iter=30)
+    assert torch.equal(sol.z, torch.full((2,3), 2.))
+
+@pytest.mark.parametrize('method', [Anderson(), Broyden()], ids=ids)
+def test_autocast_does_not_reach_the_methods(method):
+    def bounce(z): return (2 + 0.9*z.flip(-1)).sin()
+    torch.manual_seed(0)
+    z = torch.rand(2,3).float()
+    with torch.autocast('cpu', torch.bfloat16): low = solve(bounce, z, method=method).z
+    assert torch.equal(low, solve(bounce, z, method=method).z)
+
+TABLE = [Picard(), Picard(0.7), Anderson(), Anderson(m=10, lam=1e-8), Broyden(5), Broyden(10)]
+
+def tame_to_steep():
+    A,b = family(5, 1., dims=12)
+    return A*torch.tensor([0.1, 0.5, 0.9, 1.1, 1.4])[:,None,None], b
+
+@pytest.mark.parametrize('method', TABLE, ids=ids)
+def test_steep_maps_one_by_one(method):
+    args = tame_to_steep()
+    kw = dict(tol=1e-9, max_iter=80, method=method)
+    sol = solve(tanh, torch.zeros(5,12), args, **kw)
+    for i in range(5):
+        one = solve(tanh, torch.zeros(1,12), take(args, torch.tensor([i])), **kw)
+        assert one.n[0] == sol.n[i] and one.status[0] == sol.status[i]
+        assert_close(one.z[0], sol.z[i], atol=1e-9, rtol=0)
+
+@pytest.mark.parametrize('method', TABLE, ids=ids)
+def test_pixels_or_metres(method):
+    "Two parts that influence each other, the second in the hundreds"
+    def pair(z, A, b):
+        y = lin(z.content, A, b)
+        c = y.tanh()
+        return Two(c, 300 + 40*c[:, :2] + 0.3*(z.place-300) + 5*y[:, :2].sin())
+    def metres(z): return Two(z.content, z.place/4000)
+    def pixels(z): return Two(z.content, z.place*4000)
+    args,z = tame_to_steep(), Two(torch.zeros(5,12), torch.zeros(5,2))
+    a = solve(pair, z, args, max_iter=12, method=method).z
+    c = pixels(solve(lambda z, *args: metres(pair(pixels(z), *args)), metres(z), args, max_iter=12, method=method).z)
+    assert_close(a.content, c.content, atol=1e-6, rtol=0)
+    assert_close(a.place, c.place, atol=1e-4, rtol=0)
+
+@pytest.mark.parametrize('method', TABLE, ids=ids)
+def test_crowd_of_queries_settles(method):
+    speed = torch.tensor([0.2, 0.5, 0.7, 0.9]).view(1,4,1)
+    def crowd(z):
+        other = z.content.mean(1, keepdim=True)
+        content = 1 + speed*(z.content-1) + 0.05*(other-1)
+        return Two(content, 200 + 0.4*(z.place-200) + z.content[...,:2])
+    z = Two(torch.zeros(1,4,6), torch.zeros(1,4,2))
+    sol = solve(crowd, z, tol=1e-3, max_iter=100, measure=per_query, method=method)
+    assert sol.converged.all()
+    assert per_query(sol.z, crowd(sol.z)).rel.amax() < 5e-2
 
 # ---------------------------------------------------------------- queries
 
@@ -315,11 +449,11 @@ def scipy_states(name, f, z0, steps, **kw):
     except scipy.optimize.NoConvergence: pass
     return torch.from_numpy(np.stack(seen))
 
-CASES = [('anderson', anderson(5, 1e-4), dict(M=5, w0=0.01, alpha=1.)),
-         ('anderson', anderson(2, 1e-2, 0.5), dict(M=2, w0=0.1, alpha=0.5)),
-         ('broyden1', broyden(100), dict(alpha=1.)),
-         ('broyden1', broyden(4), dict(alpha=1., max_rank=4)),
-         ('broyden1', broyden(6, beta=0.5), dict(alpha=0.5, max_rank=6))]
+CASES = [('anderson', Anderson(5, 1e-4), dict(M=5, w0=0.01, alpha=1.)),
+         ('anderson', Anderson(2, 1e-2, 0.5), dict(M=2, w0=0.1, alpha=0.5)),
+         ('broyden1', Broyden(100), dict(alpha=1.)),
+         ('broyden1', Broyden(4), dict(alpha=1., max_rank=4)),
+         ('broyden1', Broyden(6, beta=0.5), dict(alpha=0.5, max_rank=6))]
 
 @pytest.mark.parametrize('name,method,kw', CASES, ids=[f'{m}' for _,m,_ in CASES])
 @pytest.mark.parametrize('f', [lin, tanh])
@@ -336,7 +470,7 @@ def test_torchdeq_finds_the_same(seed):
     solvers = pytest.importorskip('torchdeq.solver')
     A,b = family(4, 0.9, dims=12, seed=seed)
     f,z0 = (lambda z: tanh(z, A, b)), torch.zeros(4,12)
-    for name,method in (('fixed_point_iter', picard()), ('anderson', anderson()), ('broyden', broyden())):
+    for name,method in (('fixed_point_iter', Picard()), ('anderson', Anderson()), ('broyden', Broyden())):
         theirs = solvers.get_solver(name)(f, z0, max_iter=200, tol=1e-8, stop_mode='rel')[0]
         ours = solve(tanh, z0, (A,b), method=method, tol=1e-8, max_iter=200)
         assert ours.converged.all()
@@ -355,5 +489,5 @@ def test_cuda(method):
     zc,ac = to(z), to(args)
     solve(f, zc, ac, max_iter=20, keep=(1,3,6))             # warm up what allocates
     torch.cuda.set_sync_debug_mode('error')                 # a plain run must never wait for the device
-    try: solve(f, zc, ac, max_iter=20, keep=(1,3,6), method=picard())
+    try: solve(f, zc, ac, max_iter=20, keep=(1,3,6), method=Picard())
     finally: torch.cuda.set_sync_debug_mode('default')

@@ -37,7 +37,9 @@ def test_step_is_the_formula():
     grads = []
     for f, feats in (Step(step), levels), (step, levels), (step, prepared(step, levels)):
         out = f(z, feats)
-        grads.append([out.content, out.xyzr, *torch.autograd.grad(out.content.sin().sum() + out.boxes.sin().sum(), [*step.sampler.parameters(), *step.mixing.parameters(), *levels])])
+        loss = out.content.sin().sum() + out.boxes.sin().sum()
+        inputs = [*step.sampler.parameters(), *step.mixing.parameters(), *levels]
+        grads.append([out.content, out.xyzr, *torch.autograd.grad(loss, inputs)])
     for ours in grads[1:]:
         for a, b in zip(ours, grads[0]): near(a, b)
 
@@ -46,7 +48,8 @@ def test_step_is_the_formula():
 def test_decoder_is_the_formula(training):
     "Noise included: it is drawn in the same order"
     step, levels, z = made(**SMALL)
-    deq = Equilibrium(made(**SMALL)[0], step, steps=6, supervise=(1, 3, 6), perturb=Perturb(position=3.)).train(training)
+    deq = Equilibrium(made(**SMALL)[0], step, steps=6, supervise=(1, 3, 6), perturb=Perturb(position=3.))
+    deq.train(training)
     plain = Decoder(deq).train(training)
     answers = []
     for m in plain, deq:
@@ -58,7 +61,8 @@ def test_decoder_is_the_formula(training):
 
 def test_features_are_copied_once(monkeypatch):
     "Channels-last from the loader to the levels, and one table for all steps"
-    target = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.tensor([60, 90]), torch.tensor(1), torch.tensor([60, 90]))
+    size = torch.tensor([60, 90])
+    target = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), size, torch.tensor(1), size)
     images, sizes, _ = collate([(torch.zeros(3, 60, 90, dtype=torch.uint8), target)]*2)
     assert images.is_contiguous(memory_format=torch.channels_last)
     body = tiny_body()
@@ -66,7 +70,10 @@ def test_features_are_copied_once(monkeypatch):
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in levels)
     step, levels, z = made(**SMALL)
     cat, calls = torch.cat, []
-    monkeypatch.setattr(torch, 'cat', lambda ts, *a, **k: (calls.append(sum(t.numel() for t in ts)), cat(ts, *a, **k))[1])
+    def counted(ts, *args, **kwargs):
+        calls.append(sum(t.numel() for t in ts))
+        return cat(ts, *args, **kwargs)
+    monkeypatch.setattr(torch, 'cat', counted)
     with torch.no_grad(): Equilibrium(step, step).eval()(z, levels)
     assert calls.count(sum(f.numel() for f in levels)) == 1
 
@@ -84,7 +91,8 @@ def test_compiled_detector_trains_the_same():
     "All parts compiled: the same losses and gradients, with noise on states and steps recomputed"
     from deqdet.zoo import create_detector
     torch.manual_seed(0)
-    model = create_detector('deqdet_tiny', n_classes=3, strategy=Settled(steps=4, supervise=(2, 4), perturb=Perturb(p_content=.5, p_position=.5)))
+    noise = Perturb(p_content=.5, p_position=.5)
+    model = create_detector('deqdet_tiny', n_classes=3, strategy=Settled(steps=4, supervise=(2, 4), perturb=noise))
     fast = copy.deepcopy(model).compile(backend='eager')
     x, grads = torch.rand(2, 3, 96, 128), []
     for m in (model, fast):
@@ -114,5 +122,7 @@ def test_import_time():
     "`deqdet.model` against torch and timm alone: processor time, the best of two"
     def seconds(code):
         code += '; import resource; r = resource.getrusage(resource.RUSAGE_SELF); print(r.ru_utime + r.ru_stime)'
-        return min(float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
+        command = [sys.executable, '-c', code]
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)]
+        return min(float(r.stdout) for r in runs)
     assert seconds('import deqdet.model') <= 1.2*seconds('import torch, timm')
