@@ -363,8 +363,11 @@ def test_predict_takes_whatever_holds_a_picture(path):
         torch.testing.assert_close(learn.predict(o, 0., 3)['boxes'], boxes, atol=1e-5, rtol=0)
     assert [len(d['names']) for d in learn.predict([file, img], 0., 5)]==[5, 5]
     learn.dls.valid_ds.tfm = det_dls(path, size=64, num_workers=0).valid_ds.tfm
-    large = learn.predict(img.resize((128,128), Image.NEAREST), 0., 3)['boxes']
-    torch.testing.assert_close(large, 2*boxes, atol=1., rtol=0)
+    boxes = learn.predict(file, 0.)['boxes'] # all, since scores that are nearly equal may change places
+    large = learn.predict(img.resize((128,128), Image.NEAREST), 0.)['boxes']
+    apart = torch.cdist(large, 2*boxes, p=math.inf)
+    assert len(large)==len(boxes)==16
+    assert apart.min(0).values.max() < 1 and apart.min(1).values.max() < 1
 
 @pytest.mark.filterwarnings('ignore')
 def test_an_exported_learner_predicts_without_its_pictures(path, tmp_path):

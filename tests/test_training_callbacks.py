@@ -178,7 +178,7 @@ def test_a_loop_knows_a_fit_from_a_search_and_a_validation(path):
         with learn.quiet(): f()
         return set(seen)
     assert flags(lambda: learn.fit(1))=={True}
-    assert flags(learn.validate)==flags(lambda: learn.lr_find(num_it=2, show_plot=False))=={False}
+    assert flags(learn.validate)==flags(lambda: learn.lr_find(num_it=8, show_plot=False))=={False}
     assert not learn.fitting
 
 def test_an_update_is_described_once(path):
