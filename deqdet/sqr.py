@@ -65,7 +65,8 @@ def stage_regressions(
     steps: int=None      # for the decoder
 ) -> dict: # 'fading' and 'exacerbation': dict(rate, by_stage, of)
     "How often earlier stages had it better: true positives that faded, false positives that grew"
-    faded,grown = [],[]
+    faded = []
+    grown = []
     for images,sizes,target in batches:
         preds = [p for _,p in model.trajectory(images, sizes, steps=steps)]
         for b in range(len(sizes)):
@@ -87,7 +88,8 @@ def windows(
     reach: int|None=2 # a stage consumes what so many stages before it made; None: everything
 ) -> tuple[tuple, tuple]: # starts and ends in the list of states, one of each per stage
     "Which states each stage consumes"
-    starts,ends = [],[1]
+    starts = []
+    ends = [1]
     for s in range(stages):
         starts.append(ends[s-reach] if reach and s >= reach else 0)
         ends.append(2*ends[s] - starts[s])
@@ -146,7 +148,8 @@ class Recollection(Stack):
 
     def recollect(self, state, feats):
         "The predictions that get a loss; the last one is the stack's answer"
-        states,preds = [state],[]
+        states = [state]
+        preds = []
         for step,a,b in zip(self.steps, self.plan.starts, self.plan.ends, strict=True):
             z = self.apply_step(step, side_by_side(states[a:b]), feats, b-a)
             states += apart(z, b-a)
