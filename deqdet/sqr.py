@@ -18,32 +18,42 @@ from .solver import take
 
 # %% ../nbs/11_sqr.ipynb #efa5f6a4
 def owners(
-    overlap: Tensor,  # (n,M) overlap of detections, best first, with objects; 0 where classes differ
+    overlap: Tensor,  # (n,M) of detections, best first, with objects; 0 where classes differ
     min_iou: float=.5 # that makes a detection true
 ) -> Tensor:          # (n,) the object that each detection owns, -1 for none
     "First come, first served"
-    left,own = overlap.clone(),torch.full((len(overlap),), -1, device=overlap.device)
+    left = overlap.clone()
+    own = torch.full((len(left),), -1, device=overlap.device)
     for i in range(len(left)):
         best,j = left[i].max(0)
-        if best >= min_iou: own[i],left[:, j] = j,-1
+        if best >= min_iou:
+            own[i] = j
+            left[:, j] = -1
     return own
 
 # %% ../nbs/11_sqr.ipynb #5b57ee37
 def follow(
     preds,  # list of `Pred`, one per stage
     target, # `boxes` (B,M,4), `labels` (B,M)
-    b: int, # which picture
+    b: int, # which image
     min_iou: float=.5,   # that makes a detection true
     min_score: float=.1, # of the last stage's detections
     max_dets: int=100    # of them
-) -> tuple[Tensor, Tensor, Tensor]: # (S,n) scores, (S,n) overlaps with the owned object, (n,) that object or -1
-    "The last stage's detections in a picture, and what their queries said in every stage"
-    scores,boxes = torch.stack([p.logits[b].float().sigmoid() for p in preds]),torch.stack([p.boxes[b] for p in preds])
-    top,at = scores[-1].flatten().topk(min(max_dets, scores[-1].numel()))
-    at,K = at[top >= min_score],scores.shape[-1]
-    q,c = at//K,at%K
-    own = owners(iou(*pairs(boxes[-1,q], target.boxes[b]))*(c[:, None]==target.labels[b]), min_iou)
-    return scores[:, q, c], iou(boxes[:, q], target.boxes[b][own.clamp(min=0)]), own
+) -> tuple[Tensor, Tensor, Tensor]: # (S,n) scores, (S,n) overlaps with the owned object, (n,) it
+    "The last stage's detections in an image, and what their queries said in every stage"
+    scores = torch.stack([p.logits[b].float().sigmoid() for p in preds])     # (S,N,K)
+    boxes = torch.stack([p.boxes[b] for p in preds])                         # (S,N,4)
+    K = scores.shape[-1]
+    last = scores[-1].flatten()                                              # (N*K,)
+    top,at = last.topk(min(max_dets, len(last)))
+    at = at[top >= min_score]                                                # (n,)
+    query = at//K
+    label = at%K
+    overlap = iou(*pairs(boxes[-1, query], target.boxes[b]))                 # (n,M)
+    same_class = label[:, None]==target.labels[b]                            # (n,M)
+    own = owners(overlap*same_class, min_iou)                                # (n,) -1: none
+    owned = target.boxes[b][own.clamp(min=0)]                                # (n,4)
+    return scores[:, query, label], iou(boxes[:, query], owned), own
 
 # %% ../nbs/11_sqr.ipynb #1c64bdc6
 @torch.no_grad()
@@ -53,20 +63,26 @@ def stage_regressions(
     min_iou: float=.5,   # that makes a detection true
     min_score: float=.1, # of the last stage's detections
     margin: float=0.,    # an earlier stage must have been better by more than this
-    max_dets: int=100,   # detections per picture
+    max_dets: int=100,   # detections per image
     steps: int=None      # for the decoder
 ) -> dict: # 'fading' and 'exacerbation': dict(rate, by_stage, of)
     "How often earlier stages had it better: true positives that faded, false positives that grew"
-    faded,grown = [],[]
+    faded = []
+    grown = []
     for images,sizes,target in batches:
         preds = [p for _,p in model.trajectory(images, sizes, steps=steps)]
         for b in range(len(sizes)):
-            s,o,own = follow(preds, target, b, min_iou, min_score, max_dets)
-            faded.append(((s > s[-1]+margin) & (o > o[-1]+margin))[:-1, own>=0])
-            grown.append((s < s[-1]-margin)[:-1, own<0])
+            score,overlap,own = follow(preds, target, b, min_iou, min_score, max_dets)
+            surer = score > score[-1] + margin                               # (S,n)
+            nearer = overlap > overlap[-1] + margin
+            humbler = score < score[-1] - margin
+            faded.append((surer & nearer)[:-1, own >= 0])
+            grown.append(humbler[:-1, own < 0])
     return dict(fading=_rates(torch.cat(faded, 1)), exacerbation=_rates(torch.cat(grown, 1)))
 
-def _rates(x): return dict(rate=x.any(0).float().mean().item(), by_stage=x.float().mean(1).tolist(), of=x.shape[1])
+def _rates(x): # (S-1,n) did it regress against this stage?
+    any_stage = x.any(0).float().mean().item()
+    return dict(rate=any_stage, by_stage=x.float().mean(1).tolist(), of=x.shape[1])
 
 # %% ../nbs/11_sqr.ipynb #24c4fda6
 def windows(
@@ -74,7 +90,8 @@ def windows(
     reach: int|None=2 # a stage consumes what so many stages before it made; None: everything
 ) -> tuple[tuple, tuple]: # starts and ends in the list of states, one of each per stage
     "Which states each stage consumes"
-    starts,ends = [],[1]
+    starts = []
+    ends = [1]
     for s in range(stages):
         starts.append(ends[s-reach] if reach and s >= reach else 0)
         ends.append(2*ends[s] - starts[s])
@@ -83,8 +100,8 @@ def windows(
 # %% ../nbs/11_sqr.ipynb #de3a8688
 @dataclass(frozen=True)
 class Recollected:
-    "A stack whose stages train on states of several stages before; called on steps, it makes the decoder"
-    starts: tuple=(0,0,1,2,4,7)   # first state that each stage consumes, in the list of all states so far
+    "A stack whose stages train on states of several stages before; called on steps, a decoder"
+    starts: tuple=(0,0,1,2,4,7)   # first state that each stage consumes, of all states so far
     ends: tuple=(1,2,4,7,12,20)   # one past the last
     recompute: bool=False         # keep states, and recompute a stage's insides in `backward`?
 
@@ -94,7 +111,8 @@ class Recollected:
     def __post_init__(self):
         made = 1
         for a,b in zip(self.starts, self.ends, strict=True):
-            if not 0 <= a < b <= made: raise ValueError(f'window {a}..{b} must lie in the {made} states made so far')
+            if not 0 <= a < b <= made:
+                raise ValueError(f'window {a}..{b} must lie in the {made} states made so far')
             made += b - a
 
     def __call__(self, steps): return Recollection(steps, self)
@@ -102,16 +120,18 @@ class Recollected:
 # %% ../nbs/11_sqr.ipynb #c34fc906
 def side_by_side(
     states # r states of B rows each
-):         # one state of rB rows, the r rows of a picture side by side
+):         # one state of rB rows, the r rows of an image side by side
     "Several states as one batch"
-    return type(states[-1])(*[torch.stack(ts, 1).flatten(0,1) for ts in zip(*states)])
+    stacked = [torch.stack(ts, 1) for ts in zip(*states)]                    # (B,r,...) each
+    return type(states[-1])(*[t.flatten(0,1) for t in stacked])
 
 def apart(
     z,     # a state or a prediction of rB rows
     r: int # how many states it holds
 ):         # r of them, of B rows each
     "The inverse of `side_by_side`"
-    return [type(z)(*ts) for ts in zip(*[t.unflatten(0, (-1, r)).unbind(1) for t in z])]
+    rows = [t.unflatten(0, (-1, r)).unbind(1) for t in z]                    # r of (B,...) each
+    return [type(z)(*ts) for ts in zip(*rows)]
 
 # %% ../nbs/11_sqr.ipynb #e4106bf5
 class Recollection(Stack):
@@ -125,11 +145,13 @@ class Recollection(Stack):
 
     def forward(self, state, feats, steps=None):
         "Training: a `Pred` per new state, stage after stage. Evaluation: one per step"
-        return self.recollect(state, prepared(self.steps[0], feats)) if self.training else super().forward(state, feats, steps)
+        if not self.training: return super().forward(state, feats, steps)
+        return self.recollect(state, prepared(self.steps[0], feats))
 
     def recollect(self, state, feats):
         "The predictions that get a loss; the last one is the stack's answer"
-        states,preds = [state],[]
+        states = [state]
+        preds = []
         for step,a,b in zip(self.steps, self.plan.starts, self.plan.ends, strict=True):
             z = self.apply_step(step, side_by_side(states[a:b]), feats, b-a)
             states += apart(z, b-a)
@@ -137,7 +159,9 @@ class Recollection(Stack):
         return preds
 
     def apply_step(self, step, z, feats, r):
-        "One stage on r rows of queries for each picture"
-        if not getattr(step, 'shares_features', False): feats = take(feats, torch.arange(len(z[0])//r, device=z[0].device).repeat_interleave(r))
+        "One stage on r rows of queries for each image"
+        if not getattr(step, 'shares_features', False):
+            images = torch.arange(len(z[0])//r, device=z[0].device)          # (B,)
+            feats = take(feats, images.repeat_interleave(r))
         if not (self.plan.recompute and torch.is_grad_enabled()): return step(z, feats)
         return checkpoint(step, z, feats, use_reentrant=False)

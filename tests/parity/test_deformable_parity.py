@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert
-from deqdet.families.deformable import DIALECTS, deformable_keys, dialect_of, infer_deformable, load_deformable, map_embedding, publish_deformable
+from deqdet.checkpoints.dialects import DIALECTS, deformable_keys, dialect_of, infer_deformable, load_deformable, publish_deformable
+from deqdet.families.deformable_attention import map_embedding
 from pairs import load_pair, reference_pairs
 
 CONTENT, LOGITS, BOXES = 1e-4, 5e-5, 1e-5  # absolute; boxes as fractions of the picture

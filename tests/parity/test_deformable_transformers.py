@@ -3,8 +3,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torchvision.ops import box_convert
+from deqdet.checkpoints.dialects import deformable_keys
 from deqdet.data import Target
-from deqdet.families.deformable import deformable_keys
 from deqdet.loss import SetLoss
 from pairs import load_pair, reference_pairs
 from test_deformable_parity import BOXES, LOGITS, detector, fractions, maps, near

@@ -112,7 +112,17 @@ def test_deqdet_loss(deqdet_loss_pair, recompute):
     theirs = {(s, int(k.split('/')[1]), int(q), t) for k, m in want['matched'].items() for q, t in m.items() for s in [names.index(k.split('/')[0])]}
     assert ours == theirs
     total.backward()
-    check_gradients(model, feats, pair, kink=True)
+    try: check_gradients(model, feats, pair, kink=True)
+    except AssertionError: check_gradients(*in_float64(base, truth, recompute), pair, kink=True)
+
+
+def in_float64(base, truth, recompute):
+    """The same training pass where rounding does not decide on which side of its kink a ReLU falls. torch 2.14 without AVX2 moves
+    several of them: in float32 gradients are off by up to 4e-3 of their maximum, in float64 by 1.1e-3, as reference/README.md says"""
+    model = detector(base, recompute=recompute).double().train()
+    feats = [f.detach().double().requires_grad_() for f in features(base)]
+    SetLoss()(model(feats, sizes(base)), truth).backward()
+    return model, feats
 
 
 def test_noise(noise_pair):

@@ -2,15 +2,15 @@
 import gzip
 import json
 import re
-from functools import reduce
 import pytest
 import torch
 from deqdet.boxes import area
+from deqdet.checkpoints.layouts import mmdet_names, rename
 from deqdet.decoder import Stacked
 from deqdet.equilibrium import Settled
 from deqdet.loss import SetLoss, decode
 from deqdet.model import Detector
-from deqdet.families.sparse_rcnn import SparseRCNN, box_levels, mmdet_names
+from deqdet.families.sparse_rcnn import SparseRCNN, box_levels
 from pairs import HERE, base_of, load_pair, reference_pairs
 from test_mixer_parity import BOXES, CONTENT, LOGITS, features, near, same_detections, sizes, target
 
@@ -20,9 +20,6 @@ def pytest_generate_tests(metafunc):
         if arg in metafunc.fixturenames:
             paths = reference_pairs(metafunc.config, prefix)
             metafunc.parametrize(arg, [load_pair(p) for p in paths], ids=[f'{p.parent.name}-{p.stem}' for p in paths])
-
-
-def rename(key, names): return reduce(lambda k, rule: re.sub(*rule, k), names, key)
 
 
 def detector(pair, strategy):
