@@ -18,7 +18,7 @@ from timm.models.swin_transformer import get_relative_position_index
 from .decoder import Stacked
 from .families.deformable import DeformableDETR, dialect_of, infer_deformable, infer_resnet, load_deformable, publish_deformable
 from .equilibrium import Settled
-from .model import AdaMixer
+from .families.adamixer import AdaMixer
 from .families.sparse_rcnn import SparseRCNN, detectron2_names, mmdet_names
 
 # %% ../nbs/17_convert.ipynb #b8d12b56

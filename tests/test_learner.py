@@ -14,7 +14,7 @@ from deqdet.equilibrium import Perturb, Settled
 from deqdet.evaluate import evaluate
 from deqdet.learner import (EMA, CSVLog, DetOpt, Interpretation, NonFinite, Recipe, Residuals, Resume, SaveBest, deal, det_learner,
                             average_checkpoints, draw_results, param_groups, part_of, recipes, shard)
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from deqdet.zoo import create_detector, published, zoo
 
 SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32, heads=4,

@@ -9,7 +9,7 @@ from deqdet.sets.augment import recipe_small
 from deqdet.data import det_dls, synth_coco
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.learner import EMA, Amp, CSVLog, Resume, Stop, det_learner
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from deqdet.training.optim import Muon
 
 SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32, heads=4,
