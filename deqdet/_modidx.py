@@ -693,6 +693,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'deqdet.loss.SetLoss.match': ('loss.html#setloss.match', 'deqdet/loss.py'),
                              'deqdet.loss._full': ('loss.html#_full', 'deqdet/loss.py'),
                              'deqdet.loss._relative': ('loss.html#_relative', 'deqdet/loss.py'),
+                             'deqdet.loss._stack': ('loss.html#_stack', 'deqdet/loss.py'),
                              'deqdet.loss._top': ('loss.html#_top', 'deqdet/loss.py'),
                              'deqdet.loss.assign': ('loss.html#assign', 'deqdet/loss.py'),
                              'deqdet.loss.check_finite': ('loss.html#check_finite', 'deqdet/loss.py'),
