@@ -59,7 +59,10 @@ class Queries(nn.Module):
         if train_boxes: self.boxes = nn.Parameter(boxes)
         else: self.register_buffer('boxes', boxes)
 
-    def forward(self, sizes, feats=None): # (B,2) h, w of the unpadded images; features are for other families
+    def forward(self,
+        sizes,     # (B,2) h, w of the unpadded images
+        feats=None # features, for other families
+    ):
         h,w = sizes.to(self.boxes.dtype).unbind(-1)
         whwh = torch.stack([w,h,w,h], -1)[:, None]            # (B,1,4)
         xyxy = box_convert(self.boxes, 'cxcywh', 'xyxy')*whwh # (B,N,4) corners in pixels
@@ -68,7 +71,7 @@ class Queries(nn.Module):
         return self.state.at(q.expand(len(sizes), -1, -1), xyxy)
 
     def preds(self, feats):
-        "Predictions that the queries make and that get a loss: none here, proposals in a two-stage detector"
+        "Predictions of the queries that get a loss: none here, proposals in a two-stage detector"
         return []
 
 # %% ../nbs/05_decoder.ipynb #c52b3629
@@ -128,7 +131,7 @@ def tower(
     layers: int=1,# hidden layers
     bias=True     # do hidden layers have one? Layer norm brings its own
 ):
-    "Linear, layer norm, ReLU as often as there are `layers`, then linear: reads `n_out` numbers off a content"
+    "Reads `n_out` numbers off a content: `layers` times linear, layer norm, ReLU, then linear"
     hidden = []
     for _ in range(layers): hidden += [linear(width, width, bias), nn.LayerNorm(width), nn.ReLU()]
     return nn.Sequential(*hidden, linear(width, n_out))

@@ -23,7 +23,7 @@ def focal_cost(
     alpha: float=.25,  # weight of positives; negatives weigh 1-alpha
     gamma: float=2.,   # how strongly easy cases are faded out
     eps: float=1e-12   # keeps the logarithms finite
-) -> Tensor:           # (...,N,M) by how much query n would change the focal loss if it answered for object m
+) -> Tensor:           # (...,N,M) change of the focal loss if query n answered for object m
     "Positive minus negative focal term, at each object's class"
     last = logits.shape[-1] - 1
     at = labels.clamp(0, last)[..., None, :].expand(*logits.shape[:-1], -1) # (...,N,M)
@@ -50,7 +50,7 @@ def _relative(boxes, size, form):
 def match_costs(
     logits: Tensor,    # (S,B,N,K) class logits
     boxes: Tensor,     # (S,B,N,4) xyxy in pixels
-    target,            # `boxes` (B,M,4), `labels` (B,M), `size` (B,2) h, w of the image without padding
+    target,            # `boxes` (B,M,4), `labels` (B,M), `size` (B,2) h, w of the unpadded image
     alpha: float=.25,  # focal weight of positives
     gamma: float=2.,   # focal exponent
     form: str='xyxy'   # the four numbers that L1 compares: 'xyxy', or 'cxcywh' for Deformable DETR
@@ -107,13 +107,14 @@ def check_finite(
     terms: dict,     # name -> (S,B,...) values
     image_id: Tensor # (B,) ids to name
 ):
-    "Raise a `FloatingPointError` that names the first term which is NaN or infinite, its states and its images"
+    "Raise an error that names the first term which is NaN or infinite, its states and its images"
     for name,v in terms.items():
         bad = ~v.isfinite().reshape(*v.shape[:2], -1).all(-1) # (S,B)
         if not bad.any(): continue
         states = bad.any(1).nonzero()[:, 0].tolist()
         ids = image_id[bad.any(0).to(image_id.device)].tolist()
-        raise FloatingPointError(f"{what} '{name}' is not finite: supervised states {states}, image ids {ids}")
+        raise FloatingPointError(
+            f"{what} '{name}' is not finite: supervised states {states}, image ids {ids}")
 
 # %% ../nbs/09_loss.ipynb #700a5ec7
 def _full(x):
@@ -127,7 +128,7 @@ def _stack(preds, field):
 # %% ../nbs/09_loss.ipynb #5b1f0b04
 @dataclass(eq=False)
 class SetLoss:
-    "Match queries to objects at least cost, then compare: focal, L1 and GIoU over all supervised states"
+    "Match queries to objects at least cost, then compare: focal, L1 and GIoU, in all states"
     cost_cls: float=2.  # matching: weight of the class cost
     cost_l1: float=5.   # matching: weight of the L1 cost
     cost_giou: float=2. # matching: weight of the GIoU cost
@@ -176,7 +177,8 @@ class SetLoss:
         n_classes = logits.shape[-1]
         if labels.numel() and labels.max() >= n_classes:
             ids = target.image_id.tolist()
-            raise ValueError(f"label {labels.max()} in images {ids}, but the logits have {n_classes} classes")
+            raise ValueError(
+                f"label {labels.max()} in images {ids}, but the logits have {n_classes} classes")
         return self.matcher(host, labels).to(boxes.device)
 
     def _remember(self, terms, image_id):

@@ -43,7 +43,8 @@ class Feed:
         "From text, as a command line brings it"
         found = re.fullmatch(r'([1-9]\d*)(?:x([1-9]\d*))?', str(text))
         if found is None:
-            raise ValueError(f'{text}: pixels of the long side were expected, as 640, or of both, as 800x1333')
+            raise ValueError(f'{text}: pixels of the long side were expected, as 640, '
+                             'or of both, as 800x1333')
         first,second = found.groups()
         sides = int(first), int(second or first)
         return cls(*sorted(sides))
@@ -136,7 +137,7 @@ def trajectory(self:Detector, images, sizes=None, steps=None, **kwargs):
 def compile(self:Detector,
     **kwargs # for `torch.compile`
 ): # the detector
-    "Compile the pyramid and the decoder's steps, in place; `torch.compile` does so when they are first used"
+    "Compile the pyramid and the decoder's steps, in place, when they are first used"
     self.pyramid.compile(**kwargs)
     self.decoder.compile(**kwargs)
     return self
@@ -146,7 +147,7 @@ def residual_trace(
     model,      # a `Detector`, or a learner that holds one
     batch,      # images, sizes, and whatever else
     steps=None  # of the decoder
-) -> Residual:  # rel and abs, each (T,B,2): content and corners of every image after every application
+) -> Residual:  # rel and abs, (T,B,2) each: content and corners, by application and image
     "Changes of the state from one step to the next"
     detector = getattr(model, 'model', model)
     images,sizes = batch[:2]
@@ -201,7 +202,8 @@ class Blueprint:
     def pyramid(self, pretrained=False):
         "Body and neck; `pretrained` as in `create_body`"
         if not self.body: return Features(self.neck(self.channels))
-        body = named_body(self.body, pretrained, frozen_stages=self.frozen_stages, drop_path=self.drop_path)
+        body = named_body(self.body, pretrained, frozen_stages=self.frozen_stages,
+                          drop_path=self.drop_path)
         return Pyramid(body, self.neck(body.channels))
 
     def decoder(self): return self.strategy([self.step(i) for i in range(self.strategy.stages)])
@@ -217,7 +219,7 @@ class Blueprint:
 # %% ../nbs/10_model.ipynb #b50a1a7f
 @dataclass(frozen=True)
 class Family(Blueprint):
-    "What families have in common whose queries start at boxes and read a pyramid; one adds `neck` and `step`"
+    "What families share whose queries start at boxes; one adds `neck` and `step`"
     feat_width: int=256          # channels of the pyramid
     grid: tuple=()               # (rows, cols, side) of the first boxes; (): the whole image
     strides: tuple=(4,8,16,32)   # of the pyramid
@@ -267,11 +269,12 @@ def save_pretrained(self:Detector,
 ): # the folder
     "Write weights, hyper-parameters, names of classes and `feed`"
     if self.hyper is None:
-        raise ValueError('this detector was not built from hyper-parameters, so a folder could not rebuild it')
+        raise ValueError('this detector was not built from hyper-parameters, '
+                         'so a folder could not rebuild it')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.clone(memory_format=torch.contiguous_format) for k,v in self.state_dict().items()}
-    save_file(weights, folder/'model.safetensors')
+    def plain(v): return v.clone(memory_format=torch.contiguous_format)
+    save_file({k: plain(v) for k,v in self.state_dict().items()}, folder/'model.safetensors')
     config = dict(
         vocab=None if self.vocab is None else list(self.vocab),
         hyper=to_dict(self.hyper),
@@ -294,7 +297,7 @@ def from_pretrained(cls:Detector,
     return model.eval()
 
 def _read_feed(config, old_file):
-    "`Feed` as `config` has it, or as older folders had it in a file of its own; None where nobody said"
+    "`Feed` as `config` has it, or an older folder in a file of its own; None where it is unknown"
     feed = config.get('feed')
     if feed is None and old_file.exists(): feed = json.loads(old_file.read_text())
     return None if feed is None else Feed(**feed)
