@@ -21,7 +21,7 @@ from deqdet.equilibrium import Perturb, Settled
 from deqdet.evaluate import evaluate
 from deqdet.learner import det_learner
 from deqdet.loss import SetLoss
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from deqdet.families.sparse_rcnn import SparseRCNN
 from deqdet.sqr import Recollected, stage_regressions, windows
 from common import commit, machine, parser, report

@@ -9,7 +9,7 @@ import torch
 from deqdet.data import Target
 from deqdet.equilibrium import Settled
 from deqdet.loss import SetLoss
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from common import parser, report
 
 BASE = dict(queries=100, points=16, size=256, batch=1, T=6, classes=20, objects=10)

@@ -2,7 +2,8 @@
 import copy
 import torch
 from torch import nn
-from deqdet.decoder import MixerStep, Queries, Stacked, prepared
+from deqdet.decoder import Queries, Stacked, prepared
+from deqdet.mixer import MixerStep
 from deqdet.sqr import Recollected, windows
 from common import alternate, parser, report
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from deqdet import linear, mixing
-from deqdet.decoder import MixerStep, State, prepared
+from deqdet.decoder import State, prepared
+from deqdet.mixer import MixerStep
 from deqdet.ops.linear import by_onednn, product as onednn
 from common import alternate, parser, report
 from plain import Step

@@ -4,7 +4,8 @@ The plain sum is the formula's decoder with every application on autograd's grap
 each, above what it held before; glibc is told to give freed blocks back, so that the peak is that of the tensors."""
 import contextlib, json, os, resource, subprocess, sys
 import torch
-from deqdet.decoder import MixerStep, Queries
+from deqdet.decoder import Queries
+from deqdet.mixer import MixerStep
 from deqdet.equilibrium import Equilibrium
 from common import alternate, parser, report
 from plain import Decoder

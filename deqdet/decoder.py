@@ -1,4 +1,4 @@
-"""refinement is one pure map on a state; a stack of them is AdaMixer
+"""refinement is one pure map on a state; a decoder strings such maps together
 
 Docs: https://deqdet.github.io/deqdet/decoder.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://deqdet.github.io/deqdet/decoder.html.md"""
 
 # %% auto #0
 __all__ = ['State', 'Noisy', 'Queries', 'grid_boxes', 'position_embedding', 'linear', 'SelfAttention', 'tower', 'class_tower',
-           'box_tower', 'Pred', 'MixerStep', 'prepared', 'Stack', 'Stacked']
+           'box_tower', 'Pred', 'prepared', 'Stack', 'Stacked']
 
 # %% ../nbs/05_decoder.ipynb #6ec982c8
 import math, torch, torch.nn.functional as F
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from torch import nn, Tensor
 from torchvision.ops import box_convert
-from .boxes import Record, xyzr_to_xyxy, xyxy_to_xyzr, move, iof, pairs
+from .boxes import Record, xyzr_to_xyxy, xyxy_to_xyzr
 from .ops.linear import Linear
-from .mixing import Rows, Sampler, AdaptiveMixing
 
 # %% ../nbs/05_decoder.ipynb #2e9c4ba1
 class State(NamedTuple):
@@ -42,42 +41,53 @@ class Noisy(NamedTuple):
 
 # %% ../nbs/05_decoder.ipynb #14db83e7
 class Queries(nn.Module):
-    "The first state: learned contents, and boxes as fractions of the picture"
+    "The first state: learned contents, and boxes as fractions of the image"
     def __init__(self,
         n: int,             # N: queries
         width: int,         # D: numbers in a content vector
-        boxes: Tensor=None, # (N,4) cx, cy, w, h as fractions; default: the whole picture
+        boxes: Tensor=None, # (N,4) cx, cy, w, h as fractions; default: the whole image
         train_boxes: bool=False, # are boxes parameters?
         norm: bool=True,    # layer norm on contents?
         state=State         # builds a state `at` contents and corners
     ):
         super().__init__()
-        boxes = torch.tensor([.5,.5,1.,1.]).repeat(n, 1) if boxes is None else boxes.float()
-        if boxes.shape != (n,4): raise ValueError(f'{n} queries need boxes of shape ({n}, 4), got {tuple(boxes.shape)}')
-        self.content,self.norm,self.state = nn.Embedding(n, width),norm,state
-        if train_boxes: self.boxes = nn.Parameter(boxes.clone())
-        else: self.register_buffer('boxes', boxes.clone())
+        if boxes is None: boxes = torch.tensor([.5,.5,1.,1.]).repeat(n, 1) # (N,4) the whole image
+        if boxes.shape != (n,4):
+            raise ValueError(f'{n} queries need boxes of shape ({n}, 4), got {tuple(boxes.shape)}')
+        self.content = nn.Embedding(n, width)
+        self.norm = norm
+        self.state = state
+        boxes = boxes.float().clone()
+        if train_boxes: self.boxes = nn.Parameter(boxes)
+        else: self.register_buffer('boxes', boxes)
 
-    def forward(self, sizes, feats=None): # (B,2) h, w of the unpadded pictures; features are for other families
+    def forward(self,
+        sizes,     # (B,2) h, w of the unpadded images
+        feats=None # features, for other families
+    ):
         h,w = sizes.to(self.boxes.dtype).unbind(-1)
-        xyxy = box_convert(self.boxes, 'cxcywh', 'xyxy')*torch.stack([w,h,w,h], -1)[:, None]
-        q = self.content.weight
+        whwh = torch.stack([w,h,w,h], -1)[:, None]            # (B,1,4)
+        xyxy = box_convert(self.boxes, 'cxcywh', 'xyxy')*whwh # (B,N,4) corners in pixels
+        q = self.content.weight                               # (N,D)
         if self.norm: q = F.layer_norm(q, q.shape[1:])
-        return self.state.at(q.expand(sizes.shape[0], -1, -1), xyxy)
+        return self.state.at(q.expand(len(sizes), -1, -1), xyxy)
 
     def preds(self, feats):
-        "Predictions that the queries themselves make and that get a loss: none here, proposals in a two-stage detector"
+        "Predictions of the queries that get a loss: none here, proposals in a two-stage detector"
         return []
 
 # %% ../nbs/05_decoder.ipynb #c52b3629
 def grid_boxes(
     rows: int,     # rows of boxes
     cols: int,     # columns of boxes
-    side: float=.4 # width and height of a box, as a fraction of the picture
+    side: float=.4 # width and height of a box, as a fraction of the image
 ) -> Tensor:       # (rows*cols,4) cx, cy, w, h as fractions
     "Boxes on a regular grid, for queries that start in different places"
-    y,x = torch.meshgrid((torch.arange(rows)+.5)/rows, (torch.arange(cols)+.5)/cols, indexing='ij')
-    return torch.stack([x, y, torch.full_like(x, side), torch.full_like(x, side)], -1).flatten(0,1)
+    y = (torch.arange(rows) + .5)/rows
+    x = (torch.arange(cols) + .5)/cols
+    cy,cx = torch.meshgrid(y, x, indexing='ij') # (rows,cols) each
+    sides = torch.full_like(cx, side)
+    return torch.stack([cx, cy, sides, sides], -1).flatten(0,1)
 
 # %% ../nbs/05_decoder.ipynb #9671be28
 def position_embedding(
@@ -87,7 +97,7 @@ def position_embedding(
     "Sines and cosines of a position's four numbers"
     p = xyzr/xyzr.new_tensor([1000,1000,1,1])
     i = torch.arange(width//8, device=p.device, dtype=p.dtype)
-    angle = p[..., None]*10000**(-2*i/(width//4))
+    angle = p[..., None]*10000**(-2*i/(width//4))                    # (B,N,4,D/8)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-3)
 
 # %% ../nbs/05_decoder.ipynb #5cc4e528
@@ -104,13 +114,17 @@ class SelfAttention(nn.Module):
         heads: int  # H: attention heads
     ):
         super().__init__()
-        self.heads,self.qkv,self.out = heads,linear(width, 3*width),linear(width, width)
+        self.heads = heads
+        self.qkv = linear(width, 3*width)
+        self.out = linear(width, width)
         nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x, bias=None): # (B,N,D) and (B,H,N,N)
-        q,k,v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2,0,3,1,4)
-        bias = None if bias is None else bias.to(q.dtype)
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1,2).flatten(2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)) # (B,N,3,H,D/H)
+        q,k,v = qkv.permute(2,0,3,1,4)                       # (B,H,N,D/H) each
+        if bias is not None: bias = bias.to(q.dtype)
+        heard = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) # (B,H,N,D/H)
+        return self.out(heard.transpose(1,2).flatten(2))
 
 # %% ../nbs/05_decoder.ipynb #9f79e1f6
 def tower(
@@ -119,8 +133,9 @@ def tower(
     layers: int=1,# hidden layers
     bias=True     # do hidden layers have one? Layer norm brings its own
 ):
-    "Linear, layer norm, ReLU as often as there are `layers`, then linear: reads `n_out` numbers off a content"
-    hidden = [m for _ in range(layers) for m in (linear(width, width, bias), nn.LayerNorm(width), nn.ReLU())]
+    "Reads `n_out` numbers off a content: `layers` times linear, layer norm, ReLU, then linear"
+    hidden = []
+    for _ in range(layers): hidden += [linear(width, width, bias), nn.LayerNorm(width), nn.ReLU()]
     return nn.Sequential(*hidden, linear(width, n_out))
 
 def class_tower(width, n_classes, prior=.01, **kwargs):
@@ -132,58 +147,20 @@ def class_tower(width, n_classes, prior=.01, **kwargs):
 def box_tower(width):
     "A tower that starts by moving nothing"
     t = tower(width, 4)
-    nn.init.zeros_(t[-1].weight); nn.init.zeros_(t[-1].bias)
+    nn.init.zeros_(t[-1].weight)
+    nn.init.zeros_(t[-1].bias)
     return t
 
 # %% ../nbs/05_decoder.ipynb #ab518a28
 class Pred(Record):
     "What a detector says about every query"
     logits: Tensor # (B,N,K) one score per class, before the sigmoid
-    boxes: Tensor  # (B,N,4) corners in pixels of the fed picture
-
-# %% ../nbs/05_decoder.ipynb #73319a87
-class MixerStep(nn.Module):
-    "AdaMixer's refinement step"
-    shares_features = True  # rB rows of queries may look at B pictures, r rows at each
-    prepare = Rows.of       # how features are read fastest
-    def __init__(self,
-        n_classes: int,     # K: classes
-        width: int=256,     # D: numbers in a content vector
-        feat_width: int=256,# channels of the pyramid
-        groups: int=4,      # G: groups of feature channels
-        points: int=64,     # P: points read per group
-        out_points: int=128,# rows after mixing over points
-        heads: int=8,       # H: attention heads
-        hidden: int=2048,   # width of the feed-forward layer
-        strides=(4,8,16,32) # strides of the pyramid's levels, in pixels
-    ):
-        super().__init__()
-        self.tau = nn.Parameter(torch.empty(heads).uniform_(0, 4))
-        self.attn,self.attn_norm = SelfAttention(width, heads),nn.LayerNorm(width)
-        self.sampler = Sampler(width, groups, points, strides)
-        self.mixing,self.mix_norm = AdaptiveMixing(width, feat_width//groups, groups, points, out_points),nn.LayerNorm(width)
-        self.ffn,self.ffn_norm = nn.Sequential(linear(width, hidden), nn.ReLU(), linear(hidden, width)),nn.LayerNorm(width)
-        self.cls,self.reg = class_tower(width, n_classes),box_tower(width)
-
-    def talk(self, q, xyzr, boxes):
-        "Contents after attention among queries"
-        x = q + position_embedding(xyzr, q.shape[-1])
-        overlap = (iof(*pairs(boxes, boxes)) + 1e-7).log()
-        return self.attn_norm(x + self.attn(x, self.tau[:, None, None]*overlap[:, None]))
-
-    def forward(self, state, feats):
-        xyzr,boxes = state.xyzr.detach(),state.boxes.detach()
-        q = self.talk(state.content, xyzr, boxes)
-        q = self.mix_norm(q + self.mixing(q, self.sampler(q, xyzr, feats)))
-        q = self.ffn_norm(q + self.ffn(q))
-        return State(q, move(xyzr, self.reg(q)))
-
-    def read(self, state): return Pred(self.cls(state.content), state.boxes)
+    boxes: Tensor  # (B,N,4) corners in pixels of the fed image
 
 # %% ../nbs/05_decoder.ipynb #6ea28f0f
 def prepared(
     step, # says how with `prepare(feats)`, if it matters to it
-    feats # features of the pictures
+    feats # features of the images
 ):        # the same, ready for many steps
     "Features as a step likes to read them"
     return step.prepare(feats) if hasattr(step, 'prepare') else tuple(feats)
@@ -199,14 +176,18 @@ class Stack(nn.Module):
 
     def trajectory(self, state, feats, steps=None):
         "[(State, Pred)] after each step; beyond the last one it is repeated"
-        path,feats = [],prepared(self.steps[0], feats)
-        for i in range(len(self.steps) if steps is None else steps):
-            step = self.steps[min(i, len(self.steps)-1)]
+        feats = prepared(self.steps[0], feats)
+        last = len(self.steps) - 1
+        if steps is None: steps = len(self.steps)
+        path = []
+        for i in range(steps):
+            step = self.steps[min(i, last)]
             state = step(state, feats)
             path.append((state, step.read(state)))
         return path
 
-    def forward(self, state, feats, steps=None): return [pred for _,pred in self.trajectory(state, feats, steps)]
+    def forward(self, state, feats, steps=None):
+        return [pred for _,pred in self.trajectory(state, feats, steps)]
 
     def compile(self, **kwargs):
         "`torch.compile` for each step; keywords are its own"

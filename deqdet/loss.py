@@ -25,10 +25,11 @@ def focal_cost(
     alpha: float=.25,  # weight of positives; negatives weigh 1-alpha
     gamma: float=2.,   # how strongly easy cases are faded out
     eps: float=1e-12   # keeps the logarithms finite
-) -> Tensor:           # (...,N,M) by how much query n would change the focal loss if it answered for object m
+) -> Tensor:           # (...,N,M) change of the focal loss if query n answered for object m
     "Positive minus negative focal term, at each object's class"
-    at = labels.clamp(0, logits.shape[-1]-1)[..., None, :]
-    p = logits.gather(-1, at.expand(*logits.shape[:-1], -1)).sigmoid()
+    last = logits.shape[-1] - 1
+    at = labels.clamp(0, last)[..., None, :].expand(*logits.shape[:-1], -1) # (...,N,M)
+    p = logits.gather(-1, at).sigmoid()                                     # (...,N,M)
     pos = -(p + eps).log() * alpha * (1-p)**gamma
     neg = -(1-p + eps).log() * (1-alpha) * p**gamma
     return pos - neg
@@ -38,27 +39,30 @@ def upright(
     xyxy: Tensor # (...,4) corners in any order
 ) -> Tensor:     # (...,4) top left and bottom right corner of the box that they span
     "Corners in order; a proper box is returned as it is"
-    a,b = xyxy[..., :2], xyxy[..., 2:]
+    a = xyxy[..., :2]
+    b = xyxy[..., 2:]
     return torch.cat([torch.min(a, b), torch.max(a, b)], -1)
 
 # %% ../nbs/09_loss.ipynb #9f5da5e1
 def _relative(boxes, size, form):
-    "Boxes as fractions of each picture, written in `form`"
-    whwh = size.flip(-1).repeat(1, 2)[:, None].to(boxes)
+    "Boxes as fractions of each image, written in `form`"
+    whwh = size.flip(-1).repeat(1, 2)[:, None].to(boxes) # (B,1,4)
     return box_convert(boxes, 'xyxy', form) / whwh
 
 def match_costs(
     logits: Tensor,    # (S,B,N,K) class logits
     boxes: Tensor,     # (S,B,N,4) xyxy in pixels
-    target,            # `boxes` (B,M,4), `labels` (B,M), `size` (B,2) h, w of the picture without padding
+    target,            # `boxes` (B,M,4), `labels` (B,M), `size` (B,2) h, w of the unpadded image
     alpha: float=.25,  # focal weight of positives
     gamma: float=2.,   # focal exponent
     form: str='xyxy'   # the four numbers that L1 compares: 'xyxy', or 'cxcywh' for Deformable DETR
 ) -> dict[str, Tensor]: # cls, l1, giou: (S,B,N,M) each, without weights
     "What it would cost every query to answer for every object"
     truth = target.boxes.to(boxes)
+    cls = focal_cost(logits, target.labels, alpha, gamma)
     l1 = torch.cdist(_relative(boxes, target.size, form), _relative(truth, target.size, form), p=1)
-    return dict(cls=focal_cost(logits, target.labels, alpha, gamma), l1=l1, giou=-giou(*pairs(upright(boxes), truth)))
+    overlap = giou(*pairs(upright(boxes), truth))
+    return dict(cls=cls, l1=l1, giou=-overlap)
 
 # %% ../nbs/09_loss.ipynb #be4dde56
 def assign(
@@ -67,12 +71,14 @@ def assign(
 ) -> Tensor:        # (4,n) rows of indices: state, image, query, object
     "The cheapest one-to-one matching of every state and image"
     from scipy.optimize import linear_sum_assignment # a sixth of a second that only training needs
-    cost,real = cost.detach().cpu().numpy(), (labels >= 0).cpu().numpy()
+    cost = cost.detach().cpu().numpy()
+    real = (labels >= 0).cpu().numpy()
     found = [np.zeros((4,0), dtype=np.int64)]
     for s,b in np.ndindex(*cost.shape[:2]):
         cols = real[b].nonzero()[0]
         q,t = linear_sum_assignment(cost[s,b][:, cols])
-        found.append(np.stack([np.full_like(q, s), np.full_like(q, b), q, cols[t]]))
+        rows = [np.full_like(q, s), np.full_like(q, b), q, cols[t]]
+        found.append(np.stack(rows))
     return torch.from_numpy(np.concatenate(found, 1))
 
 # %% ../nbs/09_loss.ipynb #73f6ee22
@@ -87,12 +93,15 @@ def set_terms(
 ) -> dict[str, Tensor]: # cls, l1, giou: (S,B) each, summed over the image, without weights
     "How far the matched pairs are apart, and how wrong all scores are"
     s,b,q,t = where
-    hot,mine,truth = torch.zeros_like(logits), boxes[s,b,q], target.boxes.to(boxes)[b,t]
+    mine = boxes[s,b,q]                     # (n,4) of the matched queries
+    truth = target.boxes.to(boxes)[b,t]     # (n,4) of their objects
+    hot = torch.zeros_like(logits)          # (S,B,N,K) 1 at the classes of matched queries
     hot[s,b,q,target.labels[b,t]] = 1
-    part = lambda o: _relative(o[:, None], target.size[b], form)[:, 0]
-    add = lambda v: boxes.new_zeros(boxes.shape[:2]).index_put((s,b), v, accumulate=True)
-    return dict(cls=sigmoid_focal_loss(logits, hot, alpha, gamma).sum((2,3)),
-                l1=add((part(mine) - part(truth)).abs().sum(-1)), giou=add(1 - giou(upright(mine), truth)))
+    def relative(xyxy): return _relative(xyxy[:, None], target.size[b], form)[:, 0]
+    def per_image(v): return boxes.new_zeros(boxes.shape[:2]).index_put((s,b), v, accumulate=True)
+    cls = sigmoid_focal_loss(logits, hot, alpha, gamma).sum((2,3))
+    l1 = (relative(mine) - relative(truth)).abs().sum(-1)
+    return dict(cls=cls, l1=per_image(l1), giou=per_image(1 - giou(upright(mine), truth)))
 
 # %% ../nbs/09_loss.ipynb #f450b7d7
 def check_finite(
@@ -100,22 +109,28 @@ def check_finite(
     terms: dict,     # name -> (S,B,...) values
     image_id: Tensor # (B,) ids to name
 ):
-    "Raise a `FloatingPointError` that names the first term which is NaN or infinite, its states and its images"
+    "Raise an error that names the first term which is NaN or infinite, its states and its images"
     for name,v in terms.items():
-        bad = ~v.isfinite().reshape(*v.shape[:2], -1).all(-1)
+        bad = ~v.isfinite().reshape(*v.shape[:2], -1).all(-1) # (S,B)
         if not bad.any(): continue
-        states,ids = bad.any(1).nonzero()[:, 0].tolist(), image_id[bad.any(0).to(image_id.device)].tolist()
-        raise FloatingPointError(f"{what} '{name}' is not finite: supervised states {states}, image ids {ids}")
+        states = bad.any(1).nonzero()[:, 0].tolist()
+        ids = image_id[bad.any(0).to(image_id.device)].tolist()
+        raise FloatingPointError(
+            f"{what} '{name}' is not finite: supervised states {states}, image ids {ids}")
 
 # %% ../nbs/09_loss.ipynb #700a5ec7
 def _full(x):
     "`x` in float32 at least"
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+def _stack(preds, field):
+    "(S,B,...) one field of all supervised states"
+    return torch.stack([_full(getattr(p, field)) for p in preds])
+
 # %% ../nbs/09_loss.ipynb #5b1f0b04
 @dataclass(eq=False)
 class SetLoss:
-    "Match queries to objects at least cost, then compare: focal, L1 and GIoU over all supervised states"
+    "Match queries to objects at least cost, then compare: focal, L1 and GIoU, in all states"
     cost_cls: float=2.  # matching: weight of the class cost
     cost_l1: float=5.   # matching: weight of the L1 cost
     cost_giou: float=2. # matching: weight of the GIoU cost
@@ -138,13 +153,14 @@ class SetLoss:
         if self.reduction not in ('mean','none'):
             raise ValueError(f"reduction is 'mean' or 'none', not {self.reduction!r}")
         preds = [preds] if hasattr(preds, 'logits') else preds
-        logits,boxes = (torch.stack([_full(getattr(p, k)) for p in preds]) for k in ('logits','boxes'))
+        logits = _stack(preds, 'logits')
+        boxes = _stack(preds, 'boxes')
         where = self.match(logits, boxes, target)
-        parts = set_terms(logits, boxes, target, where, self.alpha, self.gamma, self.form)
-        n = max(where.shape[1]/len(preds), 1)
-        parts = {k: v*(getattr(self, f'w_{k}')/n) for k,v in parts.items()}
-        self._remember(parts, target.image_id)
-        share = sum(parts.values()).sum(0)
+        terms = set_terms(logits, boxes, target, where, self.alpha, self.gamma, self.form)
+        n_matched = max(where.shape[1]/len(preds), 1) # of one state
+        weighted = {k: v*(getattr(self, f'w_{k}')/n_matched) for k,v in terms.items()}
+        self._remember(weighted, target.image_id)
+        share = sum(weighted.values()).sum(0)         # (B,)
         return share if self.reduction=='none' else share.sum()
 
     @torch.no_grad()
@@ -155,38 +171,46 @@ class SetLoss:
     ) -> Tensor:        # (4,n) rows of indices: state, image, query, object
         "Who answers for what, in every state and image"
         costs = match_costs(logits, boxes, target, self.alpha, self.gamma, self.form)
-        total = sum(getattr(self, f'cost_{k}')*v for k,v in costs.items())
-        host,labels = total.cpu(), target.labels.cpu()
-        if not host.isfinite().all(): check_finite('matching cost', dict(costs, total=total), target.image_id)
-        if labels.numel() and labels.max() >= (K := logits.shape[-1]):
+        total = sum(getattr(self, f'cost_{k}')*v for k,v in costs.items()) # (S,B,N,M)
+        host = total.cpu()
+        labels = target.labels.cpu()
+        if not host.isfinite().all():
+            check_finite('matching cost', dict(costs, total=total), target.image_id)
+        n_classes = logits.shape[-1]
+        if labels.numel() and labels.max() >= n_classes:
             ids = target.image_id.tolist()
-            raise ValueError(f"label {labels.max()} in images {ids}, but the logits have {K} classes")
+            raise ValueError(
+                f"label {labels.max()} in images {ids}, but the logits have {n_classes} classes")
         return self.matcher(host, labels).to(boxes.device)
 
-    def _remember(self, parts, image_id):
+    def _remember(self, terms, image_id):
         "Bring the terms to the host in one copy, check them, and keep them by kind and by state"
-        host = dict(zip(parts, torch.stack(list(parts.values())).detach().cpu()))
+        values = torch.stack(list(terms.values())).detach().cpu() # (3,S,B)
+        host = dict(zip(terms, values))
         check_finite('loss', host, image_id)
-        self.terms = {k: v.sum() for k,v in host.items()} | {
-            f'{s}/{k}': v[s].sum() for s in range(len(host['cls'])) for k,v in host.items()}
+        self.terms = {k: v.sum() for k,v in host.items()}
+        for s in range(values.shape[1]):
+            for k,v in host.items(): self.terms[f'{s}/{k}'] = v[s].sum()
 
 # %% ../nbs/09_loss.ipynb #54b79665
 class Detections(Record):
     "The best detections of every image of a batch, best first"
     scores: Tensor # (B,k) in 0..1
     labels: Tensor # (B,k) class
-    boxes: Tensor  # (B,k,4) xyxy in pixels of the fed picture
+    boxes: Tensor  # (B,k,4) xyxy in pixels of the fed image
 
 class Scored(Record):
     "A prediction whose logits went through the sigmoid"
     scores: Tensor # (B,N,K) in 0..1
-    boxes: Tensor  # (B,N,4) xyxy in pixels of the fed picture
+    boxes: Tensor  # (B,N,4) xyxy in pixels of the fed image
 
 def _top(scored, max_dets):
     "The best of all query-class pairs"
     n,k = scored.scores.shape[1:]
-    scores,at = scored.scores.flatten(1).topk(min(max_dets, n*k))
-    return Detections(scores, at % k, scored.boxes.gather(1, (at // k)[..., None].expand(-1, -1, 4)))
+    flat = scored.scores.flatten(1)                   # (B,N*K)
+    scores,at = flat.topk(min(max_dets, n*k))         # (B,k) each
+    query = (at // k)[..., None].expand(-1, -1, 4)    # (B,k,4)
+    return Detections(scores, at % k, scored.boxes.gather(1, query))
 
 def decode(
     pred,              # `logits` (B,N,K), `boxes` (B,N,4)

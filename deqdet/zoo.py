@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .decoder import Stacked
 from .families.deformable import DeformableDETR
 from .equilibrium import Settled, Perturb
-from .model import AdaMixer
+from .families.adamixer import AdaMixer
 from .families.sparse_rcnn import SparseRCNN
 from .sqr import Recollected, windows
 

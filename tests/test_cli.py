@@ -5,7 +5,7 @@ import pytest, torch
 from PIL import Image
 from deqdet import cli
 from deqdet.data import load_image, synth_coco
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,
              points=(4,), out_points=8, hidden=64)

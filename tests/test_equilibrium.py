@@ -16,7 +16,8 @@ from deqdet.solver import solve
 
 SCRIPT = '''
 import json, os, resource, sys, torch
-from deqdet.decoder import MixerStep, Queries
+from deqdet.decoder import Queries
+from deqdet.mixer import MixerStep
 from deqdet.equilibrium import Equilibrium
 kw = json.loads(sys.argv[1])
 torch.manual_seed(0)

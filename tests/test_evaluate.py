@@ -12,7 +12,8 @@ from deqdet.evaluate import (APCallback, coco_ap, confusion, evaluate, match_tab
                              write_results)
 from deqdet.equilibrium import Settled
 from deqdet.loss import SetLoss, decode
-from deqdet.model import AdaMixer, to_original
+from deqdet.model import to_original
+from deqdet.families.adamixer import AdaMixer
 
 PUBLISHED = dict(AP=.505, AP50=.697, AP75=.573, APs=.586, APm=.519, APl=.501,
                  AR1=.387, AR10=.594, AR100=.595, ARs=.640, ARm=.566, ARl=.564)

@@ -1,11 +1,12 @@
 "The set loss on many random batches, in fastai's loop, in other precisions, and where nothing should be finite"
-import pickle, subprocess, sys
+import itertools, pickle, subprocess, sys
+from dataclasses import fields, replace
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from scipy.optimize import linear_sum_assignment
 from deqdet.boxes import giou, pairs
 from deqdet.decoder import Pred
-from deqdet.loss import SetLoss, assign, decode, focal_cost
+from deqdet.loss import SetLoss, assign, check_finite, decode, focal_cost, upright
 from torchvision.ops import sigmoid_focal_loss
 
 
@@ -182,6 +183,194 @@ def test_decode(max_dets):
 def test_imports_without_fastai():
     code = "import sys, deqdet.loss; sys.exit(any(m.split('.')[0]=='fastai' for m in sys.modules))"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+# ----------------------------------------------------------------------------- on the two images of the loss's page
+
+LOSS = SetLoss()
+TRUTH = torch.tensor([[14., 20, 66, 70], [47, 49, 81, 83], [92, 14, 120, 46]])
+
+
+def two_images(n=7, seed=0):
+    "Two states of `n` queries, stacked, on two images, one with three objects and one with one"
+    torch.manual_seed(seed)
+    second = torch.nn.functional.pad(torch.tensor([[10., 12, 50, 44]]), (0, 0, 0, 2))
+    target = SimpleNamespace(boxes=torch.stack([TRUTH, second]), labels=torch.tensor([[0, 1, 2], [1, -1, -1]]),
+                             size=torch.tensor([[96, 128], [64, 80]]), image_id=torch.tensor([7, 8]))
+    boxes = torch.rand(2, 2, n, 4)*30 + torch.tensor([8, 8, 44, 40])
+    return torch.randn(2, 2, n, 3) - 2, boxes, target
+
+
+def preds_of(logits, boxes): return [Pred(*o) for o in zip(logits, boxes)]
+def altered(target, **kw): return SimpleNamespace(**(vars(target) | kw))
+def empty(target): return altered(target, boxes=target.boxes*0, labels=target.labels*0 - 1)
+
+
+def cheapest(cost):
+    "The cheapest one-to-one assignment, by trying every one of them"
+    n, m = cost.shape
+    if n < m: return {(q, t) for t, q in cheapest(cost.T)}
+    every = (list(zip(q, range(m))) for q in itertools.permutations(range(n), m))
+    return set(min(every, key=lambda o: sum(cost[q, t] for q, t in o)))
+
+
+def test_assign_equals_trying_everything():
+    "Several states and images at once, padded columns that would attract everyone, an image without objects"
+    torch.manual_seed(0)
+    cost = torch.randn(3, 4, 4, 3)
+    labels = torch.tensor([[0, 1, 2], [0, -1, 5], [-1, 3, -1], [-1, -1, -1]])
+    cost[labels.lt(0)[None, :, None, :].expand_as(cost)] = -99
+    where = assign(cost, labels).T.tolist()
+    for s, b in itertools.product(range(3), range(4)):
+        cols = labels[b].ge(0).nonzero()[:, 0]
+        want = {(q, cols[t].item()) for q, t in cheapest(cost[s, b][:, cols])} if len(cols) else set()
+        assert {(q, t) for si, bi, q, t in where if (si, bi) == (s, b)} == want
+
+
+def test_more_objects_than_queries():
+    "Every query gets an object, and the dearest objects go without"
+    crowd = torch.randn(1, 1, 2, 5, generator=torch.Generator().manual_seed(0))
+    _, _, q, t = assign(crowd, torch.zeros(1, 5)).tolist()
+    assert len(q) == 2 and set(zip(q, t)) == cheapest(crowd[0, 0])
+
+
+def test_upright_changes_no_proper_box_and_orders_the_others():
+    assert torch.equal(upright(TRUTH), TRUTH)
+    wrong, small = torch.tensor([100., 100, 0, 0]), torch.tensor([40., 40, 60, 60])
+    assert torch.equal(upright(wrong), torch.tensor([0., 0, 100, 100]))
+    assert giou(wrong, small) > 1 # what it is there for
+    torch.testing.assert_close(giou(upright(wrong), small), torch.tensor(20*20/100**2))
+
+
+def test_the_order_of_objects_alone_means_nothing():
+    logits, boxes, target = two_images()
+    order = torch.tensor([2, 0, 1])
+    other = altered(target, boxes=target.boxes[:, order], labels=target.labels[:, order])
+    preds = preds_of(logits, boxes)
+    torch.testing.assert_close(LOSS(preds, other), LOSS(preds, target), rtol=1e-5, atol=1e-5)
+
+
+TURNED = dict(cost_cls=200., cost_l1=0., cost_giou=100., w_cls=3., w_l1=3., w_giou=3., alpha=.5, gamma=1., form='cxcywh')
+
+
+def test_every_field_is_turned(): assert set(TURNED) == {f.name for f in fields(SetLoss)} - {'matcher', 'reduction'}
+
+
+@pytest.mark.parametrize('field', TURNED)
+def test_every_weight_has_an_effect(field):
+    logits, boxes, target = two_images()
+    preds = preds_of(logits, boxes)
+    other = replace(LOSS, **{field: TURNED[field]})
+    assert abs(other(preds, target) - LOSS(preds, target)) > 1e-3
+
+
+def test_shares_of_images():
+    logits, boxes, target = two_images()
+    preds = preds_of(logits, boxes)
+    shares = replace(LOSS, reduction='none')(preds, target)
+    assert shares.shape == (2,)
+    torch.testing.assert_close(shares.sum(), LOSS(preds, target))
+    with pytest.raises(ValueError, match="not 'median'"): replace(LOSS, reduction='median')(preds, target)
+    with pytest.raises(TypeError, match='cost_iou'): SetLoss(cost_iou=2)
+
+
+def flat(target):
+    boxes = target.boxes.clone()
+    boxes[0, 0] = torch.tensor([30., 30, 30, 50])
+    return altered(target, boxes=boxes)
+
+
+EDGES = dict(nobody=lambda l, b, t: (l, b, empty(t)),
+             no_column=lambda l, b, t: (l, b, altered(t, boxes=t.boxes[:, :0], labels=t.labels[:, :0])),
+             one_query=lambda l, b, t: (l[:, :, :1], b[:, :, :1], t),
+             one_way=lambda l, b, t: (l, b[..., [2, 1, 0, 3]], t),
+             both_ways=lambda l, b, t: (l, b[..., [2, 3, 0, 1]], t),
+             points=lambda l, b, t: (l, b[..., [0, 1, 0, 1]], t),
+             on_the_spot=lambda l, b, t: (l[:, :, :3], t.boxes.expand(2, -1, -1, -1), t),
+             flat_object=lambda l, b, t: (l, b, flat(t)),
+             point_on_flat=lambda l, b, t: (l, flat(t).boxes[:, :1].expand(2, 2, 7, 4), flat(t)),
+             sure=lambda l, b, t: (l.sign()*1000, b, t))
+
+
+def grads(logits, boxes, target):
+    leaves = [o.clone().requires_grad_() for o in (logits, boxes)]
+    value = LOSS(preds_of(*leaves), target)
+    value.backward()
+    return value.detach(), *(o.grad for o in leaves)
+
+
+@pytest.mark.parametrize('case', EDGES)
+def test_finite_at_the_edges(case):
+    value, g_logits, g_boxes = grads(*EDGES[case](*two_images()))
+    assert value >= 0
+    for o in (value, g_logits, g_boxes): assert o.isfinite().all()
+
+
+def test_without_objects_only_the_focal_term_speaks():
+    logits, boxes, target = two_images()
+    value, _, g_boxes = grads(logits, boxes, empty(target))
+    assert torch.equal(g_boxes, torch.zeros_like(boxes))
+    assert value == grads(*EDGES['no_column'](logits, boxes, target))[0]
+
+
+def test_the_divisor_counts_pairs():
+    logits, boxes, target = two_images()
+    assert LOSS.match(logits[:, :, :1], boxes[:, :, :1], target).shape[1] == 2*2 # one query for three objects
+    s, b, q, t = LOSS.match(logits, boxes, target)
+    assert [((s == i) & (b == j)).sum().item() for i in (0, 1) for j in (0, 1)] == [3, 1, 3, 1]
+
+
+def test_bfloat16_logits_outside_autocast():
+    logits, boxes, target = two_images()
+    half = preds_of(logits.bfloat16(), boxes)
+    assert LOSS(half, target) == LOSS(preds_of(logits.bfloat16().float(), boxes), target)
+
+
+NAN, INF = float('nan'), float('inf')
+
+
+@pytest.mark.parametrize('truth, field, at, value, term', [
+    (lambda t: t, 0, (1, 4, 1), NAN, "matching cost 'cls'"), # in the scores of a matched class
+    (lambda t: t, 1, (1, 4, 1), INF, "matching cost 'l1'"),
+    (lambda t: t, 1, (1, 4), 1e30, "matching cost 'giou'"),
+    (empty, 1, (1, 4, 1), NAN, "matching cost 'l1'"),
+    (lambda t: t, 0, (1, 4, 2), NAN, "loss 'cls'")]) # in another class
+def test_what_cannot_be_computed_is_refused_by_name(truth, field, at, value, term):
+    logits, boxes, target = two_images()
+    three = [Pred(*[o.clone() for o in p]) for p in preds_of(logits, boxes) + preds_of(logits[:1], boxes[:1])]
+    three[2][field][at] = value
+    with pytest.raises(FloatingPointError, match=rf"{term} is not finite: supervised states \[2\], image ids \[8\]"):
+        LOSS(three, truth(target))
+
+
+def test_a_label_without_a_class():
+    logits, boxes, target = two_images()
+    with pytest.raises(ValueError, match=r'label 2 in images \[7, 8\], but the logits have 2 classes'):
+        LOSS(preds_of(logits[..., :2], boxes), target)
+
+
+def test_check_finite_is_silent_when_all_is_well():
+    assert check_finite('loss', dict(cls=torch.zeros(3, 4)), torch.arange(4)) is None
+
+
+def test_activation_and_decodes_read_the_last_prediction():
+    logits, boxes, _ = two_images()
+    preds = preds_of(logits, boxes)
+    act = LOSS.activation(preds)
+    assert torch.equal(act.boxes, preds[-1].boxes)
+    assert torch.equal(LOSS.activation(preds[-1]).scores, act.scores) # a list of one arrives unwrapped
+    for a, b in zip(LOSS.decodes(act), decode(preds[-1]), strict=True): assert torch.equal(a, b)
+    assert decode(preds[0], 5).boxes.shape == (2, 5, 4)
+
+
+def test_decode_in_order_and_of_as_many_pairs_as_there_are():
+    logits, boxes, _ = two_images()
+    every = sorted(((s, c, tuple(b)) for row, b in zip(logits[0, 0].sigmoid().tolist(), boxes[0, 0].tolist())
+                    for c, s in enumerate(row)), reverse=True)
+    det = decode(Pred(logits[0], boxes[0]))
+    assert det.scores.shape == (2, 21) # fewer than 100 exist
+    for i, (s, c, b) in enumerate(every):
+        assert det.labels[0, i] == c and det.scores[0, i].item() == pytest.approx(s) and tuple(det.boxes[0, i].tolist()) == b
 
 
 class Free(torch.nn.Module):

@@ -10,7 +10,7 @@ from deqdet.data import det_dls, synth_coco
 from deqdet.decoder import Stacked
 from deqdet.evaluate import evaluate
 from deqdet.learner import EMA, CSVLog, NonFinite, Recipe, Resume, Stop, det_learner
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 
 HYPER = AdaMixer(n_classes=4, body='resnet10t', frozen_stages=0, feat_width=32, norm_groups=8, n_queries=49,
                  grid=(7,7,.3), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=64)

@@ -6,7 +6,8 @@ import pytest, torch
 from torch import nn
 from deqdet.backbone import Pyramid, Neck, tiny_body
 from deqdet.data import Target, collate
-from deqdet.decoder import MixerStep, Queries, State, prepared
+from deqdet.decoder import Queries, State, prepared
+from deqdet.mixer import MixerStep
 from deqdet.equilibrium import Equilibrium, Perturb, Settled
 from deqdet.mixing import Rows
 

@@ -9,7 +9,7 @@ from torch import nn
 from deqdet.data import det_dls, synth_coco
 from deqdet.equilibrium import Settled
 from deqdet.evaluate import predict_dl
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from deqdet.solver import picard, solve
 from deqdet.viz import (class_color, draw_boxes, draw_points, plot_residuals, plot_training, read_log, save_refinement,
                         show_pairs, show_predictions, show_refinement, show_trails)
