@@ -26,7 +26,7 @@ from .decoder import Stacked
 from .equilibrium import Settled
 from .families.deformable import DeformableDETR
 from .families.sparse_rcnn import SparseRCNN
-from .model import AdaMixer
+from .families.adamixer import AdaMixer
 
 # %% ../nbs/17_convert.ipynb #806e4b0f
 _all_ = ['DIALECTS', 'Layout', 'deformable_keys', 'dialect_of', 'infer_deformable', 'infer_resnet',

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from deqdet.decoder import MixerStep, Pred, Queries, State
+from deqdet.decoder import Pred, Queries, State
 from deqdet.equilibrium import RAG, Equilibrium, Implicit, Perturb, Phantom, Settled, measure_boxes
 from deqdet.solver import solve
 

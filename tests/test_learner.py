@@ -16,7 +16,7 @@ from deqdet.learner import (EMA, CSVLog, DetLearner, DetOpt, Interpretation, Non
                             WatchSettling, average_checkpoints, deal, det_learner, draw_results, param_groups,
                             recipes, section_of, shard)
 from deqdet.loss import SetLoss
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from deqdet.zoo import create_detector, published, zoo
 
 SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4,

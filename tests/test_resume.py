@@ -9,7 +9,7 @@ from deqdet.sets.augment import recipe_small
 from deqdet.data import det_dls, synth_coco
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.learner import EMA, Amp, CSVLog, Resume, Stop, det_learner
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from deqdet.training import resume
 from deqdet.training.optim import Muon
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 from deqdet.data import Target
-from deqdet.decoder import MixerStep, Pred, Queries, Stacked, State
+from deqdet.decoder import Pred, Queries, Stacked, State
+from deqdet.mixer import MixerStep
 from deqdet.families.sparse_rcnn import SparseRCNN
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from deqdet.sqr import Recollected, apart, follow, side_by_side, stage_regressions, windows
 
 TRUTH = Target(torch.tensor([[[10., 10, 30, 30]]]), torch.tensor([[0]]), torch.tensor([[64, 64]]), torch.tensor([0]))

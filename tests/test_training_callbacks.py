@@ -11,7 +11,7 @@ from deqdet.equilibrium import Perturb, Settled
 from deqdet.learner import (EMA, CSVLog, NonFinite, Recipe, SaveBest, WatchSettling, average_checkpoints,
                             det_learner)
 from deqdet.loss import SetLoss
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from deqdet.training.callbacks import FitLoop
 
 SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9,

@@ -2,7 +2,7 @@
 from dataclasses import replace
 import pytest, torch
 from fastai.optimizer import OptimWrapper
-from deqdet.model import AdaMixer
+from deqdet.families.adamixer import AdaMixer
 from deqdet.training.recipes import SECTIONS, DetOpt, Recipe, param_groups, recipes, section_of
 
 @pytest.fixture(scope='module')

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import singledispatch
 from ..equilibrium import Settled
 from ..families.sparse_rcnn import SparseRCNN
-from ..model import AdaMixer
+from ..families.adamixer import AdaMixer
 
 # %% ../../nbs/checkpoints/01_layouts.ipynb #b8d12b56
 STEP_NAMES = (
