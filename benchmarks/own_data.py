@@ -39,8 +39,7 @@ class Ours:
     clip = 1.
 
     def __init__(self, name, vocab, size, start):
-        options = {} if start else dict(start=None)
-        self.net = create_detector(name, vocab=vocab, pretrained=True, **options)
+        self.net = create_detector(name, vocab=vocab, pretrained=True, start=start)
         self.criterion = SetLoss()
 
     def loss(self, images, sizes, target): return self.criterion(self.net(images, sizes), target)
@@ -109,7 +108,7 @@ class Peer:
 KINDS = {
     'deqdet_lite': partial(Ours, 'deqdet_lite', start=True),
     'deqdet_lite_scratch': partial(Ours, 'deqdet_lite', start=False),
-    'adamixer_lite': partial(Ours, 'adamixer_lite', start=False),
+    'adamixer_lite': partial(Ours, 'adamixer_lite', start=True),
     'fcos': partial(Peer, 'fcos'), 'retinanet': partial(Peer, 'retinanet'), 'faster_rcnn': partial(Peer, 'faster_rcnn')}
 
 

@@ -11,6 +11,7 @@ import numpy as np, torch
 from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, IterableDataset
+from deqdet.families.start import object_row
 from deqdet.loss import SetLoss
 from deqdet.sets.images import Target
 from deqdet.sets.scenes import KIND_NAMES, scene
@@ -59,6 +60,25 @@ def groups(model, wd):
     return [dict(params=decayed, weight_decay=wd), dict(params=plain, weight_decay=0.)]
 
 
+@torch.no_grad()
+def object_rows(model, bs, batches=12):
+    "For the class towers of g and f: the row that says whether there is an object, from scenes that were not trained on"
+    seen = dict(init=[], step=[])
+    for i in range(batches):
+        images, target = batch(10**6 + i, bs)
+        path = model.eval().trajectory(images, target.size)
+        for j,(state,_) in enumerate(path):
+            part = 'step' if j else 'init'
+            tower = getattr(model.decoder, part).cls
+            hidden = tower[:-1](state.content).flatten(0, 1)
+            seen[part].append((hidden, tower[-1](hidden)))
+    rows = {}
+    for part,pairs in seen.items():
+        weight, bias = object_row(*map(torch.cat, zip(*pairs)))
+        rows |= {f'decoder.{part}.cls.object.weight': weight, f'decoder.{part}.cls.object.bias': bias}
+    return rows
+
+
 def predictions(model, images, size):
     "All supervised predictions; nothing is kept of the frozen body"
     pyramid = model.pyramid
@@ -74,7 +94,7 @@ class Run:
     def __init__(self, args):
         torch.manual_seed(args.seed)
         self.args = args
-        self.model = create_detector(args.name, vocab=KIND_NAMES, pretrained=args.body or True, start=None).train()
+        self.model = create_detector(args.name, vocab=KIND_NAMES, pretrained=args.body or True, start=False).train()
         self.model.pyramid.body.requires_grad_(False)
         self.opt = Muon(groups(self.model, .1), lr=args.lr, weight_decay=.1)
         self.loss = SetLoss()
@@ -119,7 +139,9 @@ class Run:
         "The moving average in half precision"
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        half = {k: v.half().contiguous() if v.is_floating_point() else v for k,v in self.average.items()}
+        self.model.load_state_dict(self.average, strict=False)
+        tensors = self.average | object_rows(self.model, self.args.bs)
+        half = {k: v.half().contiguous() if v.is_floating_point() else v for k,v in tensors.items()}
         note = dict(name=self.args.name, updates=str(self.n), scenes=str(self.n*self.args.bs), minutes=str(self.args.minutes),
                     commit=commit(), machine=json.dumps(machine()), vocab=json.dumps(KIND_NAMES))
         save_file(half, file, note)

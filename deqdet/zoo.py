@@ -6,8 +6,9 @@ Docs: https://deqdet.github.io/deqdet/zoo.html.md"""
 
 # %% auto #0
 __all__ = ['deqdet_r50', 'swin_s', 'swin_l', 'r101', 'adamixer_r50', 'sparse_rcnn_r50', 'deformable_r50', 'deqdet_tiny',
-           'deqdet_small', 'sparse_rcnn_tiny', 'deformable_tiny', 'deqdet_zoo', 'adamixer_zoo', 'sparse_rcnn_zoo',
-           'deformable_zoo', 'tiny_zoo', 'zoo', 'Published', 'list_detectors', 'published', 'create_detector', 'cost']
+           'deqdet_small', 'sparse_rcnn_tiny', 'deformable_tiny', 'deqdet_lite', 'deqdet_zoo', 'adamixer_zoo',
+           'sparse_rcnn_zoo', 'deformable_zoo', 'tiny_zoo', 'lite_zoo', 'zoo', 'Published', 'list_detectors',
+           'published', 'create_detector', 'cost']
 
 # %% ../nbs/12_zoo.ipynb #7e4d6628
 import torch
@@ -21,6 +22,7 @@ from .decoder import Stacked
 from .families.deformable import DeformableDETR
 from .equilibrium import Settled, Perturb
 from .families.adamixer import AdaMixer
+from .families.start import load_start, start_file
 from .families.sparse_rcnn import SparseRCNN
 from .sqr import Recollected, windows
 
@@ -47,6 +49,12 @@ sparse_rcnn_tiny = SparseRCNN(**_tiny_mixed, dynamic=16, finest=14.)
 deformable_tiny = DeformableDETR(**_tiny, norm_groups=16, encoder_layers=1, encoder_heads=4,
                                  encoder_hidden=128, dropout=0., refine=True)
 
+# %% ../nbs/12_zoo.ipynb #a1c70002
+deqdet_lite = AdaMixer(body='tf_efficientnet_lite0', frozen_stages=3, feat_width=128, norm_groups=16,
+                       n_queries=100, grid=(10,10,.2), width=128, heads=4, points=(16,),
+                       out_points=32, hidden=512,
+                       strategy=replace(_tiny_equilibrium, perturb=Perturb(position=6.)))
+
 # %% ../nbs/12_zoo.ipynb #594f8fb9
 @dataclass(frozen=True)
 class Published:
@@ -54,6 +62,7 @@ class Published:
     hyper: object   # the record that builds it
     recipe: str     # name of the schedule that trained it
     ap: float=None  # COCO val AP that its authors report
+    start: str=None # name of the trained start that comes with the package
 
 def _wide(queries, width): # DEQDet with a Swin-L
     return replace(deqdet_r50, n_queries=queries, width=width, feat_width=width, **swin_l)
@@ -115,7 +124,12 @@ tiny_zoo = {k: Published(hyper, 'tiny') for k,hyper in {
     'deq_deformable_detr_tiny': replace(deformable_tiny, strategy=_tiny_equilibrium),
 }.items()}
 
-zoo = {**deqdet_zoo, **adamixer_zoo, **sparse_rcnn_zoo, **deformable_zoo, **tiny_zoo}
+_lite_stack = replace(deqdet_lite, strategy=Stacked(6))
+lite_zoo = {
+    'deqdet_lite': Published(deqdet_lite, 'finetune', start='deqdet_lite'),
+    'adamixer_lite': Published(_lite_stack, 'finetune', start='deqdet_lite')}
+
+zoo = {**deqdet_zoo, **adamixer_zoo, **sparse_rcnn_zoo, **deformable_zoo, **tiny_zoo, **lite_zoo}
 
 # %% ../nbs/12_zoo.ipynb #17682d66
 def list_detectors(
@@ -139,6 +153,7 @@ def create_detector(
     n_classes: int=80,# K: classes to tell apart
     pretrained=False, # weights of the body: True downloads ImageNet's, a path reads a file
     vocab=None,       # names of the classes; their number is then `n_classes`
+    start=True,       # with `pretrained`: neck, queries and decoder too, where the package has them
     **overrides       # fields of the record, such as `n_queries=300`
 ): # a `Detector`; its `recipe` is the name of the schedule that `det_learner` takes
     "A detector by name"
@@ -147,6 +162,7 @@ def create_detector(
     hyper = replace(entry.hyper, n_classes=n_classes, **overrides)
     model = hyper.build(pretrained, vocab)
     model.recipe = entry.recipe
+    if pretrained and start and entry.start: load_start(model, start_file(entry.start))
     return model
 
 # %% ../nbs/12_zoo.ipynb #768e9514

@@ -31,6 +31,8 @@ class Recipe:
     clip: float=1.           # largest norm of all gradients together
     batch: int=16            # pictures per update that these rates were chosen for
     muon: bool=False         # `Muon`, which updates matrices in all directions alike, not AdamW
+    updates: int=0           # about so many, whatever the size of the set; 0: `epochs` counts
+    ema: float=0.            # part of an average of weights that stays at an update; 0: no average
 
     def factor(self,
         i,     # update, from 0
@@ -44,6 +46,13 @@ class Recipe:
         n_drops = sum(epoch >= d for d in self.drops)
         return up*self.drop**n_drops
 
+    def epochs_for(self,
+        n # updates in an epoch of the set
+    ) -> int:
+        "Epochs over a set: those of the recipe, or what its number of updates asks for, within 6 to 60"
+        if not self.updates: return self.epochs
+        return min(60, max(6, round(self.updates/max(n, 1))))
+
 # %% ../../nbs/training/01_recipes.ipynb #708330cc
 _no_decay = 'norm|relative_position_bias_table|absolute_pos_embed' # of a Swin
 _swin = ((f'^pyramid.body.*({_no_decay})', .1, 0.), ('^pyramid.neck.norm', 1., 0.))
@@ -55,6 +64,8 @@ _slow_body = ('^pyramid.levels.body', .1, 1.)
 _slow_points = (r'\.offsets\.|\.aim\.', .1, 1.)
 deformable = Recipe(epochs=50, drops=(40,), lr=2e-4, wd=1e-4, mults=(_slow_body, _slow_points),
                     warmup=0, clip=.1, batch=32)
+_finetune = (('^pyramid.body.*(norm|bn|bias)', .1, 0.), ('^pyramid.body', .1, 1.),
+             ('norm|bn|bias', 1., 0.))
 recipes = {
     '1x': deqdet_1x,
     '1x_swin': replace(deqdet_1x, mults=deqdet_1x.mults + _swin),
@@ -66,7 +77,9 @@ recipes = {
     'deformable': deformable,
     'deformable_detrex': replace(deformable, lr=1e-4, mults=(_slow_body,), batch=16),
     'tiny': Recipe(epochs=60, drops=(), cosine=True, lr=2.5e-3, wd=.1, warmup=150, batch=8,
-                   mults=(('norm|bn|bias', 1., 0.),), muon=True)}
+                   mults=(('norm|bn|bias', 1., 0.),), muon=True),
+    'finetune': Recipe(updates=1500, drops=(), cosine=True, lr=2.5e-3, wd=.1, warmup=75, batch=4,
+                       mults=_finetune, muon=True, ema=.99)}
 
 # %% ../../nbs/training/01_recipes.ipynb #b6fbbe60
 SECTIONS = ('body', 'rest', 'decoder')
