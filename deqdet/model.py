@@ -65,8 +65,12 @@ class Detector(nn.Module):
         layout=torch.channels_last # memory layout in which steps like to read features
     ):
         super().__init__()
-        self.pyramid,self.queries,self.decoder = pyramid,queries,decoder
-        self.hyper,self.vocab,self.layout = hyper,vocab,layout
+        self.pyramid = pyramid
+        self.queries = queries
+        self.decoder = decoder
+        self.hyper = hyper
+        self.vocab = vocab
+        self.layout = layout
 
     def start(self,
         images, # (B,3,H,W) RGB, integers 0..255 or floats 0..1
