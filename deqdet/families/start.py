@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+import deqdet
 
 # %% ../../nbs/families/05_start.ipynb #a470c45f
-WEIGHTS = Path(__file__).parents[1]/'weights' if '__file__' in globals() else Path('../../deqdet/weights')
+WEIGHTS = Path(deqdet.__file__).parent/'weights'
 
 def start_file(
     name # of a detector, such as 'deqdet_lite'
@@ -48,7 +49,7 @@ def object_row(
 
 # %% ../../nbs/families/05_start.ipynb #a081ec49
 def _new_classes(tower, start, prefix):
-    "Give the last layer of a class tower the object row of the file; a little of its own random weights stays"
+    "Give the last layer of a class tower the object row; a little of its random weights stays"
     last = tower[-1]
     row = start[f'{prefix}.object.weight']
     bias = start[f'{prefix}.object.bias']
@@ -80,6 +81,14 @@ def _towers(decoder):
     return [(k, m) for k,m in decoder.named_modules(prefix='decoder') if k.endswith('.cls')]
 
 # %% ../../nbs/families/05_start.ipynb #5545499a
+def _for_queries(start, own):
+    "The contents for the boxes that this detector has"
+    content = start['queries.content.weight'] # (N,D)
+    boxes = start['queries.boxes']            # (N,4)
+    mine = own['queries.boxes']               # (M,4)
+    chosen = nearest_contents(content, boxes, mine) # (M,D)
+    return start | {'queries.content.weight': chosen, 'queries.boxes': mine}
+
 def _without_classes(start):
     "All but the last layers of the class towers"
     last = max(int(k.split('.')[-2]) for k in start if '.cls.' in k and k.split('.')[-2].isdigit())
@@ -100,13 +109,11 @@ def load_start(
     steps = getattr(model.decoder, 'steps', None)
     if steps is not None: start = _for_stack(start, len(steps))
     own = {k: v for k,v in model.state_dict().items() if '.body.' not in k}
-    content = start['queries.content.weight']
-    if content.shape[1]==own['queries.content.weight'].shape[1]:
-        start['queries.content.weight'] = nearest_contents(content, start['queries.boxes'], own['queries.boxes'])
-    start['queries.boxes'] = own['queries.boxes']
+    start = _for_queries(start, own)
     fits = {k: start[k] for k,v in own.items() if k in start and start[k].shape==v.shape}
     model.load_state_dict(fits, strict=False)
     for prefix,tower in _towers(model.decoder):
         fresh = f'{prefix}.{len(tower)-1}.weight' not in fits
-        if fresh and tower[-1].weight.shape[1:]==start[f'{prefix}.object.weight'].shape: _new_classes(tower, start, prefix)
+        wide = tower[-1].weight.shape[1:]==start[f'{prefix}.object.weight'].shape
+        if fresh and wide: _new_classes(tower, start, prefix)
     return Started(list(fits), [k for k in own if k not in fits])

@@ -76,7 +76,9 @@ def background(rng, h, w):
     img = surface(rng, h, w, colour(rng), colour(rng), None, rng.uniform(0, 1))
     for _ in range(rng.integers(0, 4)):
         region = _region(rng, h, w)[..., None].astype(np.float32)
-        img = img + region*(surface(rng, h, w, colour(rng), colour(rng), None, rng.uniform(0, 1)) - img)
+        c0 = colour(rng)
+        c1 = colour(rng)
+        img = img + region*(surface(rng, h, w, c0, c1, None, rng.uniform(0, 1)) - img)
     return img
 
 # %% ../../nbs/sets/07_scenes.ipynb #41c6ff3a
@@ -130,7 +132,9 @@ def _marks(col, kind, side, turn, size, place):
     h,w = col.shape[:2]
     for j in range(kind.marks):
         rng = np.random.default_rng((kind.seed, j))
-        mark = mask_of(kind.mark(rng), max(3, side*rng.uniform(.1, .3)), turn + rng.uniform(0, 6.3), 1.)
+        outline = kind.mark(rng)
+        size_of = max(3, side*rng.uniform(.1, .3))
+        mark = mask_of(outline, size_of, turn + rng.uniform(0, 6.3), 1.)
         spin = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
         px,py = (rng.uniform(-.28, .28, 2)*side) @ spin
         bx = int(size[0]/2 + px - mark.size[0]/2) - place[0]
@@ -145,8 +149,9 @@ def _marks(col, kind, side, turn, size, place):
 def _surface_of(rng, kind, k, h, w, style):
     "The bare surface (h,w,3) of an object of class `k`"
     hues = style['hues']
-    c0 = kind.hue + rng.normal(0, 18, 3) if kind.own_hue else hues[k % len(hues)] + rng.normal(0, 10, 3)
+    c0 = kind.hue if kind.own_hue else hues[k % len(hues)]
     c1 = kind.hue2 if kind.own_hue else hues[(k+1) % len(hues)]
+    c0 = c0 + rng.normal(0, 18 if kind.own_hue else 10, 3)
     return surface(rng, h, w, c0, c1, kind.texture, kind.contrast)
 
 def _shadow(img, mask, win, x0, y0, x1, y1, side, strength):
@@ -212,7 +217,9 @@ def develop(rng, img):
     img = img*shade(rng, h, w)[..., None]
     img = (img - 128)*rng.uniform(.6, 1.25) + 128 + rng.uniform(-25, 25)
     if rng.random() < .08: img = img.mean(-1, keepdims=True).repeat(3, -1)
-    if rng.random() < .04: img = np.where(img.mean(-1, keepdims=True) > img.mean(), 255., 0.).repeat(3, -1)
+    if rng.random() < .04:
+        bright = img.mean(-1, keepdims=True) > img.mean()
+        img = np.where(bright, 255., 0.).repeat(3, -1)
     if rng.random() < .6: img = img + rng.standard_normal(img.shape, np.float32)*rng.uniform(1, 12)
     im = Image.fromarray(img.clip(0, 255).astype(np.uint8))
     if rng.random() < .35: im = im.filter(ImageFilter.GaussianBlur(rng.uniform(.3, 1.4)))
@@ -256,7 +263,8 @@ def scene(
     if rng.random() < .35: img = clutter(rng, img)
     n,draw = sizes_in(rng, min(h, w))
     owner = np.zeros((h, w), np.int64)
-    pool = rng.choice(len(KINDS), int(rng.integers(1, 7) if n < 20 else rng.integers(1, 4)), replace=False)
+    kinds = rng.integers(1, 7) if n < 20 else rng.integers(1, 4)
+    pool = rng.choice(len(KINDS), int(kinds), replace=False)
     style = _style(rng)
     labels = []
     for _ in range(3*n):

@@ -42,7 +42,9 @@ def star(rng):
 def blob(rng):
     a = angles(64)
     radius = 1.
-    for k in range(1, 7): radius = radius + rng.normal(0, .45/k**1.2)*np.cos(k*a + rng.uniform(0, 6.3))
+    for k in range(1, 7):
+        wave = rng.normal(0, .45/k**1.2)
+        radius = radius + wave*np.cos(k*a + rng.uniform(0, 6.3))
     return [polar(radius.clip(.25), a)]
 
 def flower(rng):
@@ -109,7 +111,8 @@ def creature(rng):
     head = polar(radius, angles(24)) + (rng.uniform(.55, .9), rng.uniform(-.6, 0))
     parts = [body, head]
     for x in np.linspace(-.6, .6, int(rng.integers(2, 7))):
-        parts.append(bar(x, 0, x + rng.uniform(-.2, .2), rng.uniform(.6, 1.), rng.uniform(.04, .12)))
+        foot = x + rng.uniform(-.2, .2)
+        parts.append(bar(x, 0, foot, rng.uniform(.6, 1.), rng.uniform(.04, .12)))
     if rng.random() < .6: parts.append(bar(-.5, 0, -1.1, rng.uniform(-.6, .3), .06))
     return parts
 
@@ -128,8 +131,9 @@ def cross(rng):
 def card(rng): return [power_ring(40, .15)*(rng.uniform(.55, .8), 1)]
 
 # the frequent ones stand twice
-SILHOUETTES = (superellipse, blob, card, n_gon, star, profile, creature, glyph, flower, gear, crescent,
-               annulus, sector, teardrop, heart, bolt, cross, blob, superellipse, creature)
+SILHOUETTES = (superellipse, blob, card, n_gon, star, profile, creature, glyph, flower, gear,
+               crescent, annulus, sector, teardrop, heart, bolt, cross, blob, superellipse,
+               creature)
 
 # %% ../../nbs/sets/06_silhouettes.ipynb #0e5b81a1
 def mask_of(
@@ -181,7 +185,8 @@ class _Patterns(_Painter):
     def wave(self):
         t = self.rng.uniform(0, np.pi)
         along = self.y*np.sin(t) + self.x*np.cos(t)
-        return np.sin(along*2*np.pi*self.rng.uniform(4, 40) + _unit(self.noise(1.5))*self.rng.uniform(0, 8))
+        fast = along*2*np.pi*self.rng.uniform(4, 40)
+        return np.sin(fast + _unit(self.noise(1.5))*self.rng.uniform(0, 8))
     def cells(self):
         points = self.rng.uniform(0, 1, (int(self.rng.integers(20, 120)), 2))
         squares = (self.y - points[:, 0, None, None])**2 + (self.x - points[:, 1, None, None])**2
@@ -202,8 +207,10 @@ def textures(
 ):           # (n,side,side) float32 in 0..1
     "All textures"
     draw = _Patterns(np.random.default_rng(1), side)
-    kinds = [draw.grain, draw.clouds, draw.wave, draw.cells, draw.dots, draw.checks, draw.ridges, draw.marble]
-    return np.stack([_unit(kinds[i % len(kinds)]().astype(float)) for i in range(n)]).astype(np.float32)
+    kinds = [draw.grain, draw.clouds, draw.wave, draw.cells, draw.dots, draw.checks, draw.ridges,
+             draw.marble]
+    bank = [_unit(kinds[i % len(kinds)]().astype(float)) for i in range(n)]
+    return np.stack(bank).astype(np.float32)
 
 # %% ../../nbs/sets/06_silhouettes.ipynb #c1e42e5a
 def patch(
@@ -224,5 +231,6 @@ def patch(
     x = rng.integers(side - cols + 1)
     p = t[y:y+rows, x:x+cols]
     if rng.random() < .5: p = p[::-1, ::-1]
-    if z > 1 or rows < h or cols < w: p = np.asarray(Image.fromarray(p).resize((w, h), Image.BILINEAR))
+    small = rows < h or cols < w
+    if z > 1 or small: p = np.asarray(Image.fromarray(p).resize((w, h), Image.BILINEAR))
     return p[:h, :w]

@@ -119,7 +119,8 @@ def everyone_stops(self:TimeBudget, flag):
     return anyone(flag, next(self.model.parameters()).device)
 
 @patch
-def state_dict(self:TimeBudget): return dict(before=self.elapsed(), last=self.last, evaluation=self.evaluation)
+def state_dict(self:TimeBudget):
+    return dict(before=self.elapsed(), last=self.last, evaluation=self.evaluation)
 
 @patch
 def load_state_dict(self:TimeBudget, s):
