@@ -127,7 +127,6 @@ def _stack(preds, field):
     "(S,B,...) one field of all supervised states"
     return torch.stack([_full(getattr(p, field)) for p in preds])
 
-# %% ../nbs/09_loss.ipynb #5b1f0b04
 @dataclass(eq=False)
 class SetLoss:
     "Match queries to objects at least cost, then compare: focal, L1 and GIoU, in all states"
