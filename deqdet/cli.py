@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FILE_FAULTS', 'NUMBERS', 'AUGMENT', 'COCO', 'SUFFIXES', 'FREE', 'SHOWN', 'PROCESSES', 'FIRST', 'STYLE', 'QUICK',
-           'CommandError', 'one_line', 'blame', 'in_bounds', 'in_options', 'say', 'expected', 'command', 'deqdet_check',
-           'decoder_name', 'deqdet_models', 'Feed', 'save_detector', 'load_detector', 'pick_device', 'read_names',
-           'deqdet_convert', 'describe', 'eval_loader', 'make_folder', 'writable', 'bar', 'solver_options',
-           'deqdet_eval', 'find_pictures', 'detect', 'draw_detections', 'to_coco', 'write_json', 'deqdet_predict',
-           'origin', 'fill', 'settle', 'start_detector', 'commit', 'machine', 'keeper', 'minutes', 'liner', 'loaders',
-           'make_learner', 'resumer', 'finite', 'save_figure', 'draw_training', 'finish', 'resumable', 'train',
-           'same_classes', 'saved_options', 'train_command', 'deqdet_train', 'demo_pictures', 'html_table',
-           'demo_tables', 'demo_page', 'epochs_in', 'deqdet_demo', 'report_demo']
+           'CommandError', 'one_line', 'blame', 'in_bounds', 'in_options', 'say', 'expected', 'command', 'is_script',
+           'read_options', 'deqdet_check', 'decoder_name', 'deqdet_models', 'Feed', 'save_detector', 'load_detector',
+           'pick_device', 'read_names', 'deqdet_convert', 'describe', 'eval_loader', 'make_folder', 'writable', 'bar',
+           'solver_options', 'deqdet_eval', 'find_pictures', 'detect', 'draw_detections', 'to_coco', 'write_json',
+           'deqdet_predict', 'origin', 'fill', 'settle', 'start_detector', 'commit', 'machine', 'keeper', 'minutes',
+           'liner', 'loaders', 'make_learner', 'resumer', 'finite', 'save_figure', 'draw_training', 'finish',
+           'resumable', 'train', 'same_classes', 'saved_options', 'train_command', 'deqdet_train', 'demo_pictures',
+           'html_table', 'demo_tables', 'demo_page', 'epochs_in', 'deqdet_demo', 'report_demo']
 
 # %% ../nbs/19_cli.ipynb #8e753fd2
 import errno, json, math, os, platform, re, select, shlex, shutil, signal, subprocess, sys, time, warnings
@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from glob import glob
 from html import escape
-from inspect import signature
+from inspect import currentframe, signature
 from pathlib import Path
-from fastcore.script import Param, call_parse
+from typing import Annotated
+from fastcore.script import parse_cli
 from . import __version__
 
 # %% ../nbs/19_cli.ipynb #e0fca82f
@@ -111,29 +112,47 @@ def _nobody_reads():
 def command(
     f # function
 ):    # the function as a command
-    "Expected errors end in one line and exit status 2, Ctrl-C in 130"
+    "From a shell it reads its options; expected errors end in one line and exit status 2, Ctrl-C in 130"
     @wraps(f)
     def _f(*args, **kwargs):
-        os.environ.setdefault('MPLBACKEND', 'Agg') # figures go to files; no window is wanted
-        with warnings.catch_warnings():
-            for o in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', o)
-            warnings.showwarning = lambda message, *_: say(f'warning: {one_line(message)}')
-            try:
-                in_bounds(signature(f).bind(*args, **kwargs).arguments)
-                res = f(*args, **kwargs)
-                sys.stdout.flush()
-                return res
-            except KeyboardInterrupt: status,said = 130,'stopped'
-            except Exception as e:
-                if isinstance(e, BrokenPipeError) and _nobody_reads(): raise SystemExit(128 + signal.SIGPIPE) from None
-                if os.environ.get('DEQDET_TRACEBACK') or not expected(e): raise
-                status,said = 2,in_options(one_line(e), signature(f).parameters)
-        say(f'{f.__name__}: {said}')
-        raise SystemExit(status)
+        if not args and not kwargs and is_script(currentframe().f_back): args,kwargs = read_options(f)
+        return _guarded(f, args, kwargs)
     return _f
 
+def is_script(
+    frame # of a call
+) -> bool:
+    "Is it the top of a file that is being run, as the programs are that pip makes of commands?"
+    names = frame.f_globals
+    return frame.f_locals is names and names.get('__name__')=='__main__' and '__file__' in names
+
+def read_options(
+    f # function
+):    # arguments, keywords
+    "What the shell said, with options spelt either way: `--min-score` or `--min_score`"
+    sys.argv[1:] = [re.sub(r'^--[^=]+', lambda m: m[0].replace('_', '-'), o) for o in sys.argv[1:]]
+    args,kwargs,_ = parse_cli(f)
+    return args,kwargs
+
+def _guarded(f, args, kwargs):
+    os.environ.setdefault('MPLBACKEND', 'Agg') # figures go to files; no window is wanted
+    with warnings.catch_warnings():
+        for o in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', o)
+        warnings.showwarning = lambda message, *_: say(f'warning: {one_line(message)}')
+        try:
+            in_bounds(signature(f).bind(*args, **kwargs).arguments)
+            res = f(*args, **kwargs)
+            sys.stdout.flush()
+            return res
+        except KeyboardInterrupt: status,said = 130,'stopped'
+        except Exception as e:
+            if isinstance(e, BrokenPipeError) and _nobody_reads(): raise SystemExit(128 + signal.SIGPIPE) from None
+            if os.environ.get('DEQDET_TRACEBACK') or not expected(e): raise
+            status,said = 2,in_options(one_line(e), signature(f).parameters)
+    say(f'{f.__name__}: {said}')
+    raise SystemExit(status)
+
 # %% ../nbs/19_cli.ipynb #bb35b333
-@call_parse
 @command
 def deqdet_check(
     data:str,          # folder of a detection set in COCO, VOC or YOLO layout
@@ -166,10 +185,9 @@ def _row(name, entry, with_cost):
     c = cost(h)
     return row | {'M params': round(c['params'], 1), 'G mult-adds': round(c['macs'], 1)}
 
-@call_parse
 @command
 def deqdet_models(
-    pattern:Param("part of a name, or a pattern like 'deqdet_*1x'", str, nargs='?', opt=False, default='*')='*',
+    pattern:Annotated[str, "part of a name, or a pattern like 'deqdet_*1x'", dict(nargs='?', opt=False)]='*',
     cost:bool=False # parameters, and multiply-adds for a picture of 800x1280; some seconds for each
 ):
     "The detectors that have a name, with the COCO AP that their authors report: deqdet_models swin --cost"
@@ -274,7 +292,6 @@ def read_names(
         return [o['name'] for o in sorted(json.loads(text)['categories'], key=lambda o: o['id'])]
 
 # %% ../nbs/19_cli.ipynb #5948a0e4
-@call_parse
 @command
 def deqdet_convert(
     checkpoint:str,   # file of the published code, .pth or .safetensors
@@ -366,7 +383,6 @@ def solver_options(
     if steps is not None and steps < 0: raise CommandError(f'--steps {steps}: a number from 0 was expected')
     return {k: v for k,v in dict(steps=steps, tol=tol).items() if v is not None}
 
-@call_parse
 @command
 def deqdet_eval(
     model:str,       # folder of a detector, or of a training, whose best one is taken
@@ -488,11 +504,10 @@ def write_json(
         with blame(file, OSError): tmp.write_text(json.dumps(x, indent=1)); tmp.replace(file)
     finally: tmp.unlink(missing_ok=True)
 
-@call_parse
 @command
 def deqdet_predict(
     model:str, # folder of a detector, or of a training, whose best one is taken
-    images:Param('picture files, folders, or patterns such as "photos/*.jpg"', str, nargs='+'),
+    images:Annotated[str, 'picture files, folders, or patterns such as "photos/*.jpg"', dict(nargs='+')],
     out:str='predictions', # folder to write: a picture each, and predictions.json in COCO's form
     min_score:float=.3, # leave out detections below
     max_dets:int=100,   # detections in a picture, at most
@@ -837,7 +852,6 @@ def train_command(given, out, resume):
     best = f"best AP {k.result['AP']:.3f}, AP50 {k.result['AP50']:.3f}, after epoch {k.best+1} of {learn.n_epoch}"
     if FIRST: print(f'{folder}: {best}, {minutes(k.seconds)} of training')
 
-@call_parse
 @command
 def deqdet_train(
     data:str,          # folder of a detection set in COCO, VOC or YOLO layout
@@ -850,10 +864,10 @@ def deqdet_train(
     lr:float=None,     # learning rate; by default the recipe's, for the recipe's number of pictures in an update
     wd:float=None,     # weight decay; by default the recipe's
     recipe:str=None,   # 1x, 2x, 3x, adamixer_1x, tiny, …: rates, schedule, clipping; by default the detector's
-    augment:Param("what varies: flip, crop (flip, scale, crop), small (flip, scale, colour); by default the recipe's",
-                  str, choices=AUGMENT)=None,
+    augment:Annotated[str, "what varies: flip, crop (flip, scale, crop), small (flip, scale, colour); by default the recipe's",
+                      dict(choices=AUGMENT)]=None,
     pretrained:str=None, # weights of the body: yes downloads ImageNet's, a path reads a file; by default random
-    amp:Param('products in half precision', str, choices=('bf16','fp16'))=None,
+    amp:Annotated[str, 'products in half precision', dict(choices=('bf16','fp16'))]=None,
     ema:float=None,    # validate and keep an average of weights, of which this part stays at an update, as .9998
     seed:int=None,     # of weights, order and augmentation; by default 0
     layout:str=None,   # coco, voc or yolo; by default it is recognised
@@ -968,7 +982,6 @@ def epochs_in(
 # %% ../nbs/19_cli.ipynb #18142646
 QUICK = 16,6,1 # pictures to train and to validate on, epochs
 
-@call_parse
 @command
 def deqdet_demo(
     out:str='demo',     # folder to write; the training of an earlier demo there is replaced

@@ -8,9 +8,9 @@ __all__ = ['unrolled', 'Fixed', 'record', 'deqdet_export']
 # %% ../nbs/18_export.ipynb #0e058582
 import json, torch
 from fastcore.basics import patch
-from fastcore.script import Param, call_parse
 from pathlib import Path
 from torch import nn
+from typing import Annotated
 from .cli import CommandError, blame, command, load_detector, make_folder
 from .decoder import prepared
 from .equilibrium import Equilibrium
@@ -89,12 +89,11 @@ def _save_onnx(program, path, about):
     onnx.save(path)
 
 # %% ../nbs/18_export.ipynb #58191744
-@call_parse
 @command
 def deqdet_export(
     model:str,        # folder of a detector or of a training
     out:str,          # file to write, as detector.onnx or detector.pt2
-    format:Param('torch or onnx; by default by the name of the file', str, choices=('torch','onnx'))=None,
+    format:Annotated[str, 'torch or onnx; by default by the name of the file', dict(choices=('torch','onnx'))]=None,
     steps:int=None,   # applications of the step; by default as many as at inference
     max_dets:int=100  # detections per picture
 ):
