@@ -48,10 +48,10 @@ def draw_refinement(model, batch, vocab, folder, films=3):
 # %% ../nbs/22_demo.ipynb #3ef905e6
 def draw_residuals(model, batch, folder):
     "`residuals.png`: how far one more step moves the state"
-    from deqdet.model import residuals
+    from deqdet.model import residual_trace
     from deqdet.predict import save_figure
     from deqdet.viz import plot_residuals
-    rel = residuals(model, batch, 40).rel # (T,B,2)
+    rel = residual_trace(model, batch, 40).rel # (T,B,2)
     ax = plot_residuals(dict(content=rel[...,0], corners=rel[...,1]))
     save_figure(ax.figure, folder/'residuals.png')
 

@@ -5,7 +5,8 @@ import pytest, torch
 from PIL import Image
 from deqdet import cli, demo, runs, shell
 from deqdet.data import load_image, synth_coco
-from deqdet.model import AdaMixer, Feed
+from deqdet.families.adamixer import AdaMixer
+from deqdet.model import Feed
 from deqdet.predict import COCO, load_detector, save_detector
 
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from deqdet.data import DataError, load_image, synth_coco
+from deqdet.data import DataError, det_dls, load_image, synth_coco
+from deqdet.families.adamixer import AdaMixer
 from deqdet.learner import det_learner
-from deqdet.data import det_dls
-from deqdet.model import AdaMixer, Detector, Feed
+from deqdet.model import Detector, Feed
 from deqdet.ops.errors import CommandError
 from deqdet.predict import (COCO, Found, detect, draw_detections, eval_loader, find_pictures, load_detector, predict, read_names,
                             save_detector, start_from, to_coco)

@@ -2,7 +2,8 @@
 import pytest, torch
 from deqdet.data import synth_coco
 from deqdet.learner import recipes
-from deqdet.model import AdaMixer, Feed
+from deqdet.families.adamixer import AdaMixer
+from deqdet.model import Feed
 from deqdet.ops import machine
 from deqdet.ops.errors import CommandError
 from deqdet.predict import save_detector
