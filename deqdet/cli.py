@@ -179,7 +179,8 @@ def train_command(
     resume # go on?
 ):
     "Train, and say where everything is"
-    from deqdet.runs import FIRST, duration, resumed_options, saved_options, train
+    from deqdet.ops.machine import duration
+    from deqdet.runs import FIRST, resumed_options, saved_options, train
     folder = Path(out)
     saved = saved_options(folder) if resume else None
     begun = (folder/'resume.pt').exists()
@@ -235,7 +236,8 @@ def deqdet_train(
 # %% ../nbs/21_cli.ipynb #45913bff
 def _drawing(folder, file, taken):
     "Where to draw a picture: its own name, or a numbered one when another picture has it"
-    name,n = f'{file.stem}.png',1
+    name = f'{file.stem}.png'
+    n = 1
     while name in taken:
         n += 1
         name = f'{file.stem}_{n}.png'
@@ -277,7 +279,9 @@ def deqdet_predict(
     files = find_pictures(images)
     options = solver_options(detector, steps, tol)
     folder = make_folder(out)
-    done,bad,taken = [], 0, set()
+    done = []
+    bad = 0
+    taken = set()
     for o in detect(detector, files, bs, min_score=min_score, max_dets=max_dets, **options):
         if o.error:
             say(o.error)

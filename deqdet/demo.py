@@ -10,7 +10,6 @@ __all__ = ['QUICK', 'crowded', 'draw_found', 'draw_refinement', 'draw_residuals'
 import json, shutil, time
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from string import Template
 from .ops.errors import blame, make_folder
 from .shell import command
@@ -102,7 +101,7 @@ def demo_page(
     m # what `metrics.json` holds
 ) -> str:
     "The demo's page"
-    from deqdet.runs import duration
+    from deqdet.ops.machine import duration
     films = [f'<img src="refinement{i+1}.gif" alt="Boxes settle">' for i in range(m['films'])]
     on = {k: escape(str(v)) for k,v in m['machine'].items()}
     ap = {k: f"{m['numbers'][k] or 0:.3f}" for k in ('AP','AP50')}
@@ -123,7 +122,8 @@ def seconds_a_batch(
     from deqdet.loss import SetLoss
     from deqdet.model import Feed
     from deqdet.runs import loaders, start_detector
-    dls,loss = loaders(o, Feed.parse(o['size'])), SetLoss()
+    dls = loaders(o, Feed.parse(o['size']))
+    loss = SetLoss()
     model = start_detector(o['model'], dls.vocab).train()
     batches = (b for _ in range(n+1) for b in dls.train)
     def update():
@@ -156,7 +156,8 @@ def demo_metrics(
     from deqdet.evaluate import ap_vs_steps, evaluate, plot_ap_vs_steps
     from deqdet.ops.files import finite
     from deqdet.predict import load_detector, save_figure
-    run,dl = folder/'run', learn.dls.valid
+    run = folder/'run'
+    dl = learn.dls.valid
     model = load_detector(run, device='cpu')
     result = evaluate(model, dl)
     rows = ap_vs_steps(model, dl, steps)

@@ -94,7 +94,8 @@ def _fed(picture, tfm):
 
 def _read_batch(pictures, tfm):
     "Those that can be read, as (picture, sample); and `Found` for the others"
-    good,bad = [],[]
+    good = []
+    bad = []
     for o in pictures:
         try: good.append((o, _fed(o, tfm)))
         except DataError as e: bad.append(Found(o, None, None, one_line(e)))
@@ -184,7 +185,8 @@ def to_coco(
     n_classes=0 # without names: how many classes
 ) -> dict:
     "Detections in COCO's own form: pictures, annotations with a `score`, categories"
-    images,annotations = [],[]
+    images = []
+    annotations = []
     for i,o in enumerate(found, 1):
         h,w = o.hw
         images.append(dict(id=i, file_name=str(o.picture), height=h, width=w))
@@ -198,7 +200,8 @@ def _annotations(dets, image_id, n):
     res = []
     for box,score,label in zip(*(dets[k].tolist() for k in ('boxes','scores','labels'))):
         x1,y1,x2,y2 = box
-        w,h = x2-x1, y2-y1
+        w = x2-x1
+        h = y2-y1
         res.append(dict(id=n+len(res)+1, image_id=image_id, category_id=label+1,
                         bbox=[x1, y1, w, h], area=w*h, iscrowd=0, score=score))
     return res
@@ -229,7 +232,8 @@ def read_names(
 def _kept(old, new):
     "The tensors of `old` that `new` can use; contents of queries as far as there are as many"
     learned = dict(new.named_parameters())
-    state,kept = new.state_dict(),{}
+    state = new.state_dict()
+    kept = {}
     for k,v in old.state_dict().items():
         of_queries = k.startswith('queries.')
         if k not in state or of_queries and k not in learned: continue
@@ -265,7 +269,8 @@ def _check_names(source, model):
     "The set and the detector have classes in common"
     categories = sorted(source.coco['categories'], key=lambda o: o['id'])
     theirs = [o['name'] for o in categories]
-    vocab,n = model.vocab,model.hyper.n_classes
+    vocab = model.vocab
+    n = model.hyper.n_classes
     if vocab is None and len(theirs) != n:
         raise CommandError(f'{source.file}: {len(theirs)} classes, '
                            f'the detector has {n} without names')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIETS', 'MAY_CHANGE', 'SHOWN', 'PROCESSES', 'FIRST', 'Diet', 'recipe_and_feed', 'complete_options', 'resumed_options',
-           'saved_options', 'loaders', 'start_detector', 'Keep', 'duration', 'EpochLines', 'RunResume', 'make_learner',
+           'saved_options', 'loaders', 'start_detector', 'Keep', 'EpochLines', 'RunResume', 'make_learner',
            'draw_training', 'finish', 'resumable', 'check_classes', 'train']
 
 # %% ../nbs/19_runs.ipynb #0a657e1b
@@ -21,7 +21,7 @@ from .model import Feed
 from .ops.devices import pick_device
 from .ops.errors import CommandError, FILE_FAULTS, blame, make_folder, one_line
 from .ops.files import finite, write_json
-from .ops.machine import machine
+from .ops.machine import duration, machine
 from .predict import detect, load_detector, save_detector, save_figure, start_from
 from .sets.augment import feed_tfm
 from .viz import plot_training, show_predictions
@@ -61,9 +61,10 @@ def complete_options(
     name = o.get('recipe', name)
     if name not in recipes:
         raise CommandError(f"--recipe {name}: one of {', '.join(recipes)} was expected")
-    recipe,diet = recipes[name], DIETS.get(name, Diet())
+    recipe = recipes[name]
     share = recipe.batch//(processes*o['accumulate']) # pictures in a batch of each process
-    derived = dict(recipe=name, size=f'{feed.short}x{feed.long}', augment=diet.augment,
+    augment = DIETS.get(name, Diet()).augment
+    derived = dict(recipe=name, size=f'{feed.short}x{feed.long}', augment=augment,
                    epochs=recipe.epochs, bs=max(1, share))
     return derived | o
 
@@ -105,7 +106,8 @@ def loaders(
                   layout=o.get('layout'), splits=(o.get('train', 'train'), o.get('valid', 'valid')),
                   valid_pct=o.get('valid_pct'), on_error=on_error, seed=o['seed'],
                   num_workers=workers, device=device)
-    train,valid = dls.train_ds, dls.valid_ds
+    train = dls.train_ds
+    valid = dls.valid_ds
     if not len(valid):
         raise CommandError(f'{valid.file}: images: at least one picture to validate on '
                            'was expected')
@@ -134,17 +136,23 @@ def start_detector(
 class Keep(Callback):
     "Write `last/` and `best/` after an epoch, and remember the numbers of the best"
     order = EMA.order-1 # after AP is known, before averaged weights are put aside again
-    best,result,last = None,{},{}
-    seconds,begun = 0.,None
+    best = None  # epoch
+    result = {}  # numbers of the best epoch
+    last = {}    # numbers of the last epoch
+    seconds = 0. # of training in the epochs before
+    begun = None # when this one did
     def before_train(self): self.begun = time.time()
-    def after_train(self): self.seconds,self.begun = self.spent(),None
+    def after_train(self):
+        self.seconds = self.spent()
+        self.begun = None
     def spent(self): return self.seconds + (time.time() - self.begun if self.begun else 0.)
     def after_validate(self):
         if not self.learn.fitting: return
         self.last = dict(self.ap.result)
         self.write('last')
         if self.result and self.last['AP'] <= self.result['AP']: return
-        self.best,self.result = self.epoch, self.last
+        self.best = self.epoch
+        self.result = self.last
         self.write('best')
     def write(self, name):
         if not rank_distrib(): save_detector(get_model(self.model), self.path/name)
@@ -153,21 +161,15 @@ class Keep(Callback):
     def load_state_dict(self, s): vars(self).update(s)
 
 # %% ../nbs/19_runs.ipynb #993621c3
-SHOWN = ('train_loss','valid_loss','AP','AP50','AP75')
+SHOWN = ('train_loss','valid_loss','AP','AP50','AP75') # columns of the log in a line
 
-def duration(
-    s # seconds
-) -> str:
-    "Time as people say it"
-    if s < 120: return f'{s:.0f} s'
-    return f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
-
-# %% ../nbs/19_runs.ipynb #2cee32ca
 class EpochLines(ProgressCallback):
     "Log an epoch as a line"
     def before_fit(self):
-        self.old,self.learn.logger = self.logger, self.row
-        self.begun,self.on = time.time(), False
+        self.old = self.logger
+        self.learn.logger = self.row
+        self.begun = time.time()
+        self.on = False
     def before_epoch(self):
         self.on = True
         at = getattr(vars(self.learn).get('run_resume'), 'at', None)
@@ -187,17 +189,18 @@ class EpochLines(ProgressCallback):
     def after_fit(self): self.learn.logger = self.old
     before_train = before_validate = after_train = after_validate = after_batch = lambda self: None
 
-# %% ../nbs/19_runs.ipynb #bdf770d6
+# %% ../nbs/19_runs.ipynb #2cee32ca
 class RunResume(Resume):
     "`Resume`, with a message for a file from which nobody can go on"
     loaded = staticmethod(lambda: None) # what to do when the file was read
     def _load(self):
         with blame(self.file, ValueError, KeyError, IndexError, RuntimeError): super()._load()
-        done,n = self.learn.first_epoch, self.n_epoch
-        if done > n: raise CommandError(f'--epochs {n}: {done} are done already')
+        done = self.learn.first_epoch
+        asked = self.n_epoch
+        if done > asked: raise CommandError(f'--epochs {asked}: {done} are done already')
         self.loaded()
 
-# %% ../nbs/19_runs.ipynb #33bb28b5
+# %% ../nbs/19_runs.ipynb #bdf770d6
 def make_learner(
     o,      # options, complete
     folder, # of the training
@@ -217,7 +220,7 @@ def make_learner(
     if sys.stdout.isatty(): return learn
     return learn.remove_cb(ProgressCallback).add_cb(EpochLines())
 
-# %% ../nbs/19_runs.ipynb #e544e683
+# %% ../nbs/19_runs.ipynb #53506cad
 def draw_training(
     folder, # of a training
     ds,     # its validation set
@@ -230,7 +233,7 @@ def draw_training(
     preds = [dict(o.dets, image_id=ids[o.picture]) for o in found if not o.error]
     save_figure(show_predictions(ds, preds, n=n), folder/'predictions.png')
 
-# %% ../nbs/19_runs.ipynb #96269ba6
+# %% ../nbs/19_runs.ipynb #f4686a83
 PROCESSES = int(os.environ.get('WORLD_SIZE', 1)) # that were started together
 FIRST = os.environ.get('RANK', '0')=='0'         # is it this one that writes and prints?
 
@@ -240,7 +243,8 @@ def finish(
     folder  # of the training
 ) -> dict:  # what `metrics.json` holds
     "Pictures and numbers at the end of a training"
-    keep,dls,n = learn.keep,learn.dls,o['epochs']
+    keep,dls = learn.keep,learn.dls
+    n = o['epochs']
     draw_training(folder, dls.valid_ds)
     batches = math.ceil(len(dls.train)/PROCESSES)*PROCESSES # some are dealt twice
     m = dict(best=dict(epoch=keep.best, **keep.result), last=dict(epoch=n-1, **keep.last),
@@ -250,7 +254,7 @@ def finish(
     write_json(finite(m), folder/'metrics.json')
     return m
 
-# %% ../nbs/19_runs.ipynb #9a0b9a34
+# %% ../nbs/19_runs.ipynb #96269ba6
 @contextmanager
 def resumable(
     o,     # options
@@ -266,7 +270,7 @@ def resumable(
         if e.errno not in FILE_FAULTS: raise
         raise CommandError(f'{folder}: {e.strerror}; to go on: {how}') from e
 
-# %% ../nbs/19_runs.ipynb #567c2ee1
+# %% ../nbs/19_runs.ipynb #be67e1f8
 def check_classes(
     folder, # of a training
     vocab   # class names of the data
@@ -274,7 +278,8 @@ def check_classes(
     "A training that goes on has the classes that it began with"
     file = Path(folder)/'config.json'
     if not file.exists(): return
-    then,now = json.loads(file.read_text())['vocab'], list(vocab)
+    then = json.loads(file.read_text())['vocab']
+    now = list(vocab)
     if then != now:
         raise CommandError(f'{file}: it began with the classes {then}, the data has {now}')
 
@@ -283,14 +288,15 @@ def _fit(learn, epochs):
     if PROCESSES < 2: return learn.fit_published(epochs=epochs)
     with learn.distrib_ctx(): learn.fit_published(epochs=epochs)
 
-# %% ../nbs/19_runs.ipynb #7459ec87
+# %% ../nbs/19_runs.ipynb #567c2ee1
 def train(
     options, # dict, as `complete_options` takes them
     folder,  # to write
     resume=False # go on?
 ):           # `DetLearner`
     "Train by options, and write the folder"
-    o,folder = complete_options(options, PROCESSES), Path(folder)
+    o = complete_options(options, PROCESSES)
+    folder = Path(folder)
     learn = make_learner(o, folder, resume)
     make_folder(folder)
     if resume: check_classes(folder, learn.dls.vocab)

@@ -74,7 +74,8 @@ def is_users(
 
 def _nobody_reads():
     "Has standard output been closed by its reader, as `head` does it?"
-    file,poll = sys.stdout.fileno(), select.poll()
+    file = sys.stdout.fileno()
+    poll = select.poll()
     poll.register(file, select.POLLOUT)
     gone = any(e & (select.POLLERR | select.POLLHUP) for _,e in poll.poll(0))
     if gone: os.dup2(os.open(os.devnull, os.O_WRONLY), file) # or Python complains at its end
@@ -103,11 +104,14 @@ def _run(f, args, kwargs):
         res = f(*args, **kwargs)
         sys.stdout.flush()
         return res
-    except KeyboardInterrupt: status,said = 130,'stopped'
+    except KeyboardInterrupt:
+        status = 130
+        said = 'stopped'
     except Exception as e:
         closed = isinstance(e, BrokenPipeError) and _nobody_reads()
         if closed: raise SystemExit(128 + signal.SIGPIPE) from None
         if os.environ.get('DEQDET_TRACEBACK') or not is_users(e): raise
-        status,said = 2,in_options(one_line(e), signature(f).parameters)
+        status = 2
+        said = in_options(one_line(e), signature(f).parameters)
     say(f'{f.__name__}: {said}')
     raise SystemExit(status)

@@ -8,6 +8,7 @@ from deqdet.data import load_image, synth_coco
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.predict import COCO, load_detector, save_detector
+from deqdet.zoo import create_detector
 
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,
              points=(4,), out_points=8, hidden=64)
@@ -151,6 +152,21 @@ def test_numbers_that_make_no_sense(world, tmp_path, capsys):
     for k, v in dict(epochs=0, minutes=-1., n_train=0, n_valid=-1, seed=-3).items():
         bad(capsys, f'--{k} {v}: a number', demo.deqdet_demo, out, **{k: v})
     assert not Path(out).exists()
+
+
+def test_words_that_name_nothing(world, tmp_path, capsys):
+    bad(capsys, '--recipe 4x', train, world, tmp_path/'out', recipe='4x')
+    bad(capsys, '--size big', train, world, tmp_path/'out', size='big')
+    bad(capsys, '--size big', cli.deqdet_eval, str(world/'start'), str(world/'shapes'), size='big')
+    bad(capsys, '--size 0', cli.deqdet_convert, 'x.pth', str(tmp_path/'out'), size='0')
+    assert not (tmp_path/'out').exists()
+
+
+def test_a_stack_has_no_tolerance(world, tmp_path, capsys):
+    stack = create_detector('adamixer_tiny', vocab=['disc', 'triangle', 'square', 'cross'])
+    stack.feed = Feed(64, 64)
+    save_detector(stack, tmp_path/'stack')
+    bad(capsys, '--tol 0.001', cli.deqdet_eval, str(tmp_path/'stack'), str(world/'shapes'), tol=1e-3, device='cpu')
 
 
 def test_zero_is_a_number(world, tmp_path):
@@ -532,6 +548,13 @@ def test_evaluation_agrees_with_training(world, tmp_path, capsys):
     assert abs(again.AP - m['last']['AP']) < 1e-6
 
 
+def test_results_are_in_cocos_form(world, tmp_path):
+    "Of every picture, also with steps and a tolerance of one's own"
+    cli.deqdet_eval(str(world/'start'), str(world/'shapes'), 'train', steps=1, tol=1e-3, device='cpu', out=str(tmp_path/'x.json'))
+    res = json.loads((tmp_path/'x.json').read_text())
+    assert sorted(res[0]) == ['bbox', 'category_id', 'image_id', 'score'] and len({o['image_id'] for o in res}) == 4
+
+
 def test_predictions_lie_in_the_picture_as_it_is(world, tmp_path):
     "Twice the picture, twice the boxes; and pictures of one name do not write over each other"
     a, b = tmp_path/'a/x.png', tmp_path/'b/x.png'
@@ -564,7 +587,10 @@ def test_convert(tmp_path, capsys):
     (tmp_path/'names.txt').write_text('cat\ndog\n')
     bad(capsys, '2 names', cli.deqdet_convert, str(tmp_path/'x.pth'), str(tmp_path/'y'), names=str(tmp_path/'names.txt'))
     (tmp_path/'cut.pth').write_bytes((tmp_path/'x.pth').read_bytes()[:9999])
-    for o in ('cut.pth', 'names.txt'): assert len(bad(capsys, o, cli.deqdet_convert, str(tmp_path/o), str(tmp_path/'y'))) < 250
+    torch.save(dict(weight=torch.zeros(3)), tmp_path/'other.pth')
+    for o in ('cut.pth', 'names.txt', 'other.pth'):
+        assert len(bad(capsys, o, cli.deqdet_convert, str(tmp_path/o), str(tmp_path/'y'))) < 250
+    assert not (tmp_path/'y').exists()
 
 
 def test_two_processes(world, tmp_path):
