@@ -54,7 +54,8 @@ def test_page_is_whole():
     assert not tags.open and '$' not in page
     assert all(o['alt'] for o in images) and sum(o['src'].endswith('.gif') for o in images) == 2
     text = ' '.join(tags.text)
-    for o in ('a <cpu> & more', 'a <folder>/run', '0.500', '20,000', '1.6 million', '9 min', 'at abc'): assert o in text, o
+    said = 'a <cpu> & more', 'a <folder>/run', '0.500', '20,000', '1.6 million', '9 min', 'at abc'
+    for o in said: assert o in text, o
 
 
 def test_page_without_a_commit_or_a_number():
@@ -67,7 +68,8 @@ def test_page_without_a_commit_or_a_number():
 
 def test_table_rounds_and_escapes():
     assert demo.html_table([dict(a=1, b=.25), dict(a='<', b=None)]) == (
-        '<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>0.250</td></tr><tr><td>&lt;</td><td>–</td></tr></table>')
+        '<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>0.250</td></tr>'
+        '<tr><td>&lt;</td><td>–</td></tr></table>')
 
 
 def test_epochs_follow_the_time(shapes):

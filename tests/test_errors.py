@@ -10,7 +10,8 @@ WORKER = 'Caught DataError in worker\nTraceback:\n  File "a.py"\ndeqdet.data.Dat
     (KeyError("no detector 'x'\nhere"), "no detector 'x' here"),
     (KeyError('hyper'), "no 'hyper'"),
     (ValueError(WORKER), 'a.jpg: unreadable'),
-    (FileNotFoundError(errno.ENOENT, 'No such file or directory', 'nothing/there'), 'nothing/there: No such file or directory'),
+    (FileNotFoundError(errno.ENOENT, 'No such file or directory', 'nothing/there'),
+     'nothing/there: No such file or directory'),
     (OSError('cannot identify image file <_io.BytesIO object at 0x7f>'), 'cannot identify image file'),
     (RuntimeError('Weights only load failed. In PyTorch 2.6 we changed\nthe default'), 'not a file of weights'),
     (RuntimeError(), 'RuntimeError'),
@@ -41,7 +42,8 @@ def test_blame_leaves_bugs_alone():
 def test_places_to_write_to(tmp_path):
     taken = tmp_path/'taken'
     taken.write_text('mine')
-    for f, path in (make_folder, taken), (check_writable, taken/'x.json'), (check_writable, tmp_path), (make_folder, taken/'below'):
-        with pytest.raises(CommandError, match=str(taken) if path != tmp_path else str(tmp_path)): f(path)
+    for f, path in (make_folder, taken), (check_writable, taken/'x.json'), (make_folder, taken/'below'):
+        with pytest.raises(CommandError, match=str(taken)): f(path)
+    with pytest.raises(CommandError, match=str(tmp_path)): check_writable(tmp_path)
     assert make_folder(tmp_path/'a/b').is_dir() and not list((tmp_path/'a/b').iterdir())
     assert taken.read_text() == 'mine'

@@ -14,7 +14,7 @@ def model():
 
 def agree(got, expected):
     "Boxes within a thousandth of a pixel, scores within 1e-5, the same classes"
-    for (a, b), within in zip(zip(got, expected), (1e-3, 1e-5, 0)): torch.testing.assert_close(a, b, atol=within, rtol=0)
+    for a, b, within in zip(got, expected, (1e-3, 1e-5, 0)): torch.testing.assert_close(a, b, atol=within, rtol=0)
 
 
 def pictures(b, h, w): return torch.randint(0, 256, (b, 3, h, w), dtype=torch.uint8), torch.tensor([[h - 7, w]]*b)
@@ -43,8 +43,9 @@ def test_onnx_equals_eager_on_other_sizes(model, tmp_path):
         agree([torch.from_numpy(o) for o in got[:2]], Fixed(model, 0)(*x))
 
 
-@pytest.mark.parametrize('kw,said', [(dict(model='nowhere', out='x.pt2'), 'nowhere'), (dict(out='x.pt2', steps=-1), '--steps -1'),
-                                     (dict(out='M', steps=0), 'a folder')])
+@pytest.mark.parametrize('kw,said', [
+    (dict(model='nowhere', out='x.pt2'), 'nowhere'), (dict(out='x.pt2', steps=-1), '--steps -1'),
+    (dict(out='M', steps=0), 'a folder')])
 def test_faults_are_one_line(model, tmp_path, monkeypatch, capsys, kw, said):
     monkeypatch.chdir(tmp_path)
     model.save_pretrained('M')

@@ -9,13 +9,13 @@ from deqdet.families.adamixer import AdaMixer
 from deqdet.learner import det_learner
 from deqdet.model import Detector, Feed
 from deqdet.ops.errors import CommandError
-from deqdet.predict import (COCO, Found, detect, draw_detections, eval_loader, find_pictures, load_detector, predict, read_names,
-                            save_detector, start_from, to_coco)
+from deqdet.predict import (COCO, Found, detect, draw_detections, eval_loader, find_pictures, load_detector,
+                            predict, read_names, save_detector, start_from, to_coco)
 from deqdet.zoo import create_detector
 
 SHAPES = ['disc', 'triangle', 'square', 'cross']
-SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,
-             points=(4,), out_points=8, hidden=64)
+SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32,
+             heads=4, groups=2, points=(4,), out_points=8, hidden=64)
 
 
 @pytest.fixture(scope='module')
@@ -79,7 +79,8 @@ def test_damaged_folders_are_named(folder, tmp_path):
     (folder/'config.json').write_text('{"vocab": null}')
     with pytest.raises(CommandError, match="no 'hyper'"): load_detector(folder)
     with pytest.raises(CommandError, match='no detector there'): load_detector(tmp_path)
-    with pytest.raises(ValueError, match='tpu'): load_detector(save_detector(AdaMixer(**SMALL).build(), tmp_path/'whole'), device='tpu')
+    whole = save_detector(AdaMixer(**SMALL).build(), tmp_path/'whole')
+    with pytest.raises(ValueError, match='tpu'): load_detector(whole, device='tpu')
 
 
 def test_saving_leaves_no_traces(model, tmp_path):
@@ -117,10 +118,12 @@ def test_detect_in_batches(model, shapes, tmp_path):
     bad.write_text('no picture')
     files = find_pictures([f'{shapes}/images/valid*', bad])
     found = list(detect(model, files, 4, min_score=.01, max_dets=5))
-    assert [o.picture for o in found] == files and found[0].hw == (64, 64) and found[0].dets['boxes'].shape == (5, 4)
+    assert [o.picture for o in found] == files
+    assert found[0].hw == (64, 64) and found[0].dets['boxes'].shape == (5, 4)
     assert found[-1] == Found(bad, None, None, found[-1].error) and 'unreadable picture' in found[-1].error
     one = list(detect(model, files, 1, min_score=.01, max_dets=5))
-    for a, b in zip(found[:-1], one[:-1]): torch.testing.assert_close(a.dets['boxes'], b.dets['boxes'], atol=1e-3, rtol=0)
+    for a, b in zip(found[:-1], one[:-1]):
+        torch.testing.assert_close(a.dets['boxes'], b.dets['boxes'], atol=1e-3, rtol=0)
 
 
 def test_pictures_of_every_kind_say_the_same(model, shapes):
@@ -130,7 +133,9 @@ def test_pictures_of_every_kind_say_the_same(model, shapes):
     kinds = file, str(file), Image.fromarray(array), array, tensor
     res = [predict(model, o, min_score=0.) for o in kinds]
     assert set(res[0]) == {'boxes', 'scores', 'labels', 'names'} and set(res[0]['names']) <= set(SHAPES)
-    for o in res[1:]: assert all(torch.equal(o[k], res[0][k]) for k in ('boxes', 'scores', 'labels')) and o['names'] == res[0]['names']
+    for o in res[1:]:
+        assert all(torch.equal(o[k], res[0][k]) for k in ('boxes', 'scores', 'labels'))
+        assert o['names'] == res[0]['names']
     many = predict(model, list(kinds), min_score=0.)
     assert len(many) == 5 and many[2]['names'] == res[0]['names']
 
@@ -168,7 +173,8 @@ def test_a_detector_without_names_or_size(shapes):
 def test_drawings_are_legible_and_not_huge(tmp_path):
     none = dict(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.long))
     one = dict(boxes=torch.tensor([[8., 8., 40., 40.]]), scores=torch.tensor([.5]), labels=torch.tensor([0]))
-    for (h, w), shape in {(64, 64): (480, 480), (1, 1): (480, 480), (600, 900): (600, 900), (1000, 4000): (400, 1600)}.items():
+    drawn = {(64, 64): (480, 480), (1, 1): (480, 480), (600, 900): (600, 900), (1000, 4000): (400, 1600)}
+    for (h, w), shape in drawn.items():
         for d in none, one:
             draw_detections(np.zeros((h, w, 3), np.uint8), d, tmp_path/'x.png', SHAPES)
             assert load_image(tmp_path/'x.png').shape[1:] == shape
@@ -177,7 +183,8 @@ def test_drawings_are_legible_and_not_huge(tmp_path):
 def test_coco_json(model, shapes):
     found = list(detect(model, find_pictures([f'{shapes}/images/valid*'])[:2], max_dets=5))
     coco = to_coco(found, SHAPES)
-    assert [o['id'] for o in coco['images']] == [1, 2] and [o['id'] for o in coco['annotations']] == list(range(1, 11))
+    assert [o['id'] for o in coco['images']] == [1, 2]
+    assert [o['id'] for o in coco['annotations']] == list(range(1, 11))
     assert coco['categories'][0] == dict(id=1, name='disc') and len(coco['categories']) == 4
     x, y, w, h = coco['annotations'][0]['bbox']
     torch.testing.assert_close(torch.tensor([x, y, x+w, y+h]), found[0].dets['boxes'][0])
@@ -194,7 +201,7 @@ def test_names(shapes, tmp_path):
     with pytest.raises(CommandError, match='x.json'): read_names(tmp_path/'x.json')
 
 
-# --------------------------------------------------------------------------------------- starting from another's weights
+# ------------------------------------------------------------------------------ starting from another's weights
 
 def test_start_with_other_classes(model, folder):
     said = []
@@ -213,7 +220,8 @@ def test_start_with_another_number_of_queries(model, n, grid):
     new = start_from(model, SHAPES, said.append, n_queries=n, grid=grid)
     kept = min(n, 9)
     assert torch.equal(new.queries.content.weight[:kept], model.queries.content.weight[:kept])
-    assert torch.equal(new.queries.boxes, replace(model.hyper, n_queries=n, grid=grid).build().queries.boxes) and not said
+    plain = replace(model.hyper, n_queries=n, grid=grid).build()
+    assert torch.equal(new.queries.boxes, plain.queries.boxes) and not said
     assert new(torch.zeros(1, 3, 64, 64))[-1].boxes.shape == (1, n, 4)
 
 
@@ -221,8 +229,10 @@ def test_start_of_every_family():
     for name in 'sparse_rcnn_tiny', 'deformable_detr_tiny', 'sqr_adamixer_tiny':
         old = create_detector(name, n_classes=4)
         new = start_from(old, ['a', 'b'], lambda s: None)
-        fresh = {k for k, v in new.state_dict().items() if not torch.equal(v, old.state_dict()[k]) if v.shape == old.state_dict()[k].shape}
-        assert not fresh and new(torch.zeros(1, 3, 64, 64))[-1].logits.shape[-1] == 2
+        theirs = old.state_dict()
+        fits = {k: v for k, v in new.state_dict().items() if v.shape == theirs[k].shape}
+        assert all(torch.equal(v, theirs[k]) for k, v in fits.items())
+        assert new(torch.zeros(1, 3, 64, 64))[-1].logits.shape[-1] == 2
 
 
 # --------------------------------------------------------------------------------------- a split of a set

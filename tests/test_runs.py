@@ -14,8 +14,8 @@ from deqdet.zoo import published, zoo
 def test_options_of_published_recipes():
     eight = complete_options(dict(model='deqdet_r50_2x', lr=1e-4), processes=8)
     assert eight.items() >= dict(recipe='2x', epochs=24, bs=2, size='800x1333', augment='crop', lr=1e-4).items()
-    assert complete_options({}) == dict(model='deqdet_tiny', recipe='tiny', size='128x128', augment='small', epochs=60, bs=8,
-                                        accumulate=1, seed=0, every=500)
+    assert complete_options({}) == dict(model='deqdet_tiny', recipe='tiny', size='128x128', augment='small',
+                                        epochs=60, bs=8, accumulate=1, seed=0, every=500)
 
 
 def test_what_is_given_counts():
@@ -37,14 +37,15 @@ def test_every_recipe_says_how_pictures_are_varied():
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(CommandError, match="did you mean 'deqdet_r50_1x'"): complete_options(dict(model='deqdet_r51_1x'))
+    with pytest.raises(CommandError, match="did you mean 'deqdet_r50_1x'"):
+        complete_options(dict(model='deqdet_r51_1x'))
     with pytest.raises(CommandError, match='--recipe 4x'): complete_options(dict(recipe='4x'))
     with pytest.raises(CommandError, match='no such folder'): complete_options(dict(model='no/where'))
 
 
 def test_a_folder_says_how_it_was_trained(tmp_path):
-    model = AdaMixer(n_classes=2, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2, 2, .4), width=32,
-                     heads=4, groups=2, points=(4,), out_points=8, hidden=64).build()
+    model = AdaMixer(n_classes=2, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4,
+                     grid=(2, 2, .4), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=64).build()
     for feed, recipe in (Feed(64, 96), 'tiny'), (None, None):
         model.feed, model.recipe = feed, recipe
         o = complete_options(dict(model=str(save_detector(model, tmp_path/'m'))))
