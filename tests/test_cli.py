@@ -134,7 +134,10 @@ def test_a_call_from_python_reads_no_options(monkeypatch):
 
 
 def test_warnings_are_one_line(capsys):
-    shell.command(lambda: warnings.warn('a picture\nstands in for another'))()
+    def f():
+        warnings.simplefilter('always')
+        warnings.warn('a picture\nstands in for another')
+    shell.command(f)()
     assert capsys.readouterr().err == 'warning: a picture stands in for another\n'
 
 
