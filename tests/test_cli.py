@@ -1,11 +1,14 @@
 "What the commands promise: one line for what the user can put right, nothing half written, nothing lost"
-import errno, json, os, re, shutil, signal, subprocess, sys, time
+import errno, json, os, re, shutil, signal, subprocess, sys, time, warnings
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from deqdet import cli
+from deqdet import cli, demo, runs, shell
 from deqdet.data import load_image, synth_coco
 from deqdet.families.adamixer import AdaMixer
+from deqdet.model import Feed
+from deqdet.predict import COCO, load_detector, save_detector
+from deqdet.zoo import create_detector
 
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,
              points=(4,), out_points=8, hidden=64)
@@ -19,7 +22,8 @@ def world(tmp_path_factory):
     synth_coco(d/'shapes', n_train=4, n_valid=2, size=64, seed=1)
     torch.manual_seed(0)
     model = AdaMixer(n_classes=4, **SMALL).build(vocab=['disc', 'triangle', 'square', 'cross'])
-    cli.save_detector(model, cli.Feed(64, 64), d/'start')
+    model.feed, model.recipe = Feed(64, 64), 'tiny'
+    save_detector(model, d/'start')
     train(d, 'run')
     return d
 
@@ -52,7 +56,7 @@ def altered(world, tmp_path, split='train', **change):
     return path
 
 
-def weights(folder): return cli.load_detector(folder, device='cpu')[0].state_dict()
+def weights(folder): return load_detector(folder, device='cpu').state_dict()
 
 
 def same(a, b):
@@ -62,11 +66,12 @@ def same(a, b):
 
 # --------------------------------------------------------------------------------------- the commands as a whole
 
-COMMANDS = [v for k, v in vars(cli).items() if k.startswith('deqdet_')]
+COMMANDS = [v for k, v in vars(cli).items() if k.startswith('deqdet_')] + [demo.deqdet_demo]
 
 def test_starts_quickly():
     "`--help` waits for none of the large libraries"
-    code = "import sys, deqdet.cli; sys.exit(bool({'torch', 'fastai', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    code = ("import sys, deqdet.cli, deqdet.demo\n"
+            "sys.exit(bool({'torch', 'fastai', 'numpy', 'matplotlib'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
@@ -89,16 +94,16 @@ def test_the_zoo_as_a_table(capsys):
 
 def test_every_command_is_a_script():
     ini = (Path(__file__).parents[1]/'settings.ini').read_text()
-    for f in COMMANDS: assert f'{f.__name__}=deqdet.cli:{f.__name__}' in ini
+    for f in COMMANDS: assert f'{f.__name__}={f.__module__}:{f.__name__}' in ini
 
 
 def test_a_bug_is_no_fault_of_the_user(capsys):
     def f(): raise AttributeError('ours')
-    with pytest.raises(AttributeError): cli.command(f)()
+    with pytest.raises(AttributeError): shell.command(f)()
     def g(): raise OSError(errno.EBADF, 'ours')
-    with pytest.raises(OSError): cli.command(g)()
+    with pytest.raises(OSError): shell.command(g)()
     def h(): raise KeyboardInterrupt
-    refused(capsys, 130, 'h: stopped', cli.command(h))
+    refused(capsys, 130, 'h: stopped', shell.command(h))
 
 
 @pytest.mark.parametrize('buffered', ['', '1'])
@@ -115,6 +120,27 @@ def test_a_traceback_on_request(monkeypatch):
     with pytest.raises(ValueError): cli.deqdet_check('nowhere')
 
 
+def test_options_are_spelt_with_hyphens_or_underscores(monkeypatch):
+    for low, high in ('--min_score', '--max_dets'), ('--min-score', '--max-dets'):
+        monkeypatch.setattr(sys, 'argv', ['deqdet_predict', 'a_b', 'x_y.jpg', 'z.jpg', low, '.5', f'{high}=7', '--json_only'])
+        args, kwargs = shell.read_options(cli.deqdet_predict)
+        assert not args and kwargs['images'] == ['x_y.jpg', 'z.jpg'] and kwargs['model'] == 'a_b'
+        assert (kwargs['min_score'], kwargs['max_dets'], kwargs['json_only']) == (.5, 7, True)
+
+
+def test_a_call_from_python_reads_no_options(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['pytest', '--nonsense'])
+    assert shell.command(lambda n=3: n)() == 3
+
+
+def test_warnings_are_one_line(capsys):
+    def f():
+        warnings.simplefilter('always')
+        warnings.warn('a picture\nstands in for another')
+    shell.command(f)()
+    assert capsys.readouterr().err == 'warning: a picture stands in for another\n'
+
+
 # --------------------------------------------------------------------------------------- bad options
 
 def test_numbers_that_make_no_sense(world, tmp_path, capsys):
@@ -127,8 +153,23 @@ def test_numbers_that_make_no_sense(world, tmp_path, capsys):
     for k, v in dict(bs=0, max_dets=-3, min_score=2., tol=float('nan')).items():
         bad(capsys, f'--{k} {v}: a number', cli.deqdet_predict, start, pictures, out, device='cpu', **{k: v})
     for k, v in dict(epochs=0, minutes=-1., n_train=0, n_valid=-1, seed=-3).items():
-        bad(capsys, f'--{k} {v}: a number', cli.deqdet_demo, out, **{k: v})
+        bad(capsys, f'--{k} {v}: a number', demo.deqdet_demo, out, **{k: v})
     assert not Path(out).exists()
+
+
+def test_words_that_name_nothing(world, tmp_path, capsys):
+    bad(capsys, '--recipe 4x', train, world, tmp_path/'out', recipe='4x')
+    bad(capsys, '--size big', train, world, tmp_path/'out', size='big')
+    bad(capsys, '--size big', cli.deqdet_eval, str(world/'start'), str(world/'shapes'), size='big')
+    bad(capsys, '--size 0', cli.deqdet_convert, 'x.pth', str(tmp_path/'out'), size='0')
+    assert not (tmp_path/'out').exists()
+
+
+def test_a_stack_has_no_tolerance(world, tmp_path, capsys):
+    stack = create_detector('adamixer_tiny', vocab=['disc', 'triangle', 'square', 'cross'])
+    stack.feed = Feed(64, 64)
+    save_detector(stack, tmp_path/'stack')
+    bad(capsys, '--tol 0.001', cli.deqdet_eval, str(tmp_path/'stack'), str(world/'shapes'), tol=1e-3, device='cpu')
 
 
 def test_zero_is_a_number(world, tmp_path):
@@ -176,7 +217,7 @@ def test_out_of_memory(capsys):
     def f(e): raise e
     for e in (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.'), MemoryError(),
               RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
-        assert '--bs' in bad(capsys, 'out of memory', cli.command(f), e)
+        assert '--bs' in bad(capsys, 'out of memory', shell.command(f), e)
 
 
 # --------------------------------------------------------------------------------------- bad data
@@ -279,8 +320,11 @@ def test_one_picture(world, tmp_path):
 
 def test_damaged_detector(world, tmp_path, capsys):
     data = str(world/'shapes')
-    for name, spoil in (('model.safetensors', lambda b: b[:5000]), ('model.safetensors', lambda b: b''), ('config.json', lambda b: b[:50]),
-                        ('feed.json', lambda b: b'{"width": 3}')):
+    def feed(text): # of a detector, where the configuration keeps it today
+        return json.dumps(json.loads(text) | dict(feed=dict(width=3))).encode()
+    for name, spoil in (('model.safetensors', lambda b: b[:5000]), ('model.safetensors', lambda b: b''),
+                        ('config.json', lambda b: b[:50]), ('config.json', lambda b: b'{"vocab": null}'),
+                        ('config.json', feed)):
         path = Path(shutil.copytree(world/'start', tmp_path/'bad', dirs_exist_ok=True))
         (path/name).write_bytes(spoil((path/name).read_bytes()))
         bad(capsys, str(path), cli.deqdet_eval, str(path), data)
@@ -289,7 +333,8 @@ def test_damaged_detector(world, tmp_path, capsys):
 
 def test_another_class_count(world, tmp_path, capsys):
     two = AdaMixer(n_classes=2, **SMALL).build()
-    cli.save_detector(two, cli.Feed(64, 64), tmp_path/'two')
+    two.feed, two.recipe = Feed(64, 64), 'tiny'
+    save_detector(two, tmp_path/'two')
     bad(capsys, '4 classes', cli.deqdet_eval, str(tmp_path/'two'), str(world/'shapes'))
     train(world, tmp_path/'out', epochs=1, model=str(tmp_path/'two')) # as a start it is welcome
     assert 'start afresh' in capsys.readouterr().out
@@ -310,7 +355,7 @@ def test_damaged_checkpoint(world, tmp_path, capsys):
 
 
 def test_fine_tuning_keeps_weights(world, tmp_path):
-    cats = cli.start_detector(str(world/'run'), ['cat', 'dog'])
+    cats = runs.start_detector(str(world/'run'), ['cat', 'dog'])
     old, new = weights(world/'run'), cats.state_dict()
     assert {k for k in old if old[k].shape != new[k].shape} == {f'decoder.{s}.cls.3.{p}' for s in ('init', 'step') for p in ('weight', 'bias')}
     assert all(torch.equal(old[k], new[k]) for k in old if '.cls.3.' not in k)
@@ -326,7 +371,7 @@ def test_a_file_in_the_place_of_a_folder(world, tmp_path, capsys):
     for out in (taken, taken/'below'):
         bad(capsys, str(taken), train, world, out)
         bad(capsys, str(taken), cli.deqdet_predict, start, [pictures], str(out))
-        bad(capsys, str(taken), cli.deqdet_demo, out=str(out), quick=True)
+        bad(capsys, str(taken), demo.deqdet_demo, out=str(out), quick=True)
     bad(capsys, str(taken), cli.deqdet_eval, start, data, out=str(taken/'results.json'), device='cpu')
     assert taken.read_text() == 'mine'
 
@@ -357,7 +402,7 @@ def test_read_only_disk(world, little_disk, tmp_path, capsys):
     start, pictures = str(world/'start'), str(world/'shapes/images')
     assert 'Read-only' in bad(capsys, str(disk), train, world, disk/'out')
     bad(capsys, str(disk), cli.deqdet_predict, start, [pictures], str(disk/'found'))
-    bad(capsys, str(disk), cli.deqdet_demo, out=str(disk/'demo'), quick=True)
+    bad(capsys, str(disk), demo.deqdet_demo, out=str(disk/'demo'), quick=True)
 
 
 def test_full_disk(world, little_disk, tmp_path, capsys):
@@ -506,6 +551,13 @@ def test_evaluation_agrees_with_training(world, tmp_path, capsys):
     assert abs(again.AP - m['last']['AP']) < 1e-6
 
 
+def test_results_are_in_cocos_form(world, tmp_path):
+    "Of every picture, also with steps and a tolerance of one's own"
+    cli.deqdet_eval(str(world/'start'), str(world/'shapes'), 'train', steps=1, tol=1e-3, device='cpu', out=str(tmp_path/'x.json'))
+    res = json.loads((tmp_path/'x.json').read_text())
+    assert sorted(res[0]) == ['bbox', 'category_id', 'image_id', 'score'] and len({o['image_id'] for o in res}) == 4
+
+
 def test_predictions_lie_in_the_picture_as_it_is(world, tmp_path):
     "Twice the picture, twice the boxes; and pictures of one name do not write over each other"
     a, b = tmp_path/'a/x.png', tmp_path/'b/x.png'
@@ -532,23 +584,16 @@ def test_convert(tmp_path, capsys):
     model = AdaMixer(**SMALL | dict(body='', channels=(8, 8, 8, 8))).build().eval()
     torch.save(dict(state_dict=to_official(model)), tmp_path/'x.pth')
     cli.deqdet_convert(str(tmp_path/'x.pth'), str(tmp_path/'x'))
-    again, feed = cli.load_detector(tmp_path/'x', device='cpu')
-    assert again.vocab == cli.COCO and feed == cli.Feed(800, 1333)
+    again = load_detector(tmp_path/'x', device='cpu')
+    assert again.vocab == COCO and again.feed == Feed(800, 1333)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
     (tmp_path/'names.txt').write_text('cat\ndog\n')
     bad(capsys, '2 names', cli.deqdet_convert, str(tmp_path/'x.pth'), str(tmp_path/'y'), names=str(tmp_path/'names.txt'))
     (tmp_path/'cut.pth').write_bytes((tmp_path/'x.pth').read_bytes()[:9999])
-    for o in ('cut.pth', 'names.txt'): assert len(bad(capsys, o, cli.deqdet_convert, str(tmp_path/o), str(tmp_path/'y'))) < 250
-
-
-def test_demo(tmp_path, capsys):
-    "Everything runs and is written; so little is trained that no number means anything"
-    cli.deqdet_demo(out=str(tmp_path/'demo'), quick=True)
-    page, m = (tmp_path/'demo/index.html').read_text(), json.loads((tmp_path/'demo/metrics.json').read_text())
-    for o in re.findall('src="([^"]+)"', page): assert (tmp_path/'demo'/o).stat().st_size, o
-    assert {'machine', 'seconds', 'steps', 'numbers', 'classes'} <= m.keys() and len(m['steps']) == 4
-    with Image.open(tmp_path/'demo/refinement1.gif') as film: assert film.n_frames > 8
-    assert '0.50:0.95' in capsys.readouterr().out
+    torch.save(dict(weight=torch.zeros(3)), tmp_path/'other.pth')
+    for o in ('cut.pth', 'names.txt', 'other.pth'):
+        assert len(bad(capsys, o, cli.deqdet_convert, str(tmp_path/o), str(tmp_path/'y'))) < 250
+    assert not (tmp_path/'y').exists()
 
 
 def test_two_processes(world, tmp_path):

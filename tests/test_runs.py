@@ -1,0 +1,81 @@
+"A training in a folder: its options, and what may change on the way"
+import pytest, torch
+from deqdet.data import synth_coco
+from deqdet.learner import recipes
+from deqdet.families.adamixer import AdaMixer
+from deqdet.model import Feed
+from deqdet.ops import machine
+from deqdet.ops.errors import CommandError
+from deqdet.predict import save_detector
+from deqdet.runs import DIETS, complete_options, duration, loaders, resumed_options, start_detector
+from deqdet.zoo import published, zoo
+
+
+def test_options_of_published_recipes():
+    eight = complete_options(dict(model='deqdet_r50_2x', lr=1e-4), processes=8)
+    assert eight.items() >= dict(recipe='2x', epochs=24, bs=2, size='800x1333', augment='crop', lr=1e-4).items()
+    assert complete_options({}) == dict(model='deqdet_tiny', recipe='tiny', size='128x128', augment='small',
+                                        epochs=60, bs=8, accumulate=1, seed=0, every=500)
+
+
+def test_what_is_given_counts():
+    given = dict(model='deqdet_tiny', size='96', augment='none', epochs=3, bs=1, seed=5, recipe='1x')
+    assert complete_options(given).items() >= given.items()
+    assert complete_options(dict(recipe='1x'))['augment'] == 'flip' # of the recipe that is asked for
+    assert complete_options(dict(recipe='1x'))['size'] == '128x128' # of the detector
+
+
+def test_every_recipe_says_how_pictures_are_varied():
+    "As it was before recipes said so: by the first letters of their names"
+    for name in recipes:
+        augment = {'ti': 'small', '2x': 'crop', '3x': 'crop', 'de': 'crop'}.get(name[:2], 'flip')
+        assert complete_options(dict(model='deqdet_r50_1x', recipe=name))['augment'] == augment, name
+    assert DIETS.keys() <= recipes.keys()
+    for name in zoo:
+        size = '128x128' if published(name).hyper.body == 'tiny' else '800x1333'
+        assert complete_options(dict(model=name))['size'] == size, name
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(CommandError, match="did you mean 'deqdet_r50_1x'"):
+        complete_options(dict(model='deqdet_r51_1x'))
+    with pytest.raises(CommandError, match='--recipe 4x'): complete_options(dict(recipe='4x'))
+    with pytest.raises(CommandError, match='no such folder'): complete_options(dict(model='no/where'))
+
+
+def test_a_folder_says_how_it_was_trained(tmp_path):
+    model = AdaMixer(n_classes=2, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4,
+                     grid=(2, 2, .4), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=64).build()
+    for feed, recipe in (Feed(64, 96), 'tiny'), (None, None):
+        model.feed, model.recipe = feed, recipe
+        o = complete_options(dict(model=str(save_detector(model, tmp_path/'m'))))
+        assert (o['size'], o['recipe']) == (('64x96', 'tiny') if recipe else ('800x1333', '1x'))
+
+
+def test_what_may_change():
+    assert resumed_options(dict(workers=2, lr=1e-4), dict(lr=1e-4, workers=0, bs=2)) == dict(workers=2, lr=1e-4, bs=2)
+    assert resumed_options(dict(size='96'), dict(size='96x96'))['size'] == '96'
+    with pytest.raises(CommandError, match='--lr 0.001'): resumed_options(dict(lr=1e-3), dict(lr=1e-4))
+    with pytest.raises(CommandError, match='began without it'): resumed_options(dict(amp='bf16'), dict(lr=1e-4))
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    synth_coco(tmp_path/'shapes', n_train=2, n_valid=2, size=64)
+    o = complete_options(dict(data=tmp_path/'shapes', device='tpu'))
+    with pytest.raises(CommandError, match='--device tpu'): loaders(o, Feed(64, 64))
+
+
+def test_times_as_people_say_them(): assert [duration(s) for s in (45, 600, 9000)] == ['45 s', '10 min', '2.5 h']
+
+
+def test_a_record_of_the_machine(monkeypatch):
+    assert list(machine.machine())[:4] == ['deqdet', 'commit', 'python', 'torch']
+    class Fake:
+        def device_count(self): return 2
+    monkeypatch.setattr(machine, 'accelerator', lambda: torch.device('mps'))
+    monkeypatch.setattr(torch, 'get_device_module', lambda kind: Fake())
+    assert machine.machine()['gpus'] == ['mps', 'mps']
+
+
+def test_weights_for_a_body_that_has_none():
+    with pytest.raises(CommandError, match='--pretrained yes'): start_detector('deqdet_tiny', ['cat'], 'yes')
