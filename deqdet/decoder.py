@@ -70,7 +70,7 @@ class Queries(nn.Module):
         xyxy = box_convert(self.boxes, 'cxcywh', 'xyxy')*whwh # (B,N,4) corners in pixels
         q = self.content.weight                               # (N,D)
         if self.norm: q = F.layer_norm(q, q.shape[1:])
-        return self.state.at(q.expand(len(sizes), -1, -1), xyxy)
+        return self.state.at(q.expand(sizes.shape[0], -1, -1), xyxy)
 
     def preds(self, feats):
         "Predictions of the queries that get a loss: none here, proposals in a two-stage detector"
