@@ -267,8 +267,7 @@ def predict(self:DetLearner,
 
 def _named(d, vocab):
     "Detections of one picture on the CPU, with names of their classes"
-    names = [vocab[i] for i in d['labels'].tolist()]
-    return {k: v.cpu() for k,v in d.items()} | dict(names=names)
+    return {k: v.cpu() for k,v in d.items()} | dict(names=[vocab[i] for i in d['labels'].tolist()])
 
 # %% ../nbs/14_learner.ipynb #626d7127
 class Interpretation(interpret.Interpretation):
