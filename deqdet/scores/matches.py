@@ -53,10 +53,10 @@ def _pair(dets, objs, t):
     for row in overlaps: # (objects,)
         j = _partner(row, crowd, taken, t)
         if j is None: out.append((None, 0.))
-        elif crowd[j]: out.append((-1, row[j]))
+        elif crowd[j]: out.append((-1, float(row[j])))
         else:
             taken.add(j)
-            out.append((j, row[j]))
+            out.append((j, float(row[j])))
     return out
 
 # %% ../../nbs/scores/02_matches.ipynb #4facee5e
