@@ -11,13 +11,13 @@ __all__ = ['SUFFIXES', 'COCO', 'save_detector', 'load_detector', 'find_pictures'
 # %% ../nbs/16_predict.ipynb #dc667e21
 import json, shutil, torch
 import matplotlib.pyplot as plt
-from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 from safetensors import SafetensorError
 from .data import DataError, DetDataset, DetDL, LAYOUTS, Target, collate
 from .data import find_layout, load_image
+from .families.adopt import adopt
 from .model import Detector, Feed
 from .ops.devices import pick_device
 from .ops.errors import CommandError, blame, one_line
@@ -230,41 +230,16 @@ def read_names(
         categories = json.loads(text)['categories']
         return [o['name'] for o in sorted(categories, key=lambda o: o['id'])]
 
-# %% ../nbs/16_predict.ipynb #b000d718
-def _kept(old, new):
-    "The tensors of `old` that `new` can use; contents of queries as far as there are as many"
-    learned = dict(new.named_parameters())
-    state = new.state_dict()
-    kept = {}
-    for k,v in old.state_dict().items():
-        of_queries = k.startswith('queries.')
-        if k not in state or of_queries and k not in learned: continue
-        if v.shape==state[k].shape: kept[k] = v
-        elif of_queries and v.ndim==2 and v.shape[1]==state[k].shape[1]:
-            n = min(len(v), len(state[k]))
-            kept[k] = torch.cat([v[:n], state[k][n:]])
-    return kept
-
 # %% ../nbs/16_predict.ipynb #8195c9fa
 def start_from(
     source,    # `Detector`, or folder of one
     vocab,     # class names
-    tell=print, # gets a line that says what starts afresh
-    **changes  # fields of the record, such as `n_queries=300`
+    tell=print, # gets a line that says what was kept, and what starts afresh
+    **changes  # for `adopt`: `n_queries`, or other fields of the record
 ) -> Detector: # in training mode
     "A detector for these classes, with all weights of another one that fit"
-    old = source if isinstance(source, Detector) else load_detector(source, device='cpu')
-    name = type(old.hyper).__name__ if source is old else source
-    new = replace(old.hyper, n_classes=len(vocab), **changes).build(vocab=vocab)
-    state = new.state_dict()
-    kept = _kept(old, new)
-    new.load_state_dict(state | kept)
-    new.feed = old.feed
-    new.recipe = getattr(old, 'recipe', None)
-    fresh = [k for k in state if k not in kept and k != 'queries.boxes']
-    if fresh: tell(f'{name}: {old.hyper.n_classes} classes there, {len(vocab)} here: '
-                   f'{len(fresh)} tensors start afresh')
-    return new
+    if isinstance(source, Detector): return adopt(source, vocab, tell, **changes)
+    return adopt(load_detector(source, device='cpu'), vocab, tell, name=str(source), **changes)
 
 # %% ../nbs/16_predict.ipynb #6f89ad1b
 def _check_names(source, model):
