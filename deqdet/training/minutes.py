@@ -98,6 +98,10 @@ def after_batch(self:TimeBudget):
 
 # %% ../../nbs/training/08_minutes.ipynb #1d2013bd
 @patch
+def after_cancel_train(self:TimeBudget):
+    if self.done: self.recorder.cancel_train = False # the last epoch's loss is logged like any other
+
+@patch
 def after_train(self:TimeBudget):
     due = self.elapsed() - self.last >= self.seconds/self.evaluations
     self.learn.validate_now = self.everyone_stops(self.done or due)
