@@ -11,7 +11,7 @@ __all__ = ['STYLE', 'class_color', 'rim', 'draw_box', 'show_image', 'draw_boxes'
 import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib import patheffects
 
-# %% ../../nbs/ops/04_draw.ipynb #3e07705a
+# %% ../../nbs/ops/04_draw.ipynb #26e4b242
 def class_color(
     label: int # class number, from 0
 ) -> tuple:    # r, g, b in 0..1
