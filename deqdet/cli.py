@@ -234,7 +234,8 @@ def _tell_end(done, bad, folder, min_score):
     unread = f', {bad} could not be read' if bad else ''
     print(f'{len(done)} {pictures} in {folder}{unread}')
     if done and not any(len(o.dets['scores']) for o in done):
-        say(f'no score reaches {min_score:g}; --min_score lowers the bar')
+        bar = 'its bar' if min_score is None else f'{min_score:g}'
+        say(f'no score reaches {bar}; --min_score lowers the bar')
 
 # %% ../nbs/21_cli.ipynb #8fdb809e
 @command
@@ -243,7 +244,7 @@ def deqdet_predict(
     images:Annotated[str, 'picture files, folders, or patterns such as "photos/*.jpg"',
                      dict(nargs='+')],
     out:str='predictions', # folder to write: a picture each, and predictions.json in COCO's form
-    min_score:float=.3, # leave out detections below
+    min_score:float=None, # leave out detections below; by default a training's choice, or .3
     max_dets:int=100,   # detections in a picture, at most
     size:str=None,      # pixels of the long side, or 800x1333 for both; by default as trained
     steps:int=None,     # refinement steps; by default those of the detector

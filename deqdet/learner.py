@@ -109,9 +109,14 @@ def det_learner(
     learn.add_cbs([GradientClip(learn.recipe.clip), TermRecorder(), APCallback(max_dets)])
     if accumulate > 1: learn.add_cb(GradientAccumulation(accumulate*dls.train.bs))
     if amp: learn.add_cb(Amp(amp))
-    averaged = any(isinstance(o, EMA) for o in L(cbs))
+    learn.add_cbs(cbs)
+    _add_average(learn)
+    return learn
+
+def _add_average(learn, cbs=None):
+    "The average of weights that the recipe asks for, unless there is one"
+    averaged = any(isinstance(o, EMA) for o in [*learn.cbs, *L(cbs)])
     if learn.recipe.ema and not averaged: learn.add_cb(EMA(learn.recipe.ema))
-    return learn.add_cbs(cbs)
 
 def _check_classes(model, dls):
     "As many classes in the model as in the data; a model without names takes those of the data"
@@ -207,6 +212,7 @@ def fit_published(self:DetLearner,
         self.wd = self.recipe.wd
         self.opt = None
         self.gradient_clip.max_norm = self.recipe.clip
+        _add_average(self, cbs)
     if minutes: return self.fit(MANY, cbs=[TimeBudget(minutes), *L(cbs)])
     updates = len(self.dls.train)//self.accumulate
     n_epoch = self.recipe.epochs_for(updates) if epochs is None else epochs

@@ -18,6 +18,7 @@ from fastai.torch_core import get_model, rank_distrib
 from .commands.options import (
     DIETS, MAY_CHANGE, Diet, complete_options, has_start, loaders, recipe_and_feed,
     resumed_options, saved_options, start_detector, with_epochs) # some for who imports them here
+from .evaluate import best_thresholds, gather_preds
 from .learner import (CSVLog, EMA, MANY, NonFinite, Resume, Stop, TimeBudget, det_learner)
 from .model import Feed
 from .ops.errors import CommandError, FILE_FAULTS, blame, make_folder, one_line
@@ -49,6 +50,7 @@ class Keep(Callback):
         self.last = dict(self.ap.result)
         self.at = self.epoch
         self.curve = [*self.curve, self.point()]
+        self.choose_thresholds()
         self.write('last')
         if self.result and self.last['AP'] <= self.result['AP']: return
         self.best = self.epoch
@@ -56,6 +58,13 @@ class Keep(Callback):
         self.write('best')
     def write(self, name):
         if not rank_distrib(): save_detector(get_model(self.model), self.path/name)
+    def after_pred(self):
+        if not self.training: self.preds = self.ap.preds # it goes on with a new list afterwards
+    def choose_thresholds(self):
+        "For each class, the score with the best F1 on the validation set"
+        preds = gather_preds(self.preds)
+        if rank_distrib(): return
+        get_model(self.model).thresholds = best_thresholds(preds, self.dl.dataset)
     def point(self):
         ap = {k: float(self.last[k]) for k in ('AP','AP50')}
         return dict(epoch=self.epoch, updates=self.train_iter//self.learn.accumulate,

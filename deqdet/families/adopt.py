@@ -58,8 +58,10 @@ def adopt(
     **changes  # fields of the record, such as `dropout=.1`
 ):             # `Detector`, in training mode
     "A detector for these classes, with all weights of another one that fit"
-    hyper = replace(old.hyper, n_classes=len(vocab), **changes)
+    hyper = replace(old.hyper, n_classes=len(vocab))
     if n_queries: hyper = with_queries(hyper, n_queries)
+    if n_queries and 'grid' in changes: changes |= dict(n_queries=n_queries)
+    hyper = replace(hyper, **changes)
     new = hyper.build(vocab=vocab)
     state = new.state_dict()
     kept = _kept(old, new)

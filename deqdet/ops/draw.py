@@ -11,11 +11,11 @@ __all__ = ['STYLE', 'class_color', 'rim', 'draw_box', 'show_image', 'draw_boxes'
 import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib import patheffects
 
-# %% ../../nbs/ops/04_draw.ipynb #3e07705a
+# %% ../../nbs/ops/04_draw.ipynb #26e4b242
 def class_color(
     label: int # class number, from 0
 ) -> tuple:    # r, g, b in 0..1
-    "A colour for a class: ten that are easily told apart, then ten paler, ten darker, and so on"
+    "A colour for a class: ten that are easily told apart, then ten darker, ten paler, and again"
     rgb = plt.get_cmap('tab10')(label % 10)[:3]
     strength = (1, .65, 1.35)[label//10 % 3]
     return tuple(min(1., c*strength) for c in rgb)

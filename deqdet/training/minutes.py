@@ -55,10 +55,13 @@ class TimeBudget(Callback):
         "Seconds since the beginning, those of earlier runs included"
         return self.before + self.clock() - self.begun
 
+    def needed(self):
+        "Seconds that an evaluation takes"
+        return self.guess() if self.evaluation is None else self.evaluation
+
     def train_seconds(self):
         "Seconds until training has to end"
-        needed = self.evaluation if self.evaluation is not None else self.guess()
-        return max(self.seconds - self.reserve - 1.1*needed, .05*self.seconds)
+        return max(self.seconds - self.reserve - 1.1*self.needed(), .05*self.seconds)
 
     def guess(self):
         "Seconds for an evaluation: a batch of it costs about half as much as one of training"
@@ -72,35 +75,43 @@ class TimeBudget(Callback):
 def before_fit(self:TimeBudget):
     self.done = False
     self.batches = 0
+    self.unseen = 0 # batches since the last evaluation
     self.started = self.elapsed()
     self.base = [h['lr'] for h in self.opt.hypers]
     self.hps = dict(lr=[])
 
 @patch
 def before_epoch(self:TimeBudget):
-    if self.done: raise CancelFitException
+    seen = self.batches > 0 and self.unseen==0 # nothing new to evaluate
+    if self.done or (seen and self.time_is_up()): raise CancelFitException
 
 @patch
 def before_batch(self:TimeBudget):
     if not self.training: return
-    part = self.elapsed()/self.train_seconds()
-    if self.everyone_stops(part >= 1 and self.batches > 0):
-        self.done = True
-        raise CancelTrainException
-    factor = clock_factor(part, self.warmup)
+    self.done = self.batches > 0 and self.time_is_up()
+    if self.done: raise CancelTrainException
+    factor = clock_factor(self.elapsed()/self.train_seconds(), self.warmup)
     self.opt.set_hyper('lr', [lr*factor for lr in self.base])
 
 @patch
 def after_batch(self:TimeBudget):
     if not self.training: return
     self.batches += 1
+    self.unseen += 1
     self.hps['lr'].append(self.opt.hypers[-1]['lr'])
 
 # %% ../../nbs/training/08_minutes.ipynb #1d2013bd
 @patch
+def after_cancel_train(self:TimeBudget):
+    # fastai's recorder would leave the training loss out, and the columns after it would shift
+    if self.done: self.recorder.cancel_train = False
+
+@patch
 def after_train(self:TimeBudget):
+    self.done = self.done or self.time_is_up()
     due = self.elapsed() - self.last >= self.seconds/self.evaluations
-    self.learn.validate_now = self.everyone_stops(self.done or due)
+    early = self.elapsed() + self.needed() < self.train_seconds() # training will follow
+    self.learn.validate_now = self.done or self.everyone_stops(due and early)
 
 @patch
 def before_validate(self:TimeBudget): self.validating = self.elapsed()
@@ -109,16 +120,23 @@ def before_validate(self:TimeBudget): self.validating = self.elapsed()
 def after_validate(self:TimeBudget):
     self.last = self.elapsed()
     self.evaluation = self.last - self.validating
+    self.unseen = 0
 
 @patch
-def after_fit(self:TimeBudget):
-    self.learn.validate_now = True
-    self.recorder.hps = self.hps
+def after_epoch(self:TimeBudget): self.learn.validate_now = True
+
+@patch
+def after_fit(self:TimeBudget): self.recorder.hps = self.hps
 
 @patch
 def everyone_stops(self:TimeBudget, flag):
     "With several processes: the answer of any of them, so that all do the same"
     return anyone(flag, next(self.model.parameters()).device)
+
+@patch
+def time_is_up(self:TimeBudget):
+    "Does the last evaluation need what is left?"
+    return self.everyone_stops(self.elapsed() >= self.train_seconds())
 
 @patch
 def state_dict(self:TimeBudget):
