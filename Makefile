@@ -8,6 +8,7 @@ PAIR    := $(if $(filter oldest,$(TORCH)),$(VENV)/oldest.txt,constraints.txt)
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PAIR) --editable
 RUN     := $(VENV)/.installed
+LITE    := $(VENV)/.installed-lite
 DEV     := $(VENV)/.installed-dev
 FAILED  := { echo "pip could not install it, for the reason above. It needs a network, or an index that it reaches: PIP_INDEX_URL"; \
 	echo "or PIP_FIND_LINKS. The next make tries again."; exit 1; }
@@ -19,7 +20,8 @@ QUARTO  := 1.6.42
 $(if $(filter-out tested oldest,$(TORCH)),$(error TORCH is `tested` or `oldest`, not `$(TORCH)`))
 
 help:
-	@echo "make demo     install what running needs, then train on drawn shapes for minutes: a page in demo/"
+	@echo "make demo     install what running needs; first detections at once, then minutes of learning: a page in demo/"
+	@echo "              DATA=folder: on your own pictures; DEMO='--minutes 2': options"
 	@echo "make test     install the dev extra, then everything that CI checks; TORCH=oldest: with the oldest torch"
 	@echo "make export   notebooks -> deqdet/*.py and README.md, and clean the notebooks"
 	@echo "make docs     the documentation site into _docs/ (needs Quarto)"
@@ -46,14 +48,19 @@ $(RUN): $(DECLARE) | $(BIN)/python
 	@$(INSTALL) . || $(FAILED)
 	@touch $@
 
+$(LITE): $(DECLARE) | $(BIN)/python
+	@echo "Installing deqdet, what it runs on, and weights of a small network (a few minutes and about 6 GB the first time)"
+	@$(INSTALL) '.[lite]' || $(FAILED)
+	@touch $(RUN) $@
+
 $(DEV): $(DECLARE) | $(BIN)/python
 	@echo "Installing deqdet with its dev extra (a few minutes and about 6 GB the first time)"
 	@$(INSTALL) '.[dev]' || $(FAILED)
-	@touch $(RUN) $@
+	@touch $(RUN) $(LITE) $@
 
-# The main job; options as in `make demo DEMO='--minutes 2'`
-demo: $(RUN)
-	@$(BIN)/deqdet_demo --out demo $(DEMO)
+# The main job; `make demo DATA=folder` does it on your own pictures; options as in `make demo DEMO='--minutes 2'`
+demo: $(LITE)
+	@$(BIN)/deqdet_demo --out demo $(if $(DATA),--data '$(DATA)') $(DEMO)
 
 test: $(DEV)
 	@$(BIN)/python tests/run.py

@@ -6,8 +6,9 @@ not run again, so the same command goes on where it was stopped:
     export DEQDET_DATA=...   # holds bccd, cards, deeppcb, raccoon
     python benchmarks/own_data.py --all --minutes 3 --out nbs/results/own_data.json
 
-Minutes are processor minutes of training; evaluation is not counted. The body is EfficientNet-Lite0 from ImageNet for all: its
-first stage frozen, BatchNorm on stored statistics, a tenth of the learning rate. Warm-up 5 %, cosine, moving average."""
+Minutes are processor minutes of training; evaluation is not counted. The body is EfficientNet-Lite0 from ImageNet for all, BatchNorm
+on stored statistics, `--frozen` stages without learning, the rest at a tenth of the rate. The class layer, which begins afresh,
+has `--class-lr` times the rate. Warm-up 5 %, cosine, moving average."""
 import json, math, os, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
@@ -38,8 +39,8 @@ class Ours:
     "A detector of the zoo"
     clip = 1.
 
-    def __init__(self, name, vocab, size, start):
-        self.net = create_detector(name, vocab=vocab, pretrained=True, start=start)
+    def __init__(self, name, vocab, args, start):
+        self.net = create_detector(name, vocab=vocab, pretrained=True, start=start, frozen_stages=args.frozen)
         self.criterion = SetLoss()
 
     def loss(self, images, sizes, target): return self.criterion(self.net(images, sizes), target)
@@ -48,9 +49,9 @@ class Ours:
 
 class FPN(nn.Module):
     "The body's levels from stride 8 on, and torchvision's feature pyramid"
-    def __init__(self, width=128, extra=True):
+    def __init__(self, frozen, width=128, extra=True):
         super().__init__()
-        self.body = create_body(BODY, pretrained=True, frozen_stages=1)
+        self.body = create_body(BODY, pretrained=True, frozen_stages=frozen)
         self.out_channels = width
         top = LastLevelP6P7(width, width) if extra else None
         self.fpn = FeaturePyramidNetwork(self.body.channels[1:], width, top)
@@ -66,14 +67,14 @@ def anchors(levels=5):
     return AnchorGenerator(tuple(sizes[:levels]), ((.5, 1., 2.),)*levels)
 
 
-def peer(kind, n_classes, size):
+def peer(kind, n_classes, size, frozen):
     "One of torchvision's detectors on our body"
     common = dict(min_size=size, max_size=size, image_mean=[.5]*3, image_std=[.5]*3, _skip_resize=True)
-    if kind=='fcos': return FCOS(FPN(), n_classes, **common)
-    if kind=='retinanet': return RetinaNet(FPN(), n_classes, anchor_generator=anchors(), **common)
+    if kind=='fcos': return FCOS(FPN(frozen), n_classes, **common)
+    if kind=='retinanet': return RetinaNet(FPN(frozen), n_classes, anchor_generator=anchors(), **common)
     generator = AnchorGenerator(((32,), (64,), (128,)), ((.5, 1., 2.),)*3)
     roi = dict(box_roi_pool=_pooler())
-    return FasterRCNN(FPN(extra=False), n_classes + 1, rpn_anchor_generator=generator, **roi, **common)
+    return FasterRCNN(FPN(frozen, extra=False), n_classes + 1, rpn_anchor_generator=generator, **roi, **common)
 
 
 def _pooler():
@@ -85,8 +86,8 @@ class Peer:
     "A detector of torchvision"
     clip = 10.
 
-    def __init__(self, kind, vocab, size):
-        self.net = peer(kind, len(vocab), size)
+    def __init__(self, kind, vocab, args):
+        self.net = peer(kind, len(vocab), args.size, args.frozen)
         self.first = int(kind=='faster_rcnn') # its class 0 is the background
 
     def lists(self, images, sizes):
@@ -114,13 +115,18 @@ KINDS = {
 
 # ---- training
 
-def groups(net, lr_body, wd):
-    "The body at a part of the rate; norms and biases do not decay"
+CLASSES = '.cls.3.', 'cls_logits', 'cls_score' # the layer of each detector that knows its classes, and begins afresh
+
+
+def groups(net, args):
+    "The body and the class layer at multiples of the rate; norms and biases do not decay"
     found = {}
     for name,p in net.named_parameters():
         if not p.requires_grad: continue
-        plain = p.ndim < 2 or 'norm' in name
-        found.setdefault((lr_body if '.body.' in name else 1., 0. if plain else wd), []).append(p)
+        decay = 0. if p.ndim < 2 or 'norm' in name else args.wd
+        part = args.body_lr if '.body.' in name else 1.
+        if any(o in name for o in CLASSES): part = args.class_lr
+        found.setdefault((part, decay), []).append(p)
     return [dict(params=ps, part=part, weight_decay=decay) for (part,decay),ps in found.items()]
 
 
@@ -160,7 +166,7 @@ def measure(detector, dls, average):
 def train(detector, dls, args):
     "Updates, epochs; the average of weights"
     net = detector.net.train()
-    pars = groups(net, args.body_lr, args.wd)
+    pars = groups(net, args)
     opt = (Muon if args.opt=='muon' else torch.optim.AdamW)(pars, lr=args.lr, weight_decay=args.wd)
     average = Average(net, args.ema)
     learning = [p for g in pars for p in g['params']]
@@ -190,7 +196,7 @@ def run(args):
         folder = Path(os.environ['DEQDET_DATA'])/args.set
         tfms = recipe_small(args.size), recipe_1x(False, args.size, args.size)
         dls = det_dls(folder, bs=args.bs, tfms=tfms, val_bs=8, num_workers=0, seed=args.seed)
-    detector = KINDS[args.kind](list(dls.vocab), size=args.size)
+    detector = KINDS[args.kind](list(dls.vocab), args=args)
     n, average = train(detector, dls, args)
     entry = dict(cell(args), updates=n, epochs=n/len(dls.train), lr=args.lr, size=args.size, bs=args.bs)
     entry |= measure(detector, dls, average)
@@ -200,7 +206,7 @@ def run(args):
 
 # ---- cells
 
-KEY = 'set', 'kind', 'minutes', 'seed', 'opt'
+KEY = 'set', 'kind', 'minutes', 'seed', 'opt', 'class_lr', 'frozen'
 def cell(args): return {k: getattr(args, k) for k in KEY}
 
 
@@ -228,8 +234,8 @@ def run_all(args):
 
 
 def main():
-    p = parser(__doc__, set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, wd=.1, ema=.99,
-               size=320, bs=8, seeds=1, sets=','.join(SETS), kinds=','.join(KINDS))
+    p = parser(__doc__, set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=4., frozen=3, wd=.1, ema=.99,
+               size=320, bs=4, seeds=1, sets=','.join(SETS), kinds=','.join(KINDS))
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()
     if args.all: return run_all(args)

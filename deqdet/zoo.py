@@ -50,9 +50,9 @@ deformable_tiny = DeformableDETR(**_tiny, norm_groups=16, encoder_layers=1, enco
                                  encoder_hidden=128, dropout=0., refine=True)
 
 # %% ../nbs/12_zoo.ipynb #a1c70002
-deqdet_lite = AdaMixer(body='tf_efficientnet_lite0', frozen_stages=3, feat_width=128, norm_groups=16,
-                       n_queries=100, grid=(10,10,.2), width=128, heads=4, points=(16,),
-                       out_points=32, hidden=512,
+deqdet_lite = AdaMixer(body='tf_efficientnet_lite0', frozen_stages=3, feat_width=128,
+                       norm_groups=16, n_queries=100, grid=(10,10,.2), width=128, heads=4,
+                       points=(16,), out_points=32, hidden=512,
                        strategy=replace(_tiny_equilibrium, perturb=Perturb(position=6.)))
 
 # %% ../nbs/12_zoo.ipynb #594f8fb9

@@ -146,13 +146,13 @@ def test_warnings_are_one_line(capsys):
 def test_numbers_that_make_no_sense(world, tmp_path, capsys):
     "They are refused before anything is read or written"
     start, data, pictures, out = str(world/'start'), str(world/'shapes'), [str(world/'shapes/images')], str(tmp_path/'out')
-    for k, v in dict(epochs=0, bs=0, accumulate=-1, every=0, workers=-1, lr=0., wd=-1., ema=1.5, valid_pct=2., seed=-1).items():
+    for k, v in dict(epochs=0, minutes=0., queries=0, bs=0, accumulate=-1, every=0, workers=-1, lr=0., wd=-1., ema=1.5, valid_pct=2., seed=-1).items():
         bad(capsys, f'--{k} {v}: a number', train, world, out, **{k: v})
     for k, v in dict(bs=0, max_dets=0, steps=-1, tol=-1., workers=-1).items():
         bad(capsys, f'--{k} {v}: a number', cli.deqdet_eval, start, data, device='cpu', **{k: v})
     for k, v in dict(bs=0, max_dets=-3, min_score=2., tol=float('nan')).items():
         bad(capsys, f'--{k} {v}: a number', cli.deqdet_predict, start, pictures, out, device='cpu', **{k: v})
-    for k, v in dict(epochs=0, minutes=-1., n_train=0, n_valid=-1, seed=-3).items():
+    for k, v in dict(minutes=-1., n_train=0, n_valid=-1, seed=-3).items():
         bad(capsys, f'--{k} {v}: a number', demo.deqdet_demo, out, **{k: v})
     assert not Path(out).exists()
 
@@ -163,6 +163,19 @@ def test_words_that_name_nothing(world, tmp_path, capsys):
     bad(capsys, '--size big', cli.deqdet_eval, str(world/'start'), str(world/'shapes'), size='big')
     bad(capsys, '--size 0', cli.deqdet_convert, 'x.pth', str(tmp_path/'out'), size='0')
     assert not (tmp_path/'out').exists()
+
+
+def test_epochs_or_minutes(world, tmp_path, capsys):
+    bad(capsys, '--epochs and --minutes exclude each other', train, world, tmp_path/'out', epochs=2, minutes=1.)
+    assert not (tmp_path/'out').exists()
+    bad(capsys, 'this training counts epochs', train, world, 'run', resume=True, minutes=1.)
+
+
+def test_help_fits_a_screen():
+    from fastcore.script import anno_parser
+    for f in COMMANDS:
+        lines = anno_parser(f, f.__name__).format_help().splitlines()
+        assert len(lines) <= 60, f'{f.__name__}: {len(lines)} lines'
 
 
 def test_a_stack_has_no_tolerance(world, tmp_path, capsys):
@@ -594,6 +607,52 @@ def test_convert(tmp_path, capsys):
     for o in ('cut.pth', 'names.txt', 'other.pth'):
         assert len(bad(capsys, o, cli.deqdet_convert, str(tmp_path/o), str(tmp_path/'y'))) < 250
     assert not (tmp_path/'y').exists()
+
+
+def test_minutes(world, tmp_path, capsys):
+    "Evaluated and saved when the time is up; what is left of it is what a training that goes on has"
+    out = tmp_path/'run'
+    begun = time.time()
+    train(world, out, epochs=None, minutes=.1)
+    text = capsys.readouterr().out
+    assert 'of 0.1 minutes: train_loss' in text and 'minutes of training' in text and '100000' not in text
+    m = json.loads((out/'metrics.json').read_text())
+    log = (out/'log.csv').read_text().splitlines()
+    assert m['minutes'] == .1 and m['curve'] and m['last']['AP'] is not None and m['pictures_seen'] == 2*m['curve'][-1]['updates']
+    assert len(log) == m['epochs'] + 1 and all(o.count(',') == log[0].count(',') for o in log)
+    assert {o.name for o in out.iterdir()} == {o.name for o in (world/'run').iterdir()}
+    saved = torch.load(out/'resume.pt', weights_only=True)
+    assert 0 < saved['cbs']['time_budget']['before'] < time.time() - begun
+    train(world, out, resume=True, minutes=.15)
+    again = json.loads((out/'metrics.json').read_text())
+    assert again['minutes'] == .15 and len(again['curve']) > len(m['curve']) and 'going on after' in capsys.readouterr().out
+
+
+def test_other_classes_and_queries(world, tmp_path, capsys):
+    "In one command, from a folder of ours; it says what it kept"
+    train(world, tmp_path/'run', epochs=1, queries=16)
+    said = capsys.readouterr().out
+    assert '9 queries there, 16 here' in said and 'tensors kept' in said
+    assert load_detector(tmp_path/'run', device='cpu').hyper.n_queries == 16
+
+
+def test_thresholds_are_kept(world, tmp_path):
+    "One for each class, beside the best detector; predictions heed them"
+    model = load_detector(world/'run', device='cpu')
+    assert len(model.thresholds) == 4
+    from deqdet.predict import detect
+    picture = [sorted((world/'shapes/images').iterdir())[0]]
+    model.thresholds = [0., 2., 2., 2.]
+    one = next(detect(model, picture, min_score=None))
+    assert set(one.dets['labels'].tolist()) <= {0}
+    model.thresholds = None
+    assert (next(detect(model, picture, min_score=None)).dets['scores'] >= .3).all()
+
+
+def test_tiny_objects_get_a_warning(world, tmp_path, capsys):
+    train(world, tmp_path/'run', epochs=1, size='16')
+    err = capsys.readouterr().err
+    assert re.search(r'warning: \d+% of the objects are smaller than 4 pixels .*; --size \d+ would do', err), err
 
 
 def test_two_processes(world, tmp_path):

@@ -18,10 +18,22 @@ def test_demo(tmp_path, capsys):
     demo.deqdet_demo(out=str(tmp_path/'demo'), quick=True)
     page, m = (tmp_path/'demo/index.html').read_text(), json.loads((tmp_path/'demo/metrics.json').read_text())
     for o in re.findall('src="([^"]+)"', page): assert (tmp_path/'demo'/o).stat().st_size, o
-    assert {'machine', 'seconds', 'steps', 'numbers', 'classes'} <= m.keys()
+    assert {'machine', 'seconds', 'steps', 'numbers', 'classes', 'curve', 'first', 'minutes'} <= m.keys()
     assert [r['steps'] for r in m['steps']] == [0, 1, 2, 4] and m['films'] == 3
     with Image.open(tmp_path/'demo/refinement1.gif') as film: assert film.n_frames > 8
-    assert '0.50:0.95' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert '0.50:0.95' in out and out.index('first.png') < out.index('drawing') and 'measuring 4 of 4' in out
+
+
+def test_a_set_of_ones_own(shapes, tmp_path):
+    "Nothing is drawn; the size is the detector's"
+    assert demo.demo_options(tmp_path, str(shapes), 9, 9, 3) == dict(data=str(shapes), seed=3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scenes_are_new_and_the_same_for_everybody():
+    a, b = demo.new_scenes(2, 64), demo.new_scenes(2, 64)
+    assert all((x == y).all() for x, y in zip(a, b)) and (a[0] != a[1]).any() and a[0].shape == (64, 64, 3)
 
 
 def measured(**change):
@@ -30,7 +42,8 @@ def measured(**change):
     on = dict(deqdet='0.0.1', commit='abc', torch='2.14', cpu='a <cpu> & more', threads=1, cores=2)
     return dict(numbers=numbers, classes=dict(disc=numbers), steps=[dict(steps=4, seconds=.01, **numbers)], films=2,
                 machine=on, parameters=1.6e6, seconds=540, pictures_seen=20000, n_train=4000, n_valid=500, queries=12,
-                trained_steps=4, out='a <folder>') | change
+                trained_steps=4, out='a <folder>', data='some <data>', minutes=4.,
+                first=dict(objects=9, scenes=3, seconds=8.5)) | change
 
 
 class Tags(HTMLParser):
@@ -53,8 +66,8 @@ def test_page_is_whole():
     images = [a for k, a in tags.seen if k == 'img']
     assert not tags.open and '$' not in page
     assert all(o['alt'] for o in images) and sum(o['src'].endswith('.gif') for o in images) == 2
-    text = ' '.join(tags.text)
-    said = 'a <cpu> & more', 'a <folder>/run', '0.500', '20,000', '1.6 million', '9 min', 'at abc'
+    text = ' '.join(' '.join(tags.text).split())
+    said = 'a <cpu> & more', 'a <folder>/run', '0.500', '20,000', '1.6 million', '9 min', 'at abc', 'some <data>', 'in 4 minutes', '9 objects'
     for o in said: assert o in text, o
 
 
@@ -70,9 +83,3 @@ def test_table_rounds_and_escapes():
     assert demo.html_table([dict(a=1, b=.25), dict(a='<', b=None)]) == (
         '<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>0.250</td></tr>'
         '<tr><td>&lt;</td><td>–</td></tr></table>')
-
-
-def test_epochs_follow_the_time(shapes):
-    o = dict(model='deqdet_tiny', data=str(shapes), bs=4, size='64', augment='none', device='cpu')
-    assert demo.epochs_in(o, 0., n=1) == 1
-    assert 1 <= demo.epochs_in(o, .05, n=2) <= demo.epochs_in(o, 5., n=2)

@@ -8,8 +8,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from deqdet.data import DetDL, Target, det_dls, resize_long, synth_coco
 from deqdet.decoder import Pred
-from deqdet.evaluate import (APCallback, coco_ap, confusion, evaluate, match_table, predict_dl, to_results, worst_images,
-                             write_results)
+from deqdet.evaluate import (APCallback, ap_vs_steps, coco_ap, confusion, evaluate, evaluating, gather_preds, match_table,
+                             multiply_adds, on_first, predict_dl, to_results, worst_images, write_results)
 from deqdet.equilibrium import Settled
 from deqdet.loss import SetLoss, decode
 from deqdet.model import to_original
@@ -246,3 +246,128 @@ def test_nothing_finite_does_not_end_training():
     preds[0]['boxes'] = torch.full((1, 4), math.inf)
     preds[0]['scores'], preds[0]['labels'] = torch.ones(1), torch.zeros(1).long()
     with pytest.warns(UserWarning, match='not finite'): assert not math.isnan(coco_ap(preds, truth).AP)
+
+
+# ---- moved from the page
+
+def test_every_module_is_put_back_as_it_was():
+    frozen = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
+    with evaluating(frozen):
+        assert [m.training for m in frozen] == [False, False] and not torch.is_grad_enabled()
+    assert [m.training for m in frozen] == [True, False] and torch.is_grad_enabled()
+    with pytest.raises(ZeroDivisionError), evaluating(frozen): 1/0
+    assert [m.training for m in frozen] == [True, False]
+
+
+def test_padding_of_a_sampler_costs_nothing():
+    "Repeated images would be false alarms; alone, and in a process group of one"
+    truth, preds, cats = made(21, n=11)
+    preds = sorted(preds, key=lambda p: p['image_id'])
+    result, twice = coco_ap(preds, truth), preds + preds[:3]
+    assert coco_ap(twice, truth).AP < result.AP
+    assert str(coco_ap(gather_preds(twice), truth)) == str(result)
+    assert [p['image_id'] for p in gather_preds(twice[::-1])] == [p['image_id'] for p in preds]
+
+
+def test_a_process_group_of_one(tmp_path):
+    truth, preds, cats = made(21, n=11)
+    result, twice = coco_ap(preds, truth), preds + preds[:3]
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        same = partial(np.array_equal, equal_nan=True)
+        assert same(list(coco_ap(gather_preds(twice), truth).values()), list(result.values()))
+        assert same(list(on_first(coco_ap, preds, truth).values()), list(result.values()))
+    finally: dist.destroy_process_group()
+
+
+def test_a_loader_is_predicted_whole_and_the_model_left_in_training():
+    truth, preds, cats = made(21, n=11)
+    learn = learner(truth, preds, cats, [p['image_id'] for p in preds])
+    learn.model.train()
+    found = predict_dl(learn.model, learn.dls.valid)
+    assert len(found) == 11 and learn.model.training
+    assert str(evaluate(learn.model, learn.dls.valid)) == str(coco_ap(found, truth, cats))
+    with pytest.raises(TypeError): evaluate(learn.model, learn.dls.valid, step=3)
+
+
+def tiny_learner(**kwargs):
+    "A linear map from images of 16 pixels to one box, fed at half their size"
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    torch.manual_seed(0)
+    xy = torch.randint(1, 8, (24, 2)).float()
+    anns = [dict(image_id=i, category_id=7, bbox=[*(2*o).tolist(), 12., 12.]) for i, o in enumerate(xy)]
+    class Squares:
+        n_inp, cat_ids, vocab = 2, [7], ['square']
+        coco = dict(images=[dict(id=i) for i in range(24)], annotations=anns, categories=[dict(id=7, name='square')])
+        def __len__(self): return 24
+        def __getitem__(self, i):
+            x, y = xy[i].int().tolist()
+            img, hw = torch.zeros(3, 16, 16, dtype=torch.uint8), torch.tensor([16, 16])
+            img[:, y:y+6, x:x+6] = 255
+            return img, Target(torch.cat([xy[i], xy[i] + 6])[None], torch.zeros(1).long(), hw, torch.tensor(i), 2*hw)
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(32*32, 4) # collate pads to multiples of 32
+        def forward(self, images, sizes):
+            return [Pred(torch.ones(len(images), 1, 1), self.lin(images[:, 0].flatten(1)/900.)[:, None]*16)]
+    train, valid = (DetDL(Squares(), bs=8, shuffle=s, num_workers=0) for s in (True, False))
+    loss = lambda preds, t: nn.functional.l1_loss(preds[-1].boxes, Target(t).boxes)
+    return Learner(DataLoaders(train, valid), Linear(), loss, lr=3e-3, **kwargs)
+
+
+def test_the_callback_changes_nothing_but_the_log():
+    plain_learn, with_ap = tiny_learner(), tiny_learner(cbs=APCallback())
+    for l in (plain_learn, with_ap):
+        with l.no_logging(): l.fit(2)
+    assert with_ap.metrics == []
+    assert torch.equal(plain_learn.model.lin.weight, with_ap.model.lin.weight)
+    losses = [[v[1] for v in l.recorder.values] for l in (plain_learn, with_ap)]
+    assert losses[0] == losses[1]
+    assert with_ap.ap.result.AP == with_ap.recorder.values[-1][2]
+    with with_ap.no_logging(): numbers = with_ap.validate()
+    assert numbers[1] == with_ap.ap.result.AP
+
+
+class Works(nn.Module):
+    "Multiplies one matrix per step, and is the better the more steps it takes"
+    def __init__(self, preds):
+        super().__init__()
+        self.work, self.p = nn.Linear(64, 64), preds
+    def predict(self, images, sizes, orig=None, steps=None, max_dets=100):
+        w = torch.ones(1, 64)
+        for _ in range(steps): w = self.work(w)
+        ids = [hi*256 + lo for hi, lo in images[:, 0, 0, :2].long().tolist()]
+        g = torch.Generator().manual_seed(0)
+        noise = lambda b: 40*.5**steps*torch.randn(b.shape, generator=g)
+        return [self.p[i] | dict(boxes=self.p[i]['boxes'] + noise(self.p[i]['boxes'])) for i in ids]
+
+
+@pytest.mark.parametrize('module,x,n', [(nn.Linear(64, 32), torch.ones(10, 64), 10*64*32),
+                                        (nn.Conv2d(3, 8, 3, padding=1), torch.ones(1, 3, 10, 10), 8*100*27)])
+def test_multiply_adds_are_counted(module, x, n): assert multiply_adds(module, x) == n
+
+
+def test_ap_and_cost_against_steps():
+    truth, _, cats = made(21, n=11, crowds=False)
+    perfect = {}
+    for o in truth['images']:
+        mine = [a for a in truth['annotations'] if a['image_id'] == o['id']]
+        b = torch.tensor([a['bbox'] for a in mine]).reshape(-1, 4).float()
+        perfect[o['id']] = dict(boxes=torch.cat([b[:, :2], b[:, :2] + b[:, 2:]], 1), scores=torch.ones(len(b)),
+                                labels=torch.tensor([cats.index(a['category_id']) for a in mine], dtype=torch.long))
+    dl = DetDL(Items(truth, sorted(perfect)), bs=3, num_workers=0)
+    rows = ap_vs_steps(Works(perfect), dl, [1, 3, 6, 12])
+    assert [r['steps'] for r in rows] == [1, 3, 6, 12]
+    assert [r['multiply_adds'] for r in rows] == [64*64*t for t in (1, 3, 6, 12)]
+    assert all(a['AP'] <= b['AP'] for a, b in zip(rows, rows[1:])) and rows[0]['AP'] < .5 and rows[-1]['AP'] == 1
+    assert all(r['seconds'] > 0 for r in rows)
+
+
+def test_the_door_opens_what_its_wing_defines():
+    import deqdet.evaluate as door
+    from deqdet.scores import ap, matches
+    names = [n for m in (ap, matches) for n in m.__all__]
+    assert set(names) <= set(door.__all__)
+    assert all(getattr(door, n) in (getattr(ap, n, None), getattr(matches, n, None)) for n in names)

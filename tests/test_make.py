@@ -54,7 +54,7 @@ def installs(log): return [o.split()[-1] for o in log if 'pip install' in o]
 def jobs(log): return [o for o in log if 'pip install' not in o]
 
 @pytest.mark.parametrize('target,extra,calls', [
-    ('demo', '.', ['deqdet_demo --out demo']),
+    ('demo', '.[lite]', ['deqdet_demo --out demo']),
     ('test', '.[dev]', ['python tests/run.py']),
     ('export', '.[dev]', ['nbdev-export ', 'nbdev-clean ', 'python tests/readme.py']),
     ('docs', '.[dev]', ['nbdev-export ', 'python tests/readme.py', 'nbdev-docs ']),
@@ -94,6 +94,7 @@ def test_bench_names_scripts_that_exist():
 
 def test_options_reach_the_job(checkout):
     assert checkout.make('demo', 'DEMO=--minutes 2')[2][-1]=='deqdet_demo --out demo --minutes 2'
+    assert checkout.make('demo', 'DATA=a folder')[2][-1]=='deqdet_demo --out demo --data a folder'
     assert checkout.make('lab', 'LAB=--no-browser')[2][-1]=='jupyter lab --notebook-dir=nbs --no-browser'
 
 def test_changed_requirements_install_again(checkout):

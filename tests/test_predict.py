@@ -209,20 +209,36 @@ def test_start_with_other_classes(model, folder):
     old, new = model.state_dict(), cats.state_dict()
     fresh = {f'decoder.{s}.cls.3.{p}' for s in ('init', 'step') for p in ('weight', 'bias')}
     assert {k for k in old if not torch.equal(old[k], new[k])} == fresh
-    assert said == [f'{folder}: 4 classes there, 2 here: 4 tensors start afresh']
+    told = f'{folder}: 4 classes there, 2 here: {len(old) - 4} tensors kept, 4 tensors start afresh (decoder.init.cls.3.weight, '
+    assert len(said) == 1 and said[0].startswith(told)
     assert (cats.vocab, cats.feed, cats.recipe, cats.training) == (['cat', 'dog'], Feed(64, 64), 'tiny', True)
 
 
 @pytest.mark.parametrize('n, grid', [(12, (3, 4, .3)), (4, (2, 2, .5)), (9, (1, 9, .3))])
 def test_start_with_another_number_of_queries(model, n, grid):
-    "Contents that were learned are kept as far as they go; boxes follow from the record"
+    "Each box takes the contents of the nearest old one; boxes follow from the record"
     said = []
     new = start_from(model, SHAPES, said.append, n_queries=n, grid=grid)
-    kept = min(n, 9)
-    assert torch.equal(new.queries.content.weight[:kept], model.queries.content.weight[:kept])
+    nearest = torch.cdist(new.queries.boxes[:, :2], model.queries.boxes[:, :2]).argmin(1)
+    if n == 9: nearest = torch.arange(9)
+    assert torch.equal(new.queries.content.weight, model.queries.content.weight[nearest])
     plain = replace(model.hyper, n_queries=n, grid=grid).build()
-    assert torch.equal(new.queries.boxes, plain.queries.boxes) and not said
+    assert torch.equal(new.queries.boxes, plain.queries.boxes) and len(said) == (n != 9)
     assert new(torch.zeros(1, 3, 64, 64))[-1].boxes.shape == (1, n, 4)
+
+
+@pytest.mark.parametrize('n, grid', [(4, (2, 2, .4)), (16, (4, 4, .4)), (30, (6, 5, .4))])
+def test_a_grid_stays_a_grid(model, n, grid):
+    new = start_from(model, SHAPES, lambda s: None, n_queries=n)
+    assert (new.hyper.grid, new.hyper.n_queries) == (grid, n)
+
+
+def test_thresholds_come_back(model, tmp_path):
+    "They are kept in config.json; a detector without them has none"
+    assert load_detector(save_detector(model, tmp_path/'none'), device='cpu').thresholds is None
+    model.thresholds = [.1, .2, .3, .4]
+    try: assert load_detector(save_detector(model, tmp_path/'some'), device='cpu').thresholds == [.1, .2, .3, .4]
+    finally: del model.thresholds
 
 
 def test_start_of_every_family():

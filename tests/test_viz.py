@@ -6,13 +6,14 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from PIL import Image
 from torch import nn
-from deqdet.data import det_dls, synth_coco
+from deqdet.data import collate, det_dls, synth_coco
+from deqdet.decoder import Pred
 from deqdet.equilibrium import Settled
 from deqdet.evaluate import predict_dl
 from deqdet.families.adamixer import AdaMixer
 from deqdet.solver import picard, solve
-from deqdet.viz import (class_color, draw_boxes, draw_points, plot_residuals, plot_training, read_log, save_refinement,
-                        show_pairs, show_predictions, show_refinement, show_trails)
+from deqdet.viz import (_draw_state, _queries, _truth_of, class_color, draw_boxes, draw_points, plot_residuals, plot_training,
+                        read_log, save_refinement, show_image, show_pairs, show_predictions, show_refinement, show_trails)
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +131,125 @@ def test_a_single_epoch():
     for ax in axs:
         ax.figure.canvas.draw()
         assert [t.get_text() for t in ax.get_xticklabels()] == ['0']
+
+
+# ---- moved from the page
+
+@pytest.fixture(scope='module')
+def squares(tmp_path_factory):
+    "Eight generated images of 128 pixels"
+    path = synth_coco(tmp_path_factory.mktemp('squares'), n_train=1, n_valid=8, size=128, seed=0)
+    return det_dls(path, num_workers=0).valid.dataset
+
+
+def settling(n=12, steps=12, found=5):
+    "A trajectory of `n` queries in an image of 128 pixels, of which the first `found` end with a high score"
+    g = torch.Generator().manual_seed(0)
+    xy = 90*torch.rand(n, 2, generator=g)
+    boxes = torch.cat([xy, xy + 5 + 30*torch.rand(n, 2, generator=g)], 1)
+    logits = torch.full((n, 4), -4.)
+    logits[range(found), torch.arange(found) % 4] = 3.
+    return [(None, Pred(logits[None], boxes[None] + 20*.6**s)) for s in range(steps + 1)]
+
+
+def test_an_image_in_any_form_shows_the_same(squares):
+    "The file, an array, a float tensor, a PIL image"
+    img = squares[0][0]
+    array = img.permute(1, 2, 0).numpy()
+    for form in (squares.folder/squares.images[0]['file_name'], array, img/255., Image.fromarray(array)):
+        np.testing.assert_array_equal(np.asarray(show_image(form).images[0].get_array()), array)
+        assert len(draw_boxes(form, [[1., 2, 9, 9]]).patches) == 1
+
+
+def test_the_truth_of_an_image_is_in_pixels_of_its_file(squares):
+    for i in (0, 3):
+        t = squares[i][1]
+        truth = _truth_of(squares, t.image_id.item())
+        assert torch.equal(truth['boxes'], t.boxes) and torch.equal(truth['labels'], t.labels)
+
+
+def test_queries_that_end_with_a_score_are_found():
+    boxes, scores, labels, found = _queries(settling(), 0, .3)
+    assert boxes.shape == (13, 12, 4) and scores.shape == (13, 12) and labels.shape == (12,)
+    assert found == [0, 1, 2, 3, 4] and labels[:5].tolist() == [0, 1, 2, 3, 0]
+
+
+def test_every_query_has_a_box_and_those_that_are_found_a_name():
+    q = _queries(settling(), 0, .3)
+    for names in (False, True):
+        ax = show_image(torch.zeros(3, 128, 128, dtype=torch.uint8))
+        _draw_state(ax, 12, *q, ['a', 'b', 'c', 'd'], names)
+        assert len(ax.patches) == 12
+        assert [t.get_text()[:1] for t in ax.texts] == (['a', 'b', 'c', 'd', 'a'] if names else [])
+
+
+def test_a_trail_for_each_query_that_is_found():
+    assert len(show_trails(torch.zeros(3, 128, 128, dtype=torch.uint8), settling()).lines) == 2*5
+
+
+def test_panels_of_a_model_stop_at_its_last_state(model, squares):
+    batch, sizes, _ = collate([squares[0], squares[1]])
+    path = model.trajectory(batch, sizes, steps=4)
+    assert len(show_refinement(batch[1], path, index=1, min_score=0.).axes) == 4
+
+
+def test_one_palette_makes_the_film_small(squares, tmp_path):
+    "Less than half of what matplotlib writes, on a textured background"
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    img, path = squares[0][0], settling()
+    q = _queries(path, 0, .3)
+    fig, ax = plt.subplots(figsize=(2, 2.2), layout='constrained')
+    def frame(t):
+        ax.clear()
+        show_image(img, ax, f'{t}')
+        _draw_state(ax, t, *q)
+    FuncAnimation(fig, frame, frames=len(path)).save(tmp_path/'naive.gif', writer=PillowWriter(fps=4), dpi=100)
+    file = save_refinement(img, path, tmp_path/'settle.gif', vocab=squares.vocab)
+    with Image.open(file) as im: assert (im.n_frames, im.size) == (13, (200, 220))
+    assert file.stat().st_size < .5*(tmp_path/'naive.gif').stat().st_size
+
+
+def test_points_lie_where_they_are_read():
+    points = torch.rand(2, 2, 16, 2)*100
+    weights = torch.softmax(torch.randn(2, 2, 16, 4), -1)
+    ax = draw_points(torch.zeros(3, 128, 128, dtype=torch.uint8), points, weights, boxes=torch.tensor([[1., 2, 30, 40]]*2))
+    assert [len(c.get_offsets()) for c in ax.collections[:2]] == [32, 32]
+    np.testing.assert_allclose(ax.collections[0].get_offsets()[0], points[0, 0, 0] - .5, atol=1e-5)
+    octaves = weights[:, 0] @ torch.tensor([2., 3, 4, 5])
+    np.testing.assert_allclose(ax.collections[0].get_array(), octaves.flatten(), rtol=1e-5)
+    assert len(ax.patches) == 2
+
+
+def test_residuals_have_a_line_each_and_one_for_the_tolerance():
+    traces = {k: torch.rand(25, 8)*.8**torch.arange(25)[:, None] for k in ('picard', 'anderson')}
+    ax = plot_residuals(traces, tol=1e-3)
+    assert len(ax.lines) == 3 and ax.get_yscale() == 'log'
+
+
+def test_zeros_and_lost_images_leave_no_holes():
+    lost = torch.tensor([[1., float('nan')], [.1, float('nan')]])
+    ax = plot_residuals({'exact': torch.zeros(4, 3), 'one lost': lost})
+    assert all(np.isfinite(l.get_ydata()).all() for l in ax.lines)
+
+
+class Recorder:
+    "What a fastai recorder keeps"
+    metric_names = ['epoch', 'train_loss', 'valid_loss', 'AP', 'time']
+    values = [[3., 4., .1], [2., 3., .2]]
+
+
+def test_every_form_of_a_log_gives_its_table(tmp_path):
+    import pandas as pd
+    e = np.arange(12)
+    log = pd.DataFrame(dict(epoch=e, train_loss=9*.8**e + 3, valid_loss=9*.82**e + 3.4, AP=.6*(1 - .8**e), AP50=.9*(1 - .7**e),
+                            AP75=.65*(1 - .82**e), APs=.4*(1 - .85**e), APm=.7*(1 - .8**e), APl=float('nan'), time='00:11'))
+    log.to_csv(tmp_path/'log.csv', index=False)
+    assert read_log(Recorder()).AP.tolist() == [.1, .2]
+    assert read_log(tmp_path/'log.csv').round(9).equals(read_log(log).round(9))
+    assert [len(ax.lines) for ax in plot_training(log)] == [2, 5] # APl has no number
+
+
+def test_a_training_without_validation_has_one_panel():
+    import pandas as pd
+    assert len(plot_training([dict(epoch=0, train_loss=2.), dict(epoch=1, train_loss=1.)])) == 1
+    assert len(plot_training(pd.DataFrame(dict(epoch=[], train_loss=[])))) == 1

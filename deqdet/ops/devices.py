@@ -29,7 +29,7 @@ def _trouble(
 
 # %% ../../nbs/ops/05_devices.ipynb #aa42f402
 def pick_device(
-    name: str|torch.device|None=None # 'cpu', 'cuda:1', 'mps', …; None: the accelerator, if there is one
+    name: str|torch.device|None=None # 'cpu', 'cuda:1', 'mps', …; None: the accelerator, if any
 ) -> torch.device: # one that works
     "Where to compute"
     found = name or accelerator() or 'cpu'

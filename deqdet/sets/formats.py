@@ -293,11 +293,9 @@ def _part(src, chosen):
     "The images of a source with these numbers, and what belongs to them"
     images = [src.coco['images'][i] for i in chosen]
     ids = {o['id'] for o in images}
-    anns = []
-    for i,a in enumerate(src.coco['annotations']):
-        if a.get('image_id') not in ids: continue
-        at = a.get('at') or (str(src.file), f'annotations[{i}]') # in the undivided file
-        anns.append(dict(a, at=at))
+    mine = [(i,a) for i,a in enumerate(src.coco['annotations']) if a.get('image_id') in ids]
+    # where each stands: in the undivided file
+    anns = [dict(a, at=a.get('at') or (str(src.file), f'annotations[{i}]')) for i,a in mine]
     return Source(dict(src.coco, images=images, annotations=anns), src.folder, src.file)
 
 def read_data(

@@ -49,7 +49,7 @@ class Recipe:
     def epochs_for(self,
         n # updates in an epoch of the set
     ) -> int:
-        "Epochs over a set: those of the recipe, or what its number of updates asks for, within 6 to 60"
+        "Epochs over a set: the recipe's, or as many as its updates ask for, within 6 to 60"
         if not self.updates: return self.epochs
         return min(60, max(6, round(self.updates/max(n, 1))))
 
@@ -64,7 +64,8 @@ _slow_body = ('^pyramid.levels.body', .1, 1.)
 _slow_points = (r'\.offsets\.|\.aim\.', .1, 1.)
 deformable = Recipe(epochs=50, drops=(40,), lr=2e-4, wd=1e-4, mults=(_slow_body, _slow_points),
                     warmup=0, clip=.1, batch=32)
-_finetune = (('^pyramid.body.*(norm|bn|bias)', .1, 0.), ('^pyramid.body', .1, 1.),
+_finetune = ((r'\.cls\.3\.weight', 4., 1.), (r'\.cls\.3\.bias', 4., 0.), # new classes
+             ('^pyramid.body.*(norm|bn|bias)', .1, 0.), ('^pyramid.body', .1, 1.),
              ('norm|bn|bias', 1., 0.))
 recipes = {
     '1x': deqdet_1x,
@@ -134,7 +135,7 @@ class DetOpt(OptimWrapper):
 
     def set_hyper(self,
         k, # 'lr', 'wd', 'mom', …
-        v  # number: times each group's multiple for rate and decay; list or slice: one for each group
+        v  # number: rate and decay get each group's multiple; list or slice: one for each group
     ):
         "Set a hyper-parameter of every group"
         if isinstance(v, Number) and k in self.mults: v = [v*m for m in self.mults[k]]
