@@ -153,11 +153,11 @@ def train_command(
     from deqdet.runs import FIRST, resumed_options, saved_options, train
     folder = Path(out)
     saved = saved_options(folder) if resume else None
-    begun = (folder/'resume.pt').exists()
-    if begun and saved is None:
+    there = (folder/'resume.pt').exists()
+    if there and saved is None:
         raise CommandError(f'{folder}: there is a training; --resume goes on with it, '
                            'another --out begins a new one')
-    if resume and not begun: say(f'{folder}: nothing to go on from yet: a new training begins')
+    if resume and not there: say(f'{folder}: nothing to go on from yet: a new training begins')
     learn = train(resumed_options(given, saved) if saved else given, folder, resume, begun)
     k = learn.keep
     best = f"best AP {k.result['AP']:.3f}, AP50 {k.result['AP50']:.3f}"

@@ -162,8 +162,8 @@ def test_the_log_survives_validation(path):
     assert learn.csv_log.read().valid_loss.tolist()==pytest.approx(logged, abs=1e-4)
 
 def test_settling_is_watched_in_every_epoch(path):
-    learn = fit(make(path, cbs=WatchSettling(12), lr=2e-3), 6)
-    assert [t.shape for t in learn.watch_settling.traces]==[(13,2)]*6
+    learn = fit(make(path, cbs=WatchSettling(12), lr=2e-3), 3)
+    assert [t.shape for t in learn.watch_settling.traces]==[(13,2)]*3
 
 # ---- the loop
 

@@ -18,6 +18,7 @@ def with_queries(
     n      # queries
 ):         # record
     "With another number of queries; a grid stays a grid, of `n` boxes or a few more"
+    if n==hyper.n_queries: return hyper
     if not getattr(hyper, 'grid', ()): return replace(hyper, n_queries=n)
     cols = max(1, round(n**.5))
     rows = -(-n//cols)
