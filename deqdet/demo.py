@@ -112,7 +112,8 @@ def draw_truth(batch, vocab, folder, n=3):
     for i in range(min(n, len(images))):
         fig = plt.figure(figsize=(4,4), dpi=100)
         ax = fig.add_axes((0, 0, 1, .94))
-        draw_boxes(images[i], t.boxes[i], t.labels[i], None, vocab, ax, title='truth')
+        real = t.labels[i] >= 0 # others pad the batch
+        draw_boxes(images[i], t.boxes[i][real], t.labels[i][real], None, vocab, ax, title='truth')
         fig.savefig(folder/f'truth{i+1}.png')
         plt.close(fig)
 

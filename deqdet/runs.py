@@ -59,7 +59,8 @@ class Keep(Callback):
     def write(self, name):
         if not rank_distrib(): save_detector(get_model(self.model), self.path/name)
     def after_pred(self):
-        if not self.training: self.preds = self.ap.preds # it goes on with a new list afterwards
+        if not self.learn.fitting or self.training: return
+        self.preds = self.ap.preds # it goes on with a new list afterwards
     def choose_thresholds(self):
         "For each class, the score with the best F1 on the validation set"
         preds = gather_preds(self.preds)

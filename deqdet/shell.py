@@ -13,7 +13,7 @@ import os, re, select, signal, sys, warnings
 from functools import wraps
 from inspect import currentframe, signature
 from fastcore.script import parse_cli
-from .ops.errors import CommandError, FILE_FAULTS, is_out_of_memory, one_line
+from .ops.errors import CommandError, FILE_FAULTS, blame, is_out_of_memory, one_line
 
 # %% ../nbs/20_shell.ipynb #f2f7dc95
 NUMBERS = {
