@@ -28,6 +28,7 @@ from .evaluate import APCallback
 from .loss import SetLoss
 from .ops.files import write_atomic
 from .training.callbacks import EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints
+from .training.denoise import Denoise, can_denoise
 from .training.minutes import MANY, MaySkip, TimeBudget
 from .training.optim import Muon
 from .training.processes import Shards, deal, shard
@@ -109,12 +110,19 @@ def det_learner(
     if amp: learn.add_cb(Amp(amp))
     learn.add_cbs(cbs)
     _add_average(learn)
+    _add_denoising(learn, cbs)
     return learn
 
 def _add_average(learn, cbs=None):
     "The average of weights that the recipe asks for, unless there is one"
     averaged = any(isinstance(o, EMA) for o in [*learn.cbs, *L(cbs)])
     if learn.recipe.ema and not averaged: learn.add_cb(EMA(learn.recipe.ema))
+
+def _add_denoising(learn, cbs=None):
+    "The denoising that the recipe asks for, where the detector can do it"
+    given = any(isinstance(o, Denoise) for o in [*learn.cbs, *L(cbs)])
+    groups = learn.recipe.denoise
+    if groups and not given and can_denoise(get_model(learn.model)): learn.add_cb(Denoise(groups))
 
 def _check_classes(model, dls):
     "As many classes in the model as in the data; a model without names takes those of the data"
@@ -211,6 +219,7 @@ def fit_published(self:DetLearner,
         self.opt = None
         self.gradient_clip.max_norm = self.recipe.clip
         _add_average(self, cbs)
+        _add_denoising(self, cbs)
     if minutes: return self.fit(MANY, cbs=[TimeBudget(minutes), *L(cbs)])
     updates = len(self.dls.train)//self.accumulate
     n_epoch = self.recipe.epochs_for(updates) if epochs is None else epochs

@@ -24,6 +24,7 @@ from .equilibrium import Settled, Perturb
 from .families.adamixer import AdaMixer
 from .families.start import load_start, start_file
 from .families.sparse_rcnn import SparseRCNN
+from .model import Feed
 from .sqr import Recollected, windows
 
 # %% ../nbs/12_zoo.ipynb #03f5ca83
@@ -63,6 +64,7 @@ class Published:
     recipe: str     # name of the schedule that trained it
     ap: float=None  # COCO val AP that its authors report
     start: str=None # name of the trained start that comes with the package
+    feed: Feed=None # size of the images that it was trained on
 
 def _wide(queries, width): # DEQDet with a Swin-L
     return replace(deqdet_r50, n_queries=queries, width=width, feat_width=width, **swin_l)
@@ -126,8 +128,10 @@ tiny_zoo = {k: Published(hyper, 'tiny') for k,hyper in {
 
 _lite_stack = replace(deqdet_lite, strategy=Stacked(6))
 lite_zoo = {
-    'deqdet_lite': Published(deqdet_lite, 'finetune', start='deqdet_lite'),
-    'adamixer_lite': Published(_lite_stack, 'finetune', start='deqdet_lite')}
+    'deqdet_lite':
+        Published(deqdet_lite, 'finetune', start='deqdet_lite', feed=Feed(320, 320)),
+    'adamixer_lite':
+        Published(_lite_stack, 'finetune', start='deqdet_lite', feed=Feed(320, 320))}
 
 zoo = {**deqdet_zoo, **adamixer_zoo, **sparse_rcnn_zoo, **deformable_zoo, **tiny_zoo, **lite_zoo}
 
@@ -162,6 +166,7 @@ def create_detector(
     hyper = replace(entry.hyper, n_classes=n_classes, **overrides)
     model = hyper.build(pretrained, vocab)
     model.recipe = entry.recipe
+    model.feed = entry.feed
     if pretrained and start and entry.start: load_start(model, start_file(entry.start))
     return model
 
