@@ -24,6 +24,7 @@ from deqdet.evaluate import coco_ap
 from deqdet.loss import SetLoss
 from deqdet.ops.files import finite
 from deqdet.sets.augment import recipe_1x, recipe_small
+from deqdet.training.denoise import denoising_loss
 from deqdet.training.minutes import clock_factor
 from deqdet.training.optim import Muon
 from deqdet.zoo import create_detector
@@ -39,11 +40,17 @@ class Ours:
     "A detector of the zoo"
     clip = 1.
 
-    def __init__(self, name, vocab, args, start):
+    def __init__(self, name, vocab, args, start, denoise=True):
+        self.denoise = denoise
         self.net = create_detector(name, vocab=vocab, pretrained=True, start=start, frozen_stages=args.frozen)
         self.criterion = SetLoss()
 
-    def loss(self, images, sizes, target): return self.criterion(self.net(images, sizes), target)
+    def loss(self, images, sizes, target):
+        "The main loss, and the denoising loss on the same features"
+        state, feats = self.net.start(images, sizes)
+        loss = self.criterion(self.net.decoder(state, feats), target)
+        return loss + denoising_loss(self.net, feats, sizes, target) if self.denoise else loss
+
     def detect(self, images, sizes, target): return self.net.predict(images, sizes, orig=target.orig)
 
 
@@ -108,6 +115,7 @@ class Peer:
 
 KINDS = {
     'deqdet_lite': partial(Ours, 'deqdet_lite', start=True),
+    'deqdet_lite_plain': partial(Ours, 'deqdet_lite', start=True, denoise=False),
     'deqdet_lite_scratch': partial(Ours, 'deqdet_lite', start=False),
     'adamixer_lite': partial(Ours, 'adamixer_lite', start=True),
     'fcos': partial(Peer, 'fcos'), 'retinanet': partial(Peer, 'retinanet'), 'faster_rcnn': partial(Peer, 'faster_rcnn')}

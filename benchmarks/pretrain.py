@@ -6,17 +6,19 @@ Every scene is drawn once (by one process beside the one that trains). The state
 --run, and the same command goes on from there. What is written in the end is the moving average of the weights, in half
 precision, without the body. `--name adamixer_lite` trains the stack instead."""
 import json, math, os, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, IterableDataset
+from deqdet.equilibrium import RAG, Settled
 from deqdet.families.start import object_row
 from deqdet.loss import SetLoss
 from deqdet.sets.images import Target
 from deqdet.sets.scenes import KIND_NAMES, scene
 from deqdet.training.optim import Muon
-from deqdet.zoo import create_detector
+from deqdet.zoo import create_detector, published
 from common import commit, machine, parser
 
 SIDES = 192, 224, 256, 256, 288, 320
@@ -89,12 +91,18 @@ def predictions(model, images, size):
     return model.decoder(model.queries(size, feats), feats)
 
 
+def strategy(name):
+    "The equilibrium is trained with two applications behind each gradient, and one more on the first guess"
+    own = published(name).hyper.strategy
+    return dict(strategy=replace(own, init_steps=1, grad=RAG(2))) if isinstance(own, Settled) else {}
+
+
 class Run:
     "Model, optimiser, moving average, and where they are in time"
     def __init__(self, args):
         torch.manual_seed(args.seed)
         self.args = args
-        self.model = create_detector(args.name, vocab=KIND_NAMES, pretrained=args.body or True, start=False).train()
+        self.model = create_detector(args.name, vocab=KIND_NAMES, pretrained=args.body or True, start=False, **strategy(args.name)).train()
         self.model.pyramid.body.requires_grad_(False)
         self.opt = Muon(groups(self.model, .1), lr=args.lr, weight_decay=.1)
         self.loss = SetLoss()

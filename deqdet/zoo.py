@@ -20,7 +20,7 @@ from torch.fx.experimental import _config
 from torch.utils.flop_counter import FlopCounterMode
 from .decoder import Stacked
 from .families.deformable import DeformableDETR
-from .equilibrium import Settled, Perturb
+from .equilibrium import RAG, Settled, Perturb
 from .families.adamixer import AdaMixer
 from .families.start import load_start, start_file
 from .families.sparse_rcnn import SparseRCNN
@@ -54,7 +54,8 @@ deformable_tiny = DeformableDETR(**_tiny, norm_groups=16, encoder_layers=1, enco
 deqdet_lite = AdaMixer(body='tf_efficientnet_lite0', frozen_stages=3, feat_width=128,
                        norm_groups=16, n_queries=100, grid=(10,10,.2), width=128, heads=4,
                        points=(16,), out_points=32, hidden=512,
-                       strategy=replace(_tiny_equilibrium, perturb=Perturb(position=6.)))
+                       strategy=replace(_tiny_equilibrium, init_steps=0, grad=RAG(1),
+                                        perturb=Perturb(position=6.)))
 
 # %% ../nbs/12_zoo.ipynb #594f8fb9
 @dataclass(frozen=True)
