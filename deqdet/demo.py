@@ -40,7 +40,7 @@ def draw_side_by_side(
     file,   # to write
     zoom=2  # of the pictures
 ):
-    "Pictures in a row with boxes and names; drawn without matplotlib, which takes its time to start"
+    "Images in a row with boxes and names, without matplotlib, which is slow to start"
     from PIL import Image, ImageDraw
     side = zoom*images[0].shape[0]
     sheet = Image.new('RGB', (len(images)*side, side))

@@ -101,9 +101,10 @@ def denoising_loss(
 
 # %% ../../nbs/training/10_denoise.ipynb #3304aa20
 def can_denoise(model):
-    "Has this detector queries at boxes, and steps that read several rows of queries for each image?"
+    "Do its queries start at boxes, and do its steps read several rows for each image?"
     steps = steps_of(model.decoder)
-    return hasattr(model.queries, 'state') and all(getattr(s, 'shares_features', False) for s in steps)
+    return (hasattr(model.queries, 'state')
+            and all(getattr(s, 'shares_features', False) for s in steps))
 
 class Denoise(Callback):
     "Add the denoising loss to the learner's"
