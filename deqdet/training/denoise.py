@@ -118,7 +118,7 @@ class Denoise(Callback):
     def before_fit(self):
         pyramid = get_model(self.model).pyramid
         self.hook = pyramid.register_forward_hook(self.keep)
-    def keep(self, module, args, feats): self.feats = feats
+    def keep(self, module, args, feats): self.feats = feats if module.training else None
     def after_loss(self):
         if not self.training: return
         sizes,target = self.xb[1],self.yb[0]
@@ -126,4 +126,6 @@ class Denoise(Callback):
         self.learn.loss_grad = self.learn.loss_grad + self.weight*extra
         self.learn.loss = self.learn.loss_grad.clone()
     def after_batch(self): self.feats = None
-    def after_fit(self): self.hook.remove()
+    def after_fit(self):
+        self.feats = None
+        self.hook.remove()
