@@ -16,7 +16,8 @@ BIN = Path(sys.executable).parent
 THREADS = 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'
 WORKERS = min(os.cpu_count() or 1, 4)
 TIMEOUT = 900 # seconds for a notebook
-LIBRARIES = ['fastai.vision.all','timm','torchvision.transforms.v2','scipy.optimize','pycocotools.coco','matplotlib.pyplot','nbdev.test']
+# not fastai: it changes what tensors can do, and a page that needs it says so itself
+LIBRARIES = ['torch','pandas','timm','torchvision.transforms.v2','scipy.optimize','pycocotools.coco','matplotlib.pyplot','nbdev.test']
 # what takes longest, started first so that it does not run alone at the end
 LONGEST = ['tutorials/train','tutorials/equilibrium','14_learner','21_cli','08_equilibrium','13_evaluate','tutorials/own_data',
            '07_solver','families/04_deformable','tutorials/steps_vs_accuracy','10_model','11_sqr']
