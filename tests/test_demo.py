@@ -76,7 +76,7 @@ def test_page_without_a_commit_or_a_number():
     m = measured(numbers=dict(AP=None, AP50=None, AP75=None, APs=None, APm=None))
     m['machine']['commit'] = None
     page = demo.demo_page(m)
-    assert 'no commit' in page and 'AP 0.000' in page and '<td>–</td>' in page
+    assert 'no commit' in page and '<b>0.000</b>AP</li>' in page and '<td>–</td>' in page
 
 
 def test_table_rounds_and_escapes():
