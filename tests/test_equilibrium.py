@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 from deqdet.decoder import Pred, Queries, State
+from deqdet.mixer import MixerStep
 from deqdet.equilibrium import RAG, Equilibrium, Implicit, Perturb, Phantom, Settled, measure_boxes
 from deqdet.solver import solve
 
