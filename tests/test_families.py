@@ -11,6 +11,7 @@ from deqdet.decoder import Pred, Stacked, State, class_tower, linear, tower
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.loss import SetLoss
 from deqdet.model import Family
+from deqdet.predict import load_detector
 from deqdet.sqr import Recollected, windows
 from deqdet.zoo import list_detectors, published
 
@@ -71,7 +72,7 @@ def shapes(tmp_path_factory): return synth_coco(tmp_path_factory.mktemp('familie
 def test_every_family_trains_from_the_shell(name, shapes, tmp_path):
     "`deqdet_train --model NAME`: every pair of family and strategy, two updates; what comes back is what was asked for"
     cli.deqdet_train(str(shapes), model=name, out=str(tmp_path), epochs=1, bs=2, size='64', device='cpu')
-    model, _ = cli.load_detector(tmp_path, device='cpu')
+    model = load_detector(tmp_path, device='cpu')
     hyper, log = published(name).hyper, pandas.read_csv(tmp_path/'log.csv')
     assert type(model.hyper) is type(hyper) and model.hyper.strategy == hyper.strategy
     assert len(log) == 1 and math.isfinite(log.train_loss[0]) and math.isfinite(log.valid_loss[0])
