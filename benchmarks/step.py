@@ -4,7 +4,8 @@ Inference, without gradient, in runs of several steps, as a solve makes them: au
 import torch
 import torch.nn.functional as F
 from torch import nn
-from deqdet.ops import linear, mixing
+from deqdet import mixing
+from deqdet.ops import linear
 from deqdet.decoder import State, prepared
 from deqdet.mixer import MixerStep
 from deqdet.ops.linear import by_onednn, product as onednn
