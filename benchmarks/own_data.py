@@ -6,10 +6,16 @@ not run again, so the same command goes on where it was stopped:
     export DEQDET_DATA=...   # holds bccd, cards, deeppcb, raccoon
     python benchmarks/own_data.py --all --minutes 3 --out nbs/results/own_data.json
 
-Minutes are processor minutes of training; evaluation is not counted. The body is EfficientNet-Lite0 from ImageNet for all, BatchNorm
-on stored statistics, `--frozen` stages without learning, the rest at a tenth of the rate. The class layer, which begins afresh,
-has `--class-lr` times the rate. Warm-up 5 %, cosine, moving average."""
-import json, math, os, subprocess, sys, time, warnings
+Minutes are processor minutes of training; evaluation is not counted. With `--updates N` a training ends after N updates
+instead, which compares ways of teaching whatever else the machine does:
+
+    python benchmarks/own_data.py --all --updates 120 --seeds 2 --sets bccd,cards --out nbs/results/beyond.json \
+        --kinds deqdet_lite,deqdet_lite_focal,deqdet_lite_plain,deqdet_lite_base,deqdet_lite_scratch
+
+The body is EfficientNet-Lite0 from ImageNet for all, BatchNorm on stored statistics, `--frozen` stages without learning, the
+rest at a tenth of the rate. The class layer of our detectors, which begins afresh, has four times the rate (`--class-lr`);
+torchvision's learn best with one rate for all. Warm-up 5 %, cosine, moving average."""
+import argparse, json, os, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
 import torch
@@ -27,6 +33,7 @@ from deqdet.sets.augment import recipe_1x, recipe_small
 from deqdet.training.denoise import denoising_loss
 from deqdet.training.minutes import clock_factor
 from deqdet.training.optim import Muon
+from deqdet.training.quality import with_overlap
 from deqdet.zoo import create_detector
 from common import commit, machine, parser
 
@@ -40,16 +47,17 @@ class Ours:
     "A detector of the zoo"
     clip = 1.
 
-    def __init__(self, name, vocab, args, start, denoise=True):
+    def __init__(self, name, vocab, args, start=True, denoise=True, overlap=True):
         self.denoise = denoise
         self.net = create_detector(name, vocab=vocab, pretrained=True, start=start, frozen_stages=args.frozen)
-        self.criterion = SetLoss()
+        self.criterion = with_overlap(SetLoss()) if overlap else SetLoss()
 
     def loss(self, images, sizes, target):
         "The main loss, and the denoising loss on the same features"
         state, feats = self.net.start(images, sizes)
         loss = self.criterion(self.net.decoder(state, feats), target)
-        return loss + denoising_loss(self.net, feats, sizes, target) if self.denoise else loss
+        if not self.denoise: return loss
+        return loss + denoising_loss(self.net, feats, sizes, target, loss=self.criterion)
 
     def detect(self, images, sizes, target): return self.net.predict(images, sizes, orig=target.orig)
 
@@ -113,11 +121,14 @@ class Peer:
         return found
 
 
+LITE = partial(Ours, 'deqdet_lite')
 KINDS = {
-    'deqdet_lite': partial(Ours, 'deqdet_lite', start=True),
-    'deqdet_lite_plain': partial(Ours, 'deqdet_lite', start=True, denoise=False),
-    'deqdet_lite_scratch': partial(Ours, 'deqdet_lite', start=False),
-    'adamixer_lite': partial(Ours, 'adamixer_lite', start=True),
+    'deqdet_lite': LITE,
+    'adamixer_lite': partial(Ours, 'adamixer_lite'),
+    'deqdet_lite_scratch': partial(LITE, start=False), # random neck, queries and decoder
+    'deqdet_lite_focal': partial(LITE, overlap=False), # class targets of 1
+    'deqdet_lite_plain': partial(LITE, denoise=False), # no noisy truth
+    'deqdet_lite_base': partial(LITE, denoise=False, overlap=False),
     'fcos': partial(Peer, 'fcos'), 'retinanet': partial(Peer, 'retinanet'), 'faster_rcnn': partial(Peer, 'faster_rcnn')}
 
 
@@ -178,13 +189,17 @@ def train(detector, dls, args):
     opt = (Muon if args.opt=='muon' else torch.optim.AdamW)(pars, lr=args.lr, weight_decay=args.wd)
     average = Average(net, args.ema)
     learning = [p for g in pars for p in g['params']]
-    total, n = 60*args.minutes, 0
+    n = 0
     begun = time.process_time()
-    while time.process_time() - begun < total:
+    def part():
+        "How much of the training is over"
+        if args.updates: return n/args.updates
+        return (time.process_time() - begun)/(60*args.minutes)
+    while part() < 1:
         for images,sizes,target in dls.train:
-            part = (time.process_time() - begun)/total
-            if part >= 1: break
-            for g in opt.param_groups: g['lr'] = args.lr*g['part']*clock_factor(part)
+            now = part()
+            if now >= 1: break
+            for g in opt.param_groups: g['lr'] = args.lr*g['part']*clock_factor(now)
             loss = detector.loss(images, sizes, target)
             opt.zero_grad()
             loss.backward()
@@ -206,7 +221,7 @@ def run(args):
         dls = det_dls(folder, bs=args.bs, tfms=tfms, val_bs=8, num_workers=0, seed=args.seed)
     detector = KINDS[args.kind](list(dls.vocab), args=args)
     n, average = train(detector, dls, args)
-    entry = dict(cell(args), updates=n, epochs=n/len(dls.train), lr=args.lr, size=args.size, bs=args.bs)
+    entry = dict(cell(args), updates_made=n, epochs=n/len(dls.train), lr=args.lr, size=args.size, bs=args.bs)
     entry |= measure(detector, dls, average)
     entry |= dict(parameters=sum(p.numel() for p in detector.net.parameters()), commit=commit(), machine=machine())
     return entry
@@ -214,20 +229,25 @@ def run(args):
 
 # ---- cells
 
-KEY = 'set', 'kind', 'minutes', 'seed', 'opt', 'class_lr', 'frozen'
-def cell(args): return {k: getattr(args, k) for k in KEY}
+KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'class_lr', 'frozen'
+def cell(args):
+    "What tells one training from another"
+    if not args.class_lr: args.class_lr = 4. if 'lite' in args.kind else 1.
+    if args.updates: args.minutes = 0.
+    return {k: getattr(args, k) for k in KEY}
 
 
 def read(file): return json.loads(Path(file).read_text()) if file and Path(file).exists() else []
 
 
-def stands(file, want): return any(all(o[k]==want[k] for k in KEY) for o in read(file))
+def stands(file, want): return any(all(o.get(k)==want[k] for k in KEY) for o in read(file))
 
 
 def write(file, entry):
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(finite(read(file) + [entry]), indent=1) + '\n')
+    others = [o for o in read(file) if any(o.get(k) != entry[k] for k in KEY)]
+    file.write_text(json.dumps(finite(others + [entry]), indent=1) + '\n')
 
 
 def run_all(args):
@@ -235,14 +255,14 @@ def run_all(args):
     for seed in range(args.seeds):
         for name in args.sets.split(','):
             for kind in args.kinds.split(','):
-                args.seed, args.set, args.kind = seed, name, kind
-                if stands(args.out, cell(args)): continue
-                options = [f'--{k.replace("_", "-")}={getattr(args, k)}' for k in vars(args) if k not in ('all', 'rounds')]
+                one = argparse.Namespace(**vars(args) | dict(seed=seed, set=name, kind=kind))
+                if stands(one.out, cell(one)): continue
+                options = [f'--{k.replace("_", "-")}={v}' for k,v in vars(one).items() if k not in ('all', 'rounds')]
                 subprocess.run([sys.executable, '-W', 'ignore', __file__, *options], check=False)
 
 
 def main():
-    p = parser(__doc__, set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=4., frozen=3, wd=.1, ema=.99,
+    p = parser(__doc__, set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
                size=320, bs=4, seeds=1, sets=','.join(SETS), kinds=','.join(KINDS))
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()

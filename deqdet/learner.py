@@ -29,6 +29,7 @@ from .loss import SetLoss
 from .ops.files import write_atomic
 from .training.callbacks import EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints
 from .training.denoise import Denoise, can_denoise
+from .training.quality import with_overlap
 from .training.minutes import MANY, MaySkip, TimeBudget
 from .training.optim import Muon
 from .training.processes import Shards, deal, shard
@@ -101,9 +102,9 @@ def det_learner(
     _check_classes(model, dls)
     given = {k: v for k,v in dict(lr=lr, wd=wd, clip=clip).items() if v is not None}
     if recipe is None: recipe = getattr(model, 'recipe', None) or '1x'
-    loss_func = loss_func or getattr(getattr(model, 'hyper', None), 'loss', SetLoss)()
+    plain = None if loss_func else getattr(getattr(model, 'hyper', None), 'loss', SetLoss)()
     metrics = [Term(m) if isinstance(m, str) else m for m in metrics]
-    learn = DetLearner(dls, model, recipe, given, accumulate, loss_func=loss_func,
+    learn = DetLearner(dls, model, recipe, given, accumulate, loss_func=loss_func or plain,
                        metrics=metrics, **kwargs)
     learn.add_cbs([GradientClip(learn.recipe.clip), TermRecorder(), APCallback(max_dets)])
     if accumulate > 1: learn.add_cb(GradientAccumulation(accumulate*dls.train.bs))
@@ -111,7 +112,15 @@ def det_learner(
     learn.add_cbs(cbs)
     _add_average(learn)
     _add_denoising(learn, cbs)
+    learn.plain_loss = plain
+    _set_scoring(learn)
     return learn
+
+def _set_scoring(learn):
+    "The class targets that the recipe asks for, where no loss was given"
+    part = learn.recipe.overlap
+    if learn.plain_loss is None: return
+    learn.loss_func = with_overlap(learn.plain_loss, part) if part else learn.plain_loss
 
 def _add_average(learn, cbs=None):
     "The average of weights that the recipe asks for, unless there is one"
@@ -220,6 +229,7 @@ def fit_published(self:DetLearner,
         self.gradient_clip.max_norm = self.recipe.clip
         _add_average(self, cbs)
         _add_denoising(self, cbs)
+        _set_scoring(self)
     if minutes: return self.fit(MANY, cbs=[TimeBudget(minutes), *L(cbs)])
     updates = len(self.dls.train)//self.accumulate
     n_epoch = self.recipe.epochs_for(updates) if epochs is None else epochs

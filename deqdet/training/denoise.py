@@ -14,7 +14,7 @@ from fastai.callback.training import GradientClip
 from fastai.torch_core import get_model
 from torch import Tensor
 from ..decoder import prepared
-from ..loss import SetLoss, set_terms
+from ..loss import SetLoss
 
 # %% ../../nbs/training/10_denoise.ipynb #58f099ee
 def noisy_boxes(
@@ -85,7 +85,7 @@ def denoising_loss(
     sizes,    # (B,2) height and width without padding
     target,   # `Target` of the batch
     groups=4, # noisy copies of every object
-    loss=None # a `SetLoss`, for its weights
+    loss=None # a `SetLoss`, for its terms and weights
 ) -> Tensor:  # scalar
     "How well the steps bring noisy truth home, per object and state"
     loss = loss or SetLoss()
@@ -95,7 +95,7 @@ def denoising_loss(
     logits = torch.stack([p.logits.float() for p in preds]) # (S,rB,M,K)
     boxes = torch.stack([p.boxes.float() for p in preds])   # (S,rB,M,4)
     where = _pairs(target, len(preds))
-    terms = set_terms(logits, boxes, target, where, loss.alpha, loss.gamma, loss.form)
+    terms = loss.compare(logits, boxes, target, where)
     n = where.shape[1]/len(preds)
     return sum(getattr(loss, f'w_{k}')*v.sum() for k,v in terms.items())/n
 
@@ -122,7 +122,9 @@ class Denoise(Callback):
     def after_loss(self):
         if not self.training: return
         sizes,target = self.xb[1],self.yb[0]
-        extra = denoising_loss(get_model(self.model), self.feats, sizes, target, self.groups)
+        loss = self.loss_func if isinstance(self.loss_func, SetLoss) else None
+        model = get_model(self.model)
+        extra = denoising_loss(model, self.feats, sizes, target, self.groups, loss)
         self.learn.loss_grad = self.learn.loss_grad + self.weight*extra
         self.learn.loss = self.learn.loss_grad.clone()
     def after_batch(self): self.feats = None
