@@ -1,4 +1,4 @@
-"""Matching makes set prediction trainable
+"""Match queries to objects one to one, then compare
 
 Docs: https://deqdet.github.io/deqdet/loss.html.md"""
 
