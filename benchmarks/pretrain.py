@@ -1,10 +1,14 @@
 """Train neck, queries and decoder of `deqdet_lite` on generated scenes, its ImageNet body frozen.
 
-    python benchmarks/pretrain.py --minutes 85 --out deqdet/weights/deqdet_lite.safetensors
+    python benchmarks/pretrain.py --minutes 76 --stream 1 --out deqdet/weights/deqdet_lite.safetensors
+    python benchmarks/pretrain.py --minutes 72 --stream 2 --begin yes --overlap .75 --lr 2e-3 --run runs/second \
+        --out deqdet/weights/deqdet_lite.safetensors
 
-Every scene is drawn once (by one process beside the one that trains). The state is saved every 200 updates in
---run, and the same command goes on from there. What is written in the end is the moving average of the weights, in half
-precision, without the body. `--name adamixer_lite` trains the stack instead."""
+The first command starts from random weights. The second goes on from what the package holds (`--begin`), with other
+scenes (`--stream`) and class targets that grow with the overlap.
+
+Each scene is drawn once, by a process beside the one that trains. The state is saved every 200 updates in --run, and the
+same command goes on from there. The file holds the moving average of the weights, in half precision, without the body. `--name adamixer_lite` trains the stack instead."""
 import json, math, os, time
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +17,12 @@ from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, IterableDataset
 from deqdet.equilibrium import RAG, Settled
-from deqdet.families.start import object_row
+from deqdet.families.start import object_row, start_file, start_note
 from deqdet.loss import SetLoss
 from deqdet.sets.images import Target
 from deqdet.sets.scenes import KIND_NAMES, scene
 from deqdet.training.optim import Muon
+from deqdet.training.quality import with_overlap
 from deqdet.zoo import create_detector, published
 from common import commit, machine, parser
 
@@ -25,9 +30,9 @@ SIDES = 192, 224, 256, 256, 288, 320
 WARMUP = 100 # updates
 
 
-def batch(i, bs):
-    "Images (bs,3,h,w) and their `Target`: batch number `i` of the stream"
-    rng = np.random.default_rng((1, i))
+def batch(i, bs, stream=1):
+    "Images (bs,3,h,w) and their `Target`: batch number `i` of a stream"
+    rng = np.random.default_rng((stream, i))
     side = int(rng.choice(SIDES))
     height = int(side*.75)//32*32 if rng.random() < .4 else side
     scenes = [scene(rng, height, side) for _ in range(bs)]
@@ -44,13 +49,13 @@ def batch(i, bs):
 
 class Stream(IterableDataset):
     "Batches that never repeat"
-    def __init__(self, start, bs): self.start, self.bs = start, bs
+    def __init__(self, start, bs, stream): self.start, self.bs, self.stream = start, bs, stream
 
     def __iter__(self):
         torch.set_num_threads(1)
         i = self.start
         while True:
-            yield tuple(batch(i, self.bs))
+            yield tuple(batch(i, self.bs, self.stream))
             i += 1
 
 
@@ -102,12 +107,13 @@ class Run:
     def __init__(self, args):
         torch.manual_seed(args.seed)
         self.args = args
-        self.model = create_detector(args.name, vocab=KIND_NAMES, pretrained=args.body or True, start=False, **strategy(args.name)).train()
+        self.model = create_detector(args.name, vocab=KIND_NAMES, pretrained=args.body or True, start=bool(args.begin), **strategy(args.name)).train()
         self.model.pyramid.body.requires_grad_(False)
         self.opt = Muon(groups(self.model, .1), lr=args.lr, weight_decay=.1)
-        self.loss = SetLoss()
+        self.loss = with_overlap(SetLoss(), args.overlap) if args.overlap else SetLoss()
         self.average = {k: v.clone() for k,v in self.model.state_dict().items() if '.body.' not in k}
         self.n, self.spent = 0, 0.
+        self.before = int(start_note(start_file(args.name))['updates']) if args.begin else 0 # updates
         self.file = Path(args.run)/'state.pt'
         if self.file.exists(): self.load()
 
@@ -150,19 +156,20 @@ class Run:
         self.model.load_state_dict(self.average, strict=False)
         tensors = self.average | object_rows(self.model, self.args.bs)
         half = {k: v.half().contiguous() if v.is_floating_point() else v for k,v in tensors.items()}
-        note = dict(name=self.args.name, updates=str(self.n), scenes=str(self.n*self.args.bs), minutes=str(self.args.minutes),
+        updates = self.n + self.before
+        note = dict(name=self.args.name, updates=str(updates), scenes=str(updates*self.args.bs), minutes=str(self.args.minutes),
                     commit=commit(), machine=json.dumps(machine()), vocab=json.dumps(KIND_NAMES))
         save_file(half, file, note)
         print(f'{file}: {file.stat().st_size/1e6:.1f} MB, {self.n} updates')
 
 
 def main():
-    p = parser(__doc__, minutes=85., bs=8, lr=2.5e-3, seed=0, name='deqdet_lite', run='runs/pretrain', body='')
+    p = parser(__doc__, minutes=85., bs=8, lr=2.5e-3, seed=0, name='deqdet_lite', run='runs/pretrain', body='', begin='', stream=1, overlap=0.)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     run = Run(args)
     last, mean = time.monotonic(), None
-    for images,target in DataLoader(Stream(run.n, args.bs), batch_size=None, num_workers=1, prefetch_factor=6):
+    for images,target in DataLoader(Stream(run.n, args.bs, args.stream), batch_size=None, num_workers=1, prefetch_factor=6):
         if run.spent >= 60*args.minutes: break
         loss = run.update(images, Target(*target))
         mean = loss if mean is None else .98*mean + .02*loss
