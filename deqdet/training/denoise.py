@@ -80,16 +80,18 @@ def _noisy_preds(model, feats, sizes, target, groups):
 
 # %% ../../nbs/training/10_denoise.ipynb #ae7c9e1e
 def denoising_loss(
-    model,    # `Detector`
-    feats,    # features of the images, as `model.pyramid` gives them
-    sizes,    # (B,2) height and width without padding
-    target,   # `Target` of the batch
-    groups=4, # noisy copies of every object
-    loss=None # a `SetLoss`, for its terms and weights
-) -> Tensor:  # scalar
-    "How well the steps bring noisy truth home, per object and state"
+    model,     # `Detector`
+    feats,     # features of the images, as `model.pyramid` gives them
+    sizes,     # (B,2) height and width without padding
+    target,    # `Target` of the batch
+    groups=12, # noisy copies of each object, at most
+    loss=None, # a `SetLoss`, for its terms and weights
+    states=100 # noisy states of an image, at most, where there are several groups
+) -> Tensor:   # scalar
+    "Mean loss of an object after the steps have refined noisy truth"
     loss = loss or SetLoss()
     if not (target.labels >= 0).any(): return feats[0].new_zeros(())
+    groups = max(1, min(groups, states//target.labels.shape[1]))
     target = _repeated(target, groups)
     preds = _noisy_preds(model, feats, sizes, target, groups)
     logits = torch.stack([p.logits.float() for p in preds]) # (S,rB,M,K)
@@ -110,8 +112,8 @@ class Denoise(Callback):
     "Add the denoising loss to the learner's"
     order,run_valid = GradientClip.order-1,False
     def __init__(self,
-        groups=4, # noisy copies of every object
-        weight=1. # of this loss
+        groups=12, # noisy copies of each object, at most
+        weight=1.  # of this loss
     ):
         self.groups = groups
         self.weight = weight

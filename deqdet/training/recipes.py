@@ -33,7 +33,7 @@ class Recipe:
     muon: bool=False         # `Muon`, which updates matrices in all directions alike, not AdamW
     updates: int=0           # about so many, whatever the size of the set; 0: `epochs` counts
     ema: float=0.            # part of an average of weights that stays at an update; 0: no average
-    denoise: int=0           # noisy copies of every object that are states of their own; 0: none
+    denoise: int=0           # noisy copies of each object that become states, at most; 0: none
     overlap: float=0.        # exponent of the overlap in class targets; 0: the target is 1
 
     def factor(self,
@@ -82,7 +82,7 @@ recipes = {
     'tiny': Recipe(epochs=60, drops=(), cosine=True, lr=2.5e-3, wd=.1, warmup=150, batch=8,
                    mults=(('norm|bn|bias', 1., 0.),), muon=True),
     'finetune': Recipe(updates=1500, drops=(), cosine=True, lr=2.5e-3, wd=.1, warmup=75, batch=4,
-                       mults=_finetune, muon=True, ema=.99, denoise=4, overlap=.75)}
+                       mults=_finetune, muon=True, ema=.99, denoise=12, overlap=.75)}
 
 # %% ../../nbs/training/01_recipes.ipynb #b6fbbe60
 SECTIONS = ('body', 'rest', 'decoder')
