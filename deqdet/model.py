@@ -1,4 +1,4 @@
-"""assembly: a detector is a pyramid, queries and a decoder; decode its answer
+"""the detector: features, queries and a decoder; detections in pixels of your image; saving and loading
 
 Docs: https://deqdet.github.io/deqdet/model.html.md"""
 
