@@ -143,7 +143,7 @@ class Settled:
 # %% ../nbs/08_equilibrium.ipynb #d1bdf635
 def measure_boxes(
     z, # a state with `content` and `boxes`
-    fz # the step's answer to it
+    fz # the step's next state
 ):     # `Residual` of contents and boxes, per image
     "The residual of the content and of the corners of the boxes, for each image"
     return per_image((z.content, z.boxes), (fz.content, fz.boxes))

@@ -1,4 +1,4 @@
-"""the detector: features, queries and a decoder; detections in pixels of your image; saving and loading
+"""the detector as one module: predictions in pixels of the original image, saving and loading
 
 Docs: https://deqdet.github.io/deqdet/model.html.md"""
 
