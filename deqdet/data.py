@@ -1,4 +1,4 @@
-"""A folder of any common format becomes loaders, whose order and augmentation can be repeated
+"""loaders for a folder in COCO, VOC or YOLO layout, with repeatable order and augmentation
 
 Docs: https://deqdet.github.io/deqdet/data.html.md"""
 

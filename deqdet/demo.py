@@ -1,4 +1,4 @@
-"""From nothing to a page to look at, in one command
+"""train a detector in minutes and look at it on one page
 
 Docs: https://deqdet.github.io/deqdet/demo.html.md"""
 

@@ -1,4 +1,4 @@
-"""RAG and RAP: supervise and perturb the path, differentiate near the answer
+"""DEQDet's decoder and its training: refinement-aware gradients (RAG) and perturbation (RAP)
 
 Docs: https://deqdet.github.io/deqdet/equilibrium.html.md"""
 
@@ -21,7 +21,7 @@ from .solver import Picard, parts, per_image, pullback, put, rebuild, solve, tak
 # %% ../nbs/08_equilibrium.ipynb #c6d3a1ee
 @dataclass(frozen=True)
 class RAG:
-    "Refinement-aware gradient: `k` steps, with gradient, from a state that has none"
+    "Refinement-aware gradient: `k` applications with gradient, from a detached state"
     k: int=2 # applications; 1 is Jacobian-free back-propagation, 2 the paper's choice
     def __call__(self,
         f, # state -> state
@@ -35,7 +35,7 @@ rag = RAG # its former name, which saved detectors hold
 # %% ../nbs/08_equilibrium.ipynb #12587eef
 @dataclass(frozen=True)
 class Phantom:
-    "Phantom gradient: `k` damped steps, with gradient, from a state that has none"
+    "Phantom gradient: `k` damped applications with gradient, from a detached state"
     k: int=5       # applications
     tau: float=.5  # part of the way that each of them goes; 1 is `RAG`
     def __call__(self,
@@ -51,7 +51,7 @@ phantom = Phantom # its former name
 
 # %% ../nbs/08_equilibrium.ipynb #56ad8807
 class _MapGradient(torch.autograd.Function):
-    "The identity, whose gradient goes through a function of all gradients together"
+    "The identity; its backward pass applies a function to all gradients together"
     @staticmethod
     def forward(ctx, function, *ps):
         ctx.function = function
@@ -95,7 +95,7 @@ def _coin(p): return torch.rand(1).item() < p
 
 @dataclass(frozen=True)
 class Perturb:
-    "Refinement-aware perturbation of a state with `content` and `jitter`"
+    "Refinement-aware perturbation: returns a state with noise on its content and boxes"
     content: float=.1      # alpha: part of the content replaced by noise of its norm
     position: float=25.    # beta: noise on each corner's coordinates, in pixels
     p_content: float=.2    # chance that a step meets a noisy content
@@ -120,7 +120,7 @@ class Perturb:
 # %% ../nbs/08_equilibrium.ipynb #70196e45
 @dataclass(frozen=True)
 class Settled:
-    "The equilibrium strategy; called on two steps, it makes their decoder"
+    "The equilibrium strategy; calling it on two steps returns their `Equilibrium`"
     steps: int=20 # T: applications of the step on the path, and (with `extra`) at inference
     supervise: tuple=(1,3,6,9,12,20) # states of the path that get a loss
     grad: object=RAG(2)  # how gradients reach the step from a detached state
@@ -143,13 +143,13 @@ class Settled:
 # %% ../nbs/08_equilibrium.ipynb #d1bdf635
 def measure_boxes(
     z, # a state with `content` and `boxes`
-    fz # the step's answer to it
+    fz # the step's next state
 ):     # `Residual` of contents and boxes, per image
-    "How far a state is from rest, in units that a tolerance can speak of"
+    "The residual of the content and of the corners of the boxes, for each image"
     return per_image((z.content, z.boxes), (fz.content, fz.boxes))
 
 class BoxMeasure(nn.Module):
-    "`measure_boxes`, as something that can be compiled"
+    "`measure_boxes` as a module, which `torch.compile` can compile"
     def forward(self, z, fz): return measure_boxes(z, fz)
 
 by_corners = measure_boxes # its former name
@@ -161,7 +161,7 @@ def cast_once(
     step,  # a module, to be applied many times without gradient
     device # type of its device
 ): # the same map
-    "Under autocast: `step` with the weights of its linear layers cast beforehand"
+    "`step`, under autocast with the weights of its linear layers cast beforehand"
     if not torch.is_autocast_enabled(device): return step
     dtype = torch.get_autocast_dtype(device)
     linear = {k: m for k,m in step.named_modules() if isinstance(m, nn.Linear)}
@@ -169,7 +169,7 @@ def cast_once(
     return lambda z, feats: functional_call(step, weights, (z, feats))
 
 def _no_cast_cache(device):
-    "Autocast as it is on a type of device, without its cache of casted weights"
+    "The current autocast of a device type, without its cache of casted weights"
     enabled = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device)
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -190,13 +190,13 @@ class Equilibrium(nn.Module):
         self.plan = replace(plan or Settled(), **kwargs)
 
     def forward(self, state, feats, **kwargs):
-        "A `Pred` per supervised state in training, else the answer alone; keywords go to `solve`"
+        "[Pred]: one for each supervised state in training, else the last; keywords go to `solve`"
         if self.training: return self.supervised(state, feats)
         answer = self.solve(state, feats, **kwargs).z
         return [self.step.read(answer)]
 
     def supervised(self, state, feats):
-        "The predictions that get a loss: of g, of f on top of g, and along the path"
+        "[Pred] that get a loss: of g, of f applied to g's guess, and along the path"
         feats = prepared(self.step, feats)
         z = self.apply_step(self.init, state, feats)
         preds = [self.init.read(z)]
@@ -210,7 +210,7 @@ class Equilibrium(nn.Module):
 
     @torch.no_grad()
     def path(self, z, feats):
-        "The states to supervise, found without gradient from the first guess"
+        "The states to supervise, computed without gradient from the first guess"
         noise = self.plan.perturb
         device = z[0].device.type
         f = cast_once(self.step, device)
@@ -220,7 +220,7 @@ class Equilibrium(nn.Module):
         return [sol.kept[i] for i in self.plan.supervise]
 
     def apply_step(self, step, z, feats):
-        "One application with gradient, its insides recomputed when needed"
+        "The step's next state, with gradient; the backward pass recomputes its activations"
         if not (self.plan.recompute and torch.is_grad_enabled()): return step(z, feats)
         return checkpoint(step, z, feats, use_reentrant=False)
 

@@ -1,4 +1,4 @@
-"""the loop is fastai's; behaviour comes in callbacks
+"""a fastai Learner for detectors: recipes, schedules, predictions and results
 
 Docs: https://deqdet.github.io/deqdet/learner.html.md"""
 

@@ -1,4 +1,4 @@
-"""assembly: a detector is a pyramid, queries and a decoder; decode its answer
+"""the detector as one module: predictions in pixels of the original image, saving and loading
 
 Docs: https://deqdet.github.io/deqdet/model.html.md"""
 

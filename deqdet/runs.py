@@ -1,4 +1,4 @@
-"""A training is a folder: options, the best detector, the last one, and what is needed to go on
+"""a training run as a folder: options, log, best and last detector, and the state to resume from
 
 Docs: https://deqdet.github.io/deqdet/runs.html.md"""
 

@@ -1,4 +1,4 @@
-"""A function becomes a command that keeps its promises
+"""make a command of a function, with one-line errors
 
 Docs: https://deqdet.github.io/deqdet/shell.html.md"""
 

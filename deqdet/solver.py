@@ -1,4 +1,4 @@
-"""one loop, several methods, failure is a value
+"""apply a function until its state stops changing, with a status for each image
 
 Docs: https://deqdet.github.io/deqdet/solver.html.md"""
 
@@ -57,7 +57,7 @@ class Status(IntEnum):
     NON_FINITE = 2
 
 class Solution(NamedTuple):
-    "What `solve` found, image by image"
+    "State, status and number of applications of each image"
     z: Any              # state: the last `f(z)` of each image
     status: Tensor      # (B,) values of `Status`
     n: Tensor           # (B,) applications of `f` that the image took part in
@@ -73,13 +73,13 @@ class Solution(NamedTuple):
 # %% ../nbs/07_solver.ipynb #cab650fa
 @dataclass(frozen=True)
 class Picard:
-    "Go where `f` says, or the fraction `damp` of the way"
+    "Fixed-point iteration: go to `f(z)`, or the fraction `damp` of the way"
     damp: float=1. # in (0,1]; 1 is plain repetition
 
     def init(self, z): return None
 
     def step(self, memory, z, fz):
-        "The new memory, and the state at which `f` is asked next"
+        "The new memory and the state to which `f` is applied next"
         if self.damp==1: return memory, fz
         part_way = [a + self.damp*(b-a) for a,b in zip(parts(z), parts(fz))]
         return memory, rebuild(fz, part_way)
@@ -88,7 +88,7 @@ picard = Picard # its former name
 
 # %% ../nbs/07_solver.ipynb #095986c4
 def _finite_images(z):
-    "Is every number of an image finite? (B,)"
+    "(B,) True where all numbers of the image are finite"
     zeros = [p*0 for p in parts(z)] # 0 times infinity or NaN is NaN
     return sum(wide(flat(p)).sum(1) for p in zeros) == 0
 
@@ -102,7 +102,7 @@ def _where(mask, a, b):
 
 # %% ../nbs/07_solver.ipynb #5b1f0b02
 class _Book:
-    "Which image is where, and how it ended"
+    "The row, state, residuals and status of each image"
     def __init__(self, z, tol, measure):
         self.tol = tol
         self.measure = measure
@@ -124,7 +124,7 @@ class _Book:
 
     @torch.no_grad()
     def look(self, z, fz):
-        "Note the residuals"
+        "Record the residuals"
         res = self.measure(z, fz)
         if self.by_query: res = self.hold(take(self.last, self.rows), res)
         if self.tol > 0:
@@ -135,7 +135,7 @@ class _Book:
         self.trace.append(self.last)
 
     def stop(self, i, fz):
-        "Note what is done after `i` applications; the rows that stay, or None for all"
+        "Record the images that end after `i` applications; return the rows left, None for all"
         if self.moving.all(): return None # the usual answer, at little cost
         bad = ~_finite_images(fz)         # (b,)
         done = flat(self.settled).all(1)  # (b,)
@@ -153,11 +153,11 @@ class _Book:
         self.status[rows] = torch.where(bad, int(Status.NON_FINITE), int(status))
 
     def full(self, z):
-        "All images, those still going as in `z`"
+        "The whole batch: finished images as they ended, the others from `z`"
         return z if self.out is None else put(self.out, self.rows, z)
 
     def close(self, i, z, kept, keep):
-        "The `Solution`; what is still going went on for `i` applications"
+        "The `Solution`; images that are left have had `i` applications"
         self._note(self.rows, i, ~_finite_images(z), Status.MAX_ITER)
         z = self.full(z)
         trace = Residual(*map(torch.stack, zip(*self.trace))) if self.trace else None
@@ -194,7 +194,7 @@ def solve(
     measure: Callable=per_image, # `measure(z, fz)` -> `Residual`
     record: bool=False       # keep the trace of residuals even if tol is 0
 ) -> Solution:
-    "Apply `f` until each image has settled"
+    "The `Solution` of applying `f` until each image has settled"
     keep = sorted(set(keep))
     _check_keep(keep, max_iter)
     _check_batch((z0, args), len(parts(z0)[0]))

@@ -1,4 +1,4 @@
-"""recollection as a strategy
+"""SQR: each stage of a stack trains on the states of several earlier stages
 
 Docs: https://deqdet.github.io/deqdet/sqr.html.md"""
 
@@ -21,7 +21,7 @@ def owners(
     overlap: Tensor,  # (n,M) of detections, best first, with objects; 0 where classes differ
     min_iou: float=.5 # that makes a detection true
 ) -> Tensor:          # (n,) the object that each detection owns, -1 for none
-    "First come, first served"
+    "The object of each detection: the best one that is left, by falling score"
     left = overlap.clone()
     own = torch.full((len(left),), -1, device=overlap.device)
     for i in range(len(left)):
@@ -40,7 +40,7 @@ def follow(
     min_score: float=.1, # of the last stage's detections
     max_dets: int=100    # of them
 ) -> tuple[Tensor, Tensor, Tensor]: # (S,n) scores, (S,n) overlaps with the owned object, (n,) it
-    "The last stage's detections in an image, and what their queries said in every stage"
+    "Scores and overlaps, in each stage, of the queries behind the last stage's detections"
     scores = torch.stack([p.logits[b].float().sigmoid() for p in preds])     # (S,N,K)
     boxes = torch.stack([p.boxes[b] for p in preds])                         # (S,N,4)
     K = scores.shape[-1]
@@ -66,7 +66,7 @@ def stage_regressions(
     max_dets: int=100,   # detections per image
     steps: int=None      # for the decoder
 ) -> dict: # 'fading' and 'exacerbation': dict(rate, by_stage, of)
-    "How often earlier stages had it better: true positives that faded, false positives that grew"
+    "The rates of true positives that faded and of false positives that grew"
     faded = []
     grown = []
     for images,sizes,target in batches:
@@ -100,10 +100,10 @@ def windows(
 # %% ../nbs/11_sqr.ipynb #de3a8688
 @dataclass(frozen=True)
 class Recollected:
-    "A stack whose stages train on states of several stages before; called on steps, a decoder"
+    "The recollection strategy; calling it on steps returns their `Recollection`"
     starts: tuple=(0,0,1,2,4,7)   # first state that each stage consumes, of all states so far
     ends: tuple=(1,2,4,7,12,20)   # one past the last
-    recompute: bool=False         # keep states, and recompute a stage's insides in `backward`?
+    recompute: bool=False         # keep states only; `backward` recomputes the stages
 
     @property
     def stages(self): return len(self.starts)
@@ -135,7 +135,7 @@ def apart(
 
 # %% ../nbs/11_sqr.ipynb #e4106bf5
 class Recollection(Stack):
-    "A stack that recollects in training; in evaluation it is the stack"
+    "A stack whose training reads states of several earlier stages"
     def __init__(self,
         steps, # modules `step(state, feats) -> state` with a `read`
         plan   # a `Recollected`
@@ -144,12 +144,12 @@ class Recollection(Stack):
         self.plan = plan
 
     def forward(self, state, feats, steps=None):
-        "Training: a `Pred` per new state, stage after stage. Evaluation: one per step"
+        "[Pred]: in training one for each new state, in evaluation one for each step"
         if not self.training: return super().forward(state, feats, steps)
         return self.recollect(state, prepared(self.steps[0], feats))
 
     def recollect(self, state, feats):
-        "The predictions that get a loss; the last one is the stack's answer"
+        "[Pred] that get a loss; the last is that of the stack"
         states = [state]
         preds = []
         for step,a,b in zip(self.steps, self.plan.starts, self.plan.ends, strict=True):
@@ -159,7 +159,7 @@ class Recollection(Stack):
         return preds
 
     def apply_step(self, step, z, feats, r):
-        "One stage on r rows of queries for each image"
+        "The next states of r rows of queries for each image"
         if not getattr(step, 'shares_features', False):
             images = torch.arange(len(z[0])//r, device=z[0].device)          # (B,)
             feats = take(feats, images.repeat_interleave(r))

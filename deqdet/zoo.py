@@ -1,4 +1,4 @@
-"""every published configuration as a name
+"""published and small detectors by name
 
 Docs: https://deqdet.github.io/deqdet/zoo.html.md"""
 

@@ -1,4 +1,4 @@
-"""Anderson and Broyden: the next state from the last few
+"""Anderson's and Broyden's methods for fixed points
 
 Docs: https://deqdet.github.io/deqdet/ops/acceleration.html.md"""
 

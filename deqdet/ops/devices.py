@@ -1,4 +1,4 @@
-"""the accelerator that PyTorch reports, or the CPU
+"""pick the accelerator that PyTorch reports, or the CPU
 
 Docs: https://deqdet.github.io/deqdet/ops/devices.html.md"""
 

@@ -1,4 +1,4 @@
-"""Boxes on an image, and one style for all plots
+"""boxes on an image, and one style for all plots
 
 Docs: https://deqdet.github.io/deqdet/ops/draw.html.md"""
 

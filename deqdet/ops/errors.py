@@ -1,4 +1,4 @@
-"""What the user can put right is said in one line, with the place
+"""one-line messages for errors that the user can correct
 
 Docs: https://deqdet.github.io/deqdet/ops/errors.html.md"""
 

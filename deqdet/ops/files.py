@@ -1,4 +1,4 @@
-"""A file is there whole, or not at all
+"""write a file completely or not at all
 
 Docs: https://deqdet.github.io/deqdet/ops/files.html.md"""
 

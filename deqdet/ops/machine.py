@@ -1,4 +1,4 @@
-"""What a number was measured on
+"""the machine and commit to store beside a measurement
 
 Docs: https://deqdet.github.io/deqdet/ops/machine.html.md"""
 

@@ -1,4 +1,4 @@
-"""the tensors of a state, its images, its units, and its Jacobian
+"""the tensors, images and units of a state, and its Jacobian
 
 Docs: https://deqdet.github.io/deqdet/ops/states.html.md"""
 

@@ -1,4 +1,4 @@
-"""a body is filled from a file, an installed package or a hub, and never by half
+"""load pretrained weights from a file, an installed package or a hub, completely or not at all
 
 Docs: https://deqdet.github.io/deqdet/ops/weights.html.md"""
 

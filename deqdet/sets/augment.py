@@ -1,4 +1,4 @@
-"""The two published recipes, 1x and 2x, as plain torchvision-v2 transforms
+"""the published 1x and 2x recipes as torchvision-v2 transforms
 
 Docs: https://deqdet.github.io/deqdet/sets/augment.html.md"""
 

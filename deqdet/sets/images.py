@@ -1,4 +1,4 @@
-"""A sample is an image and its boxes; a batch pads both and says what is padding
+"""samples of an image and its boxes, and padded batches of them
 
 Docs: https://deqdet.github.io/deqdet/sets/images.html.md"""
 

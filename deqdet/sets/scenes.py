@@ -1,4 +1,4 @@
-"""generated images with enough variety to teach a decoder where objects end
+"""generated images that pretrain the decoder of deqdet_lite
 
 Docs: https://deqdet.github.io/deqdet/sets/scenes.html.md"""
 

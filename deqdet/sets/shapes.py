@@ -1,4 +1,4 @@
-"""A detection set to learn from in minutes: four outlines, and colour that says nothing about them
+"""a detection set to train on in minutes: four shapes, with colours that do not depend on the class
 
 Docs: https://deqdet.github.io/deqdet/sets/shapes.html.md"""
 

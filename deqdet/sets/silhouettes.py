@@ -1,4 +1,4 @@
-"""many outlines and many textures, from a few lines each
+"""outlines and textures of generated objects
 
 Docs: https://deqdet.github.io/deqdet/sets/silhouettes.html.md"""
 

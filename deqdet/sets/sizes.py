@@ -1,4 +1,4 @@
-"""Objects that are too small for the finest features
+"""a warning for objects too small to be detected
 
 Docs: https://deqdet.github.io/deqdet/sets/sizes.html.md"""
 

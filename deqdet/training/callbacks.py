@@ -1,4 +1,4 @@
-"""The loop is fastai's; a schedule, half precision and averages of weights come to it as callbacks
+"""schedule, mixed precision, gradient accumulation and averages of weights
 
 Docs: https://deqdet.github.io/deqdet/training/callbacks.html.md"""
 

@@ -1,4 +1,4 @@
-"""A line for each epoch, where nobody watches a progress bar
+"""one printed line per epoch instead of a progress bar
 
 Docs: https://deqdet.github.io/deqdet/training/lines.html.md"""
 

@@ -1,4 +1,4 @@
-"""training that ends when the time is up, evaluated and saved
+"""a schedule by the clock, with a last evaluation in time
 
 Docs: https://deqdet.github.io/deqdet/training/minutes.html.md"""
 

@@ -1,4 +1,4 @@
-"""An optimiser that pushes a matrix equally in all directions, so that a body learns shapes from nothing in minutes
+"""an optimiser with which small detectors learn from scratch in minutes
 
 Docs: https://deqdet.github.io/deqdet/training/optim.html.md"""
 

@@ -1,4 +1,4 @@
-"""Every process knows the whole order, and takes its batches from it without asking
+"""distribute batches over processes without communication
 
 Docs: https://deqdet.github.io/deqdet/training/processes.html.md"""
 

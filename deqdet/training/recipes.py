@@ -1,4 +1,4 @@
-"""The numbers of a training run, and which weights each of them is for
+"""learning rates, weight decay and schedules of the published training runs
 
 Docs: https://deqdet.github.io/deqdet/training/recipes.html.md"""
 

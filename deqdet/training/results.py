@@ -1,4 +1,4 @@
-"""Detections in colours over the truth in dashed white
+"""detections in colours over objects in dashed white
 
 Docs: https://deqdet.github.io/deqdet/training/results.html.md"""
 

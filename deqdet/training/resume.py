@@ -1,4 +1,4 @@
-"""Everything that a run remembers, in one file; and a signal ends a run between two updates
+"""save the whole state of a run, and stop it by a signal between two updates
 
 Docs: https://deqdet.github.io/deqdet/training/resume.html.md"""
 

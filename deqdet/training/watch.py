@@ -1,4 +1,4 @@
-"""The terms of the loss, numbers that are not finite, a log, and how the equilibrium settles
+"""loss terms, NaN checks, a CSV log, and whether the equilibrium settles
 
 Docs: https://deqdet.github.io/deqdet/training/watch.html.md"""
 
