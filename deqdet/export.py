@@ -89,6 +89,8 @@ def export(self:Detector,
 
 def _save_onnx(program, path, about):
     "Translate a recording, and write it with what is known about it"
+    if torch.__version__ < '2.7': # microsoft/onnxscript#2651
+        raise ImportError('ONNX needs torch 2.7: the translator of 2.6 fails on batch norms')
     names = dict(input_names=['images','sizes'], output_names=['boxes','scores','labels'])
     try:
         with torch.no_grad():

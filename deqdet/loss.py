@@ -143,7 +143,7 @@ def check_finite(
 # %% ../nbs/09_loss.ipynb #700a5ec7
 def _full(x):
     "`x` in float32 at least"
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype==torch.float64 else x.float()
 
 def _stack(preds, field):
     "(S,B,...) one field of all supervised states"

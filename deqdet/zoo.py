@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import partial
-from torch.fx.experimental import _config
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from .decoder import Stacked
 from .families.deformable import DeformableDETR
@@ -172,13 +172,20 @@ def create_detector(
     return model
 
 # %% ../nbs/12_zoo.ipynb #768e9514
+class _AllNonzero(TorchFunctionMode):
+    "Every number counts as not 0, so that shapes do not depend on values"
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is not torch.Tensor.nonzero: return f(*args, **(kwargs or {}))
+        x, = args
+        return x.new_zeros(x.numel(), x.ndim, dtype=torch.long)
+
 def cost(
     hyper,           # a record
     height: int=800, # of the image, in pixels
     width: int=1280  # of the image, in pixels
 ) -> dict:           # parameters by part, in millions; multiply-adds by part, in billions
     "What a configuration weighs and costs for one image"
-    with torch.device('meta'), _config.patch(meta_nonzero_assume_all_nonzero=True):
+    with torch.device('meta'), _AllNonzero():
         model = hyper.build().eval().requires_grad_(False)
         images = torch.zeros(1, 3, height, width)
         start = _macs(model.start, images)

@@ -81,6 +81,8 @@ def test_record_inherits_fields():
     assert Named._fields == ('boxes', 'label', 'name') and Named(1, 2, name='x').name == 'x'
 
 
+@pytest.mark.skipif(not hasattr(torch.utils._pytree, 'is_namedtuple_instance'),
+                    reason='this torch takes only direct subclasses of tuple for named tuples, as 2.6 does')
 def test_record_is_a_named_tuple_to_torch():
     from torch.utils._pytree import tree_map
     out = tree_map(lambda x: x + 1, Samples()[1])

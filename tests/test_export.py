@@ -32,6 +32,7 @@ def test_command_writes_a_program_for_other_sizes(model, tmp_path, capsys):
         agree(run(*x), Fixed(model, 2)(*x))
 
 
+@pytest.mark.skipif(torch.__version__ < '2.7', reason="torch 2.6's translator to ONNX fails on batch norms: microsoft/onnxscript#2651")
 def test_onnx_equals_eager_on_other_sizes(model, tmp_path):
     ort = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
@@ -41,6 +42,11 @@ def test_onnx_equals_eager_on_other_sizes(model, tmp_path):
         x = pictures(*shape)
         got = run.run(None, dict(images=x[0].numpy(), sizes=x[1].numpy()))
         agree([torch.from_numpy(o) for o in got[:2]], Fixed(model, 0)(*x))
+
+
+@pytest.mark.skipif(torch.__version__ >= '2.7', reason='torch writes ONNX')
+def test_old_torch_writes_no_onnx(model, tmp_path):
+    with pytest.raises(ImportError, match='ONNX needs torch 2.7'): model.export(tmp_path/'m.onnx')
 
 
 @pytest.mark.parametrize('kw,said', [

@@ -83,6 +83,8 @@ def _text(i, labels, scores, vocab):
     if labels is not None: name = vocab[labels[i]] if vocab else str(labels[i])
     return name if scores is None else f'{name} {scores[i]:.2f}'.strip()
 
+def _as_list(x): return None if x is None else torch.as_tensor(x).tolist()
+
 def draw_boxes(
     img,                # as for `show_image`; None: draw on `ax` as it is
     boxes,              # (n,4) corners in pixels of the image
@@ -98,7 +100,8 @@ def draw_boxes(
     "An image with boxes, names and scores; the best box is drawn last"
     if img is not None: ax = show_image(img, ax, title)
     boxes = torch.as_tensor(boxes).reshape(-1, 4).tolist()
-    labels, scores = (None if x is None else torch.as_tensor(x).tolist() for x in (labels, scores))
+    labels = _as_list(labels)
+    scores = _as_list(scores)
     order = range(len(boxes)) if scores is None else np.argsort(scores, kind='stable').tolist()
     for i in order:
         if scores and scores[i] < min_score: continue

@@ -53,7 +53,7 @@ def wide(
     x: Tensor # of any floating-point type
 ) -> Tensor:  # in float32, or in its own type if that is wider
     "`x` in single precision at least"
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype==torch.float64 else x.float()
 
 def flat(
     x: Tensor, # (B,...)

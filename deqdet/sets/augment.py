@@ -80,8 +80,9 @@ class Fit(v2.Transform):
         return dict(size=fit_hw(v2.query_size(flat_inputs), short, self.long))
 
     def transform(self, inpt, params):
-        "Bilinear, antialiased where it shrinks"
-        return self._call_kernel(F.resize, inpt, size=list(params['size']), antialias=True)
+        "Bilinear, antialiased where it shrinks; rounding moves no box over the edge"
+        res = self._call_kernel(F.resize, inpt, size=list(params['size']), antialias=True)
+        return F.clamp_bounding_boxes(res) if isinstance(res, tv_tensors.BoundingBoxes) else res
 
 # %% ../../nbs/sets/05_augment.ipynb #992643aa
 def recipe_1x(
