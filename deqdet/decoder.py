@@ -167,7 +167,7 @@ def prepared(
 
 # %% ../nbs/05_decoder.ipynb #b1ca31c3
 class Stack(nn.Module):
-    "Steps with weights of their own, one after the other"
+    "Steps with their own weights, one after the other"
     def __init__(self,
         steps # modules `step(state, feats) -> state` with a `read`
     ):
@@ -197,5 +197,5 @@ class Stack(nn.Module):
 @dataclass(frozen=True)
 class Stacked:
     "Strategy of `stages` steps, each applied once; called with them, it returns the decoder"
-    stages: int=6 # steps with weights of their own
+    stages: int=6 # steps with their own weights
     def __call__(self, steps): return Stack(steps)

@@ -26,7 +26,7 @@ def _fields(
 
 def declaration(
     cls # class from a module, or anything else
-) -> str|None: # its head and its fields with their comments; None: its signature says more
+) -> str|None: # its head and its fields with their comments; None: not a record
     "Source of a record or dataclass, up to its fields"
     if not isclass(cls) or (isfunction(cls.__init__) and not is_dataclass(cls)): return
     try: src = dedent(getsource(cls))

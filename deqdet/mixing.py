@@ -157,7 +157,7 @@ class Sampler(nn.Module):
     "Features (B,N,G,P,C) at points predicted from the content"
     def __init__(self,
         width: int,     # D: numbers in a content vector
-        groups: int=4,  # G: groups of feature channels, each with points of its own
+        groups: int=4,  # G: groups of feature channels, each with its own points
         points: int=64, # P: points per group
         strides=(4,8,16,32) # strides of the pyramid's levels, in pixels
     ):

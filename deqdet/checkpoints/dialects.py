@@ -42,7 +42,7 @@ _TO_ORIGINAL = [
     (r'^queries\.out', 'transformer.enc_output'),
     (r'^queries\.pos', 'transformer.pos_trans')]
 
-# a counter, and boxes that steps from a point do not look at
+# a counter, and boxes that steps from a point do not use
 _UNPUBLISHED = r'num_batches_tracked$|^queries\.boxes$'
 
 # %% ../../nbs/checkpoints/02_dialects.ipynb #3c2d28a2

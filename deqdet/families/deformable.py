@@ -151,7 +151,7 @@ class Proposals(nn.Module):
         self.reg = box_head(width)
 
     def anchors(self, masks):
-        "Boxes of the cells (B,S,4) as fractions of the image, and masks of those that propose (B,S,1)"
+        "Boxes of the cells (B,S,4) as fractions of the image, and which of them propose (B,S,1)"
         xy = centres(masks)                                                # (B,S,2)
         side = [xy.new_full((m[0].numel(),1), .05*2**l) for l,m in enumerate(masks)]
         box = torch.cat([xy, torch.cat(side).expand(*xy.shape)], -1)       # (B,S,4)
@@ -243,7 +243,7 @@ class DeformableDETR(Blueprint):
         return i==0 or not self.refine
 
     def decoder(self):
-        "The strategy with the steps of all stages; in the plain variant these share heads and points"
+        "The strategy with its steps; in the plain variant these share heads and points"
         step = partial(DeformableStep, self.n_classes, self.width, self.heads, self.levels,
                        self.points, self.hidden, self.dropout)
         steps = [step(from_point=self.from_point(i)) for i in range(self.strategy.stages)]
