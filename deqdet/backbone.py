@@ -1,4 +1,4 @@
-"""a timm body and a neck: four levels of equal width
+"""a timm backbone and a neck: four levels of equal width
 
 Docs: https://deqdet.github.io/deqdet/backbone.html.md"""
 

@@ -1,4 +1,4 @@
-"""refinement is one pure map on a state; a decoder strings such maps together
+"""state, queries, attention, heads, and a stack of steps
 
 Docs: https://deqdet.github.io/deqdet/decoder.html.md"""
 

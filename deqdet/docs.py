@@ -1,4 +1,4 @@
-"""what this site changes in nbdev's pages: fields of records, code without links, films that play
+"""what this site adds to nbdev: fields of records, clean links, GIFs
 
 Docs: https://deqdet.github.io/deqdet/docs.html.md"""
 

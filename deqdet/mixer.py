@@ -1,4 +1,4 @@
-"""AdaMixer's refinement step: talk, look and mix, think, move
+"""AdaMixer's refinement step, which DEQDet iterates
 
 Docs: https://deqdet.github.io/deqdet/mixer.html.md"""
 

@@ -1,4 +1,4 @@
-"""a query reads features at its own 3-D points, and generates the weights that mix them
+"""3-D sampling and adaptive mixing: how a query reads the features
 
 Docs: https://deqdet.github.io/deqdet/mixing.html.md"""
 

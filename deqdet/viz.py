@@ -1,4 +1,4 @@
-"""see the boxes settle
+"""draw predictions, refinement, sampling points, residuals and training curves
 
 Docs: https://deqdet.github.io/deqdet/viz.html.md"""
 

@@ -1,4 +1,4 @@
-"""the three ways in which Deformable DETR is published
+"""three published formats of Deformable DETR's weights
 
 Docs: https://deqdet.github.io/deqdet/checkpoints/dialects.html.md"""
 
