@@ -1,4 +1,4 @@
-"""a timm body and a neck: four levels of equal width
+"""a timm backbone and a neck: four levels of equal width
 
 Docs: https://deqdet.github.io/deqdet/backbone.html.md"""
 
@@ -31,7 +31,7 @@ STRIDES = (4, 8, 16, 32) # pixels per cell, in x and in y, of the four levels
 def four_levels(
     found: list[int] # stride of each level that a network has to offer
 ) -> list[int]:      # (4) index of the levels at strides 4, 8, 16, 32
-    "Where the levels of a detector are among those of a network"
+    "Indices of the detector's four levels among those of a network"
     missing = [s for s in STRIDES if s not in found]
     if missing: raise ValueError(
         f'a body needs levels at strides {STRIDES}; this one has {tuple(found)}')
@@ -44,7 +44,7 @@ STD = (58.395, 57.12, 57.375)    # their deviations
 def normalisation(
     net: nn.Module # timm network
 ) -> tuple[tuple, tuple]: # mean and deviation of red, green and blue, in 0..255
-    "How pictures were normalised when a network was trained; ImageNet's numbers if it does not say"
+    "Mean and deviation of the network's training images; ImageNet's if it has none"
     config = getattr(net, 'pretrained_cfg', None) or {}
     if 'mean' not in config: return MEAN, STD
     mean = tuple(round(255*m, 6) for m in config['mean'])
@@ -55,7 +55,7 @@ def normalisation(
 def freeze(
     module: nn.Module # any module
 ) -> nn.Module:       # the same one, in eval mode and without gradients
-    "Stop a module from learning, from collecting statistics and from dropping anything"
+    "The module in eval mode, without gradients for its parameters"
     for p in module.parameters(): p.requires_grad_(False)
     return module.eval()
 
@@ -64,7 +64,7 @@ def stage_name(
     net: nn.Module, # timm feature extractor
     name: str       # module that ends a level, under its name in the whole network: 'layers.0'
 ) -> str|None:      # its name in the extractor: 'layers_0'; None: it is not there
-    "Where an extractor keeps a module of the whole network"
+    "The name in an extractor of a module of the whole network"
     names = dict(net.named_modules())
     candidates = (name, name.replace('.', '_', 1), f'model.{name}')
     return next((c for c in candidates if c in names), None)
@@ -73,7 +73,7 @@ def parts_in_order(
     net: nn.Module,  # timm feature extractor
     ends: list[str]  # names of the modules that end a level
 ) -> list[tuple[str, nn.Module]]: # name and module, in the order in which they run
-    "The parts of a network; a list of blocks is opened where it holds the end of a level"
+    "The parts of a network; a list of blocks is opened if a level ends in it"
     parts = []
     for name,module in net.named_children():
         inner = [e.removeprefix(f'{name}.') for e in ends if e.startswith(f'{name}.')]
@@ -109,7 +109,7 @@ class Body(nn.Module):
         self.train()
 
     def frozen(self) -> list[nn.Module]:
-        "The parts that do not learn"
+        "The frozen parts"
         k = self.frozen_stages
         if k < 0: return []
         if None in self.stages:
@@ -120,7 +120,7 @@ class Body(nn.Module):
         return [*parts[:stop], *self.norms[:k]]
 
     def train(self, mode=True):
-        "As `nn.Module.train`, but what is frozen stays frozen"
+        "As `nn.Module.train`, except that frozen parts stay frozen"
         super().train(mode)
         for m in self.frozen(): freeze(m)
         if self.norm_eval:
@@ -134,7 +134,7 @@ class Body(nn.Module):
         return norm(f).movedim(-1, 1)
 
     def forward(self,
-        x: Tensor # (B,3,H,W) normalised pictures
+        x: Tensor # (B,3,H,W) normalised images
     ) -> list[Tensor]: # four of (B,C_l,H/s_l,W/s_l), sides rounded up
         "The four levels"
         feats = self.net(x)
@@ -142,7 +142,7 @@ class Body(nn.Module):
 
 # %% ../nbs/03_backbone.ipynb #223e967e
 class PaddedBlock(SwinTransformerBlock):
-    "timm's Swin block, padded to whole windows before the shift instead of after it"
+    "timm's Swin block, padded to whole windows before the shift"
     def _attn(self, x):
         h,w = x.shape[1:3]
         m,n = self.window_size
@@ -152,7 +152,7 @@ class PaddedBlock(SwinTransformerBlock):
 def pad_first(
     net: nn.Module # a timm Swin, changed in place
 ) -> nn.Module:    # the same network
-    "Let a Swin take any size: pad to whole patches, and to whole windows before each shift"
+    "The Swin with padding to whole patches, and to whole windows before each shift"
     for m in net.modules():
         if isinstance(m, SwinTransformerBlock): m.__class__ = PaddedBlock
         if isinstance(m, PatchEmbed): m.dynamic_img_pad = True
@@ -214,18 +214,18 @@ class Neck(nn.Module):
 
 # %% ../nbs/03_backbone.ipynb #f6d014ad
 def inside(
-    sizes: Tensor, # (B,2) height and width of each picture, in pixels
+    sizes: Tensor, # (B,2) height and width of each image, in pixels
     h: int,        # height of the batch
     w: int         # width of the batch
-) -> Tensor:       # (B,h,w) True on the picture, False on padding
-    "Where a padded batch shows pictures"
+) -> Tensor:       # (B,h,w) True on the image, False on padding
+    "Masks of the images in a padded batch"
     rows = torch.arange(h, device=sizes.device) < sizes[:, :1]
     cols = torch.arange(w, device=sizes.device) < sizes[:, 1:]
     return rows[:, :, None] & cols[:, None, :]
 
 # %% ../nbs/03_backbone.ipynb #7d58a4f5
 class Pyramid(nn.Module):
-    "Pictures to levels of equal width: normalise, zero the padding, body, neck"
+    "From images to levels of equal width: normalise, zero the padding, backbone, neck"
     def __init__(self,
         body: nn.Module, # (B,3,H,W) -> list of levels, with `.strides`, `.mean` and `.std`
         neck: nn.Module, # list of levels -> tuple of levels of equal width
@@ -245,7 +245,7 @@ class Pyramid(nn.Module):
         images: Tensor,          # (B,3,H,W) RGB, integers 0..255 or floats 0..1
         sizes: Tensor|None=None  # (B,2) sides without padding, in pixels; None: no padding
     ) -> Tensor:                 # (B,3,H,W) floats, 0 on padding
-        "What the body was trained on: mean 0, deviation 1, padding 0"
+        "Images as in the backbone's training: mean 0, deviation 1, padding 0"
         x = images.to(self.mean.dtype)
         if images.is_floating_point(): x = x*255
         x = (x - self.mean)/self.std

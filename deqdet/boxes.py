@@ -1,4 +1,4 @@
-"""Log-scale boxes make refinement additive
+"""log-scale boxes make refinement an addition
 
 Docs: https://deqdet.github.io/deqdet/boxes.html.md"""
 

@@ -55,7 +55,7 @@ def heads_of(
     sd,    # a published state dict
     prefix # of the heads, up to their number
 ) -> dict: # number of a head -> its names and shapes
-    "What the heads of a checkpoint hold"
+    "Names and shapes of the tensors of each head"
     found = {}
     for k,v in sd.items():
         m = re.match(rf'{re.escape(prefix)}(\d+)\.(.*)', k)
@@ -89,7 +89,7 @@ def infer_body(
     sd,   # a published state dict
     convs # shapes of the neck's convolutions
 ) -> dict:# fields of the record
-    "The body of a published state dict; '' where there is none"
+    "The backbone of a published state dict; '' if there is none"
     resnet = infer_resnet(sd)
     if resnet: return dict(body=resnet)
     patch = 'backbone.patch_embed.projection.bias'
@@ -119,7 +119,7 @@ def infer(
 
 # %% ../nbs/17_convert.ipynb #df55eb55
 class Inert:
-    "Stands for an object in a checkpoint that is of no use to us"
+    "Placeholder for an object of an unknown class in a checkpoint"
     def __init__(self, *args, **kwargs): pass
     def __setstate__(self, state): pass
     def __setitem__(self, k, v): pass
@@ -129,7 +129,7 @@ class Inert:
 def read_checkpoint(
     path # of a .pth or .safetensors file
 ) -> dict: # key -> tensor, without wrappers
-    "The state dict in a file; never runs code from it"
+    "The state dict of a file, read without running its code"
     from safetensors.torch import load_file
     if Path(path).suffix=='.safetensors': return unwrap(load_file(path))
     if not zipfile.is_zipfile(path): # written before PyTorch 1.6
@@ -142,7 +142,7 @@ def read_checkpoint(
 def unwrap(
     sd # what was in a file
 ) -> dict: # key -> tensor
-    "Take off the wrappers 'state_dict', 'model', 'ema' and the prefix 'module.'"
+    "The state dict without the wrappers 'state_dict', 'model', 'ema' and the prefix 'module.'"
     for k in ('state_dict', 'model', 'ema', 'ema_state_dict', 'module'):
         if isinstance(sd.get(k), dict): return unwrap(sd[k])
     return {k.removeprefix('module.'): v for k,v in sd.items() if isinstance(v, torch.Tensor)}
@@ -153,7 +153,7 @@ def from_official(
     model, # the detector that it should fill
     layout # published names
 ) -> dict: # our key -> tensor
-    "Every tensor under our name; what does not fit is an error that lists it"
+    "Every tensor under our name; keys that do not match are an error that lists them"
     own = model.state_dict()
     names = {k: layout.key(k) for k in own}
     theirs = set(names.values())
@@ -161,13 +161,13 @@ def from_official(
     dropped = [k for k in sd if any(re.search(pattern, k) for pattern in layout.drop)]
     unknown = [k for k in sd if k not in theirs.union(dropped)]
     if missing or unknown: raise KeyError(
-        f'this is not the checkpoint of such a model; missing there: {missing[:8]} '
-        f'({len(missing)}), unknown here: {unknown[:8]} ({len(unknown)})')
+        f'checkpoint and model do not match; missing in the checkpoint: {missing[:8]} '
+        f'({len(missing)}), unknown in it: {unknown[:8]} ({len(unknown)})')
     return {k: merge_to_timm(sd[v]) if is_merge(v) else sd.get(v, own[k])
             for k,v in names.items()}
 
 def read_mixer(sd, **overrides):
-    "A DEQDet or an AdaMixer"
+    "A DEQDet or AdaMixer detector with the weights of `sd`"
     hyper = replace(infer(sd), **overrides)
     model = hyper.build()
     model.load_state_dict(from_official(sd, model, layout_of(hyper)))
@@ -175,7 +175,7 @@ def read_mixer(sd, **overrides):
 
 # %% ../nbs/17_convert.ipynb #e85c245c
 class SparseNames(NamedTuple):
-    "Where a code base keeps what tells the sizes of a Sparse R-CNN"
+    "Keys of a code base whose shapes give the sizes of a Sparse R-CNN"
     boxes: str     # the first boxes
     heads: str     # prefix of the heads
     laterals: str  # the neck's 1x1 convolutions, with a place for the level
@@ -203,7 +203,7 @@ DETECTRON2 = SparseNames(
 def repeats(
     weights # of the same layer in the second head and all later ones
 ) -> bool:
-    "Is it one head, written once or more often?"
+    "True if all weights are equal: one head, stored once or several times"
     if len(weights)==1: return True
     if not weights or weights[0].is_meta: return False
     return all(torch.equal(weights[0], w) for w in weights[1:])
@@ -223,7 +223,7 @@ def infer_sparse(
         strategy=Settled(extra=-1) if repeats(later) else Stacked(len(heads)))
 
 def _infer_head(head, names, F):
-    "Fields of the record that one head shows"
+    "Fields of the record that the shapes of one head give"
     n_classes,width = head[f'{names.cls}.weight']
     cells = head[f'{names.out}.weight'][1]//F            # under a box
     return dict(
@@ -239,14 +239,14 @@ GAPS = 12,26,29,30,45,66,68,69,71,83 # numbers below 91 that no category of COCO
 coco_rows = [i for i in range(1, 91) if i not in GAPS]
 
 def read_deformable(sd, rows=None, **overrides):
-    "A Deformable DETR; of 91 classes the 80 of COCO are kept"
+    "A Deformable DETR with the weights of `sd`; of 91 classes the 80 of COCO are kept"
     hyper = infer_deformable(sd, **overrides)
     if rows is None and hyper.n_classes==91: rows = coco_rows
     if rows is not None: hyper = replace(hyper, n_classes=len(rows))
     return load_deformable(hyper.build(), sd, dialect_of(sd), rows)
 
 def read_sparse(sd, **overrides):
-    "A Sparse R-CNN, or its equilibrium"
+    "A Sparse R-CNN or its equilibrium, with the weights of `sd`"
     hyper = replace(infer_sparse(sd), **overrides)
     model = hyper.build()
     layout = layout_of(hyper) if MMDET.boxes in sd else original_sparse(hyper)

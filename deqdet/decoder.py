@@ -1,4 +1,4 @@
-"""refinement is one pure map on a state; a decoder strings such maps together
+"""state, queries, attention, heads, and a stack of steps
 
 Docs: https://deqdet.github.io/deqdet/decoder.html.md"""
 
@@ -19,7 +19,7 @@ from .ops.linear import Linear
 
 # %% ../nbs/05_decoder.ipynb #2e9c4ba1
 class State(NamedTuple):
-    "What the queries know: contents, and positions in log-scale form"
+    "Contents and log-scale positions of the queries"
     content: Tensor # (B,N,D)
     xyzr: Tensor    # (B,N,4) cx, cy in pixels, log2 scale, log2 ratio
 
@@ -31,7 +31,7 @@ class State(NamedTuple):
 
 # %% ../nbs/05_decoder.ipynb #f348e6d3
 class Noisy(NamedTuple):
-    "A perturbed state, which remembers its corners as the noise left them"
+    "A perturbed state, with its corners as the noise left them"
     content: Tensor # (B,N,D)
     xyzr: Tensor    # (B,N,4) cx, cy in pixels, log2 scale, log2 ratio
     boxes: Tensor   # (B,N,4) corners in pixels, possibly inverted
@@ -41,7 +41,7 @@ class Noisy(NamedTuple):
 
 # %% ../nbs/05_decoder.ipynb #14db83e7
 class Queries(nn.Module):
-    "The first state: learned contents, and boxes as fractions of the image"
+    "The first state: learned contents, boxes as fractions of the image"
     def __init__(self,
         n: int,             # N: queries
         width: int,         # D: numbers in a content vector
@@ -94,7 +94,7 @@ def position_embedding(
     xyzr: Tensor, # (B,N,4) positions
     width: int    # D: length of the embedding, a multiple of 8
 ) -> Tensor:      # (B,N,D)
-    "Sines and cosines of a position's four numbers"
+    "Sines and cosines of the four numbers of each position"
     p = xyzr/xyzr.new_tensor([1000,1000,1,1])
     i = torch.arange(width//8, device=p.device, dtype=p.dtype)
     angle = p[..., None]*10000**(-2*i/(width//4))                    # (B,N,4,D/8)
@@ -108,7 +108,7 @@ def linear(n_in, n_out, bias=True):
     return layer
 
 class SelfAttention(nn.Module):
-    "Multi-head attention among queries, with an optional bias on the logits"
+    "Multi-head attention among queries (B,N,D), with an optional bias on the logits"
     def __init__(self,
         width: int, # D: numbers in a content vector
         heads: int  # H: attention heads
@@ -131,21 +131,21 @@ def tower(
     width: int,   # D: numbers in a content vector
     n_out: int,   # numbers to read
     layers: int=1,# hidden layers
-    bias=True     # do hidden layers have one? Layer norm brings its own
+    bias=True     # do hidden layers have one?
 ):
-    "Reads `n_out` numbers off a content: `layers` times linear, layer norm, ReLU, then linear"
+    "An MLP: `layers` times linear, layer norm, ReLU, then linear to `n_out` numbers"
     hidden = []
     for _ in range(layers): hidden += [linear(width, width, bias), nn.LayerNorm(width), nn.ReLU()]
     return nn.Sequential(*hidden, linear(width, n_out))
 
 def class_tower(width, n_classes, prior=.01, **kwargs):
-    "A tower whose scores start at `prior`"
+    "An MLP whose scores start at `prior`"
     t = tower(width, n_classes, **kwargs)
     nn.init.constant_(t[-1].bias, -math.log(1/prior - 1))
     return t
 
 def box_tower(width):
-    "A tower that starts by moving nothing"
+    "An MLP whose four outputs start at zero"
     t = tower(width, 4)
     nn.init.zeros_(t[-1].weight)
     nn.init.zeros_(t[-1].bias)
@@ -153,21 +153,21 @@ def box_tower(width):
 
 # %% ../nbs/05_decoder.ipynb #ab518a28
 class Pred(Record):
-    "What a detector says about every query"
+    "Class scores and boxes of every query"
     logits: Tensor # (B,N,K) one score per class, before the sigmoid
     boxes: Tensor  # (B,N,4) corners in pixels of the fed image
 
 # %% ../nbs/05_decoder.ipynb #6ea28f0f
 def prepared(
-    step, # says how with `prepare(feats)`, if it matters to it
+    step, # may define `prepare(feats)`
     feats # features of the images
-):        # the same, ready for many steps
-    "Features as a step likes to read them"
+):        # what `step` takes
+    "Features in the form that `step` reads"
     return step.prepare(feats) if hasattr(step, 'prepare') else tuple(feats)
 
 # %% ../nbs/05_decoder.ipynb #b1ca31c3
 class Stack(nn.Module):
-    "Steps with weights of their own, one after the other"
+    "Steps with their own weights, one after the other"
     def __init__(self,
         steps # modules `step(state, feats) -> state` with a `read`
     ):
@@ -196,6 +196,6 @@ class Stack(nn.Module):
 # %% ../nbs/05_decoder.ipynb #a6389d99
 @dataclass(frozen=True)
 class Stacked:
-    "The classic strategy: `stages` steps, each applied once; called on them, it makes the decoder"
-    stages: int=6 # steps with weights of their own
+    "Strategy of `stages` steps, each applied once; called with them, it returns the decoder"
+    stages: int=6 # steps with their own weights
     def __call__(self, steps): return Stack(steps)

@@ -1,4 +1,4 @@
-"""what this site changes in nbdev's pages: fields of records, code without links, films that play
+"""what this site adds to nbdev: fields of records, clean links, GIFs
 
 Docs: https://deqdet.github.io/deqdet/docs.html.md"""
 
@@ -26,7 +26,7 @@ def _fields(
 
 def declaration(
     cls # class from a module, or anything else
-) -> str|None: # its head and its fields with their comments; None: its signature says more
+) -> str|None: # its head and its fields with their comments; None: not a record
     "Source of a record or dataclass, up to its fields"
     if not isclass(cls) or (isfunction(cls.__init__) and not is_dataclass(cls)): return
     try: src = dedent(getsource(cls))
@@ -41,7 +41,7 @@ def declaration(
 def published(
     sym # function or class, of a module or of a cell of its notebook
 ):      # the package's own, for a class from a cell that the package exports; else the same
-    "Where a class from a notebook lies in a file"
+    "The exported class for a class that a notebook defines"
     if not isclass(sym) or sym.__module__!='__main__': return sym
     found = NbdevLookup()[sym.__qualname__]
     if not isinstance(found, tuple): return sym
@@ -66,13 +66,13 @@ _re_outer = re.compile(r'\[((?:[^][]|\[`[^`]*`\]\([^()]*\))+)\]\(')
 _re_inner = re.compile(r'\[(`[^`]*`)\]\([^()]*\)')
 
 def _unlinked(match):
-    "The text of a link, without the links that stand in it"
+    "The text of a link, without links inside it"
     return '[' + _re_inner.sub(r'\1', match[1]) + ']('
 
 def own_links(
     cell # of a page that nbdev has put its links into, changed in place
 ):
-    "Take the links out of the text of other links"
+    "Remove links inside the text of other links"
     if cell.cell_type=='markdown': cell.source = _re_outer.sub(_unlinked, cell.source)
 
 # %% ../nbs/23_docs.ipynb #28fff237
@@ -80,14 +80,14 @@ def _joins(
     a, # an output, or None
     b  # the output after it
 ):
-    "Is `b` more of the same printed text?"
+    "True if `b` continues the printed text of `a`"
     if a is None or b['output_type']!='stream': return False
     return a.get('name')==b['name']
 
 def plain_outputs(
     cell # of a page, changed in place
 ):
-    "Say GIFs in HTML, and join what was printed in pieces"
+    "Write GIFs as HTML, and join consecutive printed outputs"
     res = []
     for o in cell.get('outputs', []):
         gif = o.get('data', {}).get('image/gif')

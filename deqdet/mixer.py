@@ -1,4 +1,4 @@
-"""AdaMixer's refinement step: talk, look and mix, think, move
+"""AdaMixer's refinement step, which DEQDet iterates
 
 Docs: https://deqdet.github.io/deqdet/mixer.html.md"""
 
@@ -17,9 +17,9 @@ from .mixing import AdaptiveMixing, Rows, Sampler
 
 # %% ../nbs/06_mixer.ipynb #73319a87
 class MixerStep(nn.Module):
-    "AdaMixer's refinement step"
-    shares_features = True  # rB rows of queries may look at B images, r rows at each
-    prepare = Rows.of       # how features are read fastest
+    "AdaMixer's refinement step: `State` to `State`, given a pyramid"
+    shares_features = True  # rB rows of queries may read B images, r rows each
+    prepare = Rows.of       # one table of all levels, the fastest to read
     def __init__(self,
         n_classes: int,     # K: classes
         width: int=256,     # D: numbers in a content vector

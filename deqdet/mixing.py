@@ -1,4 +1,4 @@
-"""a query reads features at its own 3-D points, and generates the weights that mix them
+"""3-D sampling and adaptive mixing: how a query reads the features
 
 Docs: https://deqdet.github.io/deqdet/mixing.html.md"""
 
@@ -22,7 +22,7 @@ def level_weights(
     strides,           # L strides of the pyramid's levels, in pixels
     temperature: float=2. # how far, in squared octaves, a level still matters
 ) -> Tensor:           # (...,L) weights that sum to 1
-    "How much each level contributes to a point"
+    "Weights of the pyramid's levels at each point"
     octaves = z.new_tensor([math.log2(s) for s in strides]).view(-1, *[1]*z.ndim) # (L,1,...)
     nearness = (z - octaves).square()/-temperature # (L,...)
     return nearness.softmax(0).movedim(0, -1)
@@ -43,7 +43,7 @@ def sampling_points(
 def grid_offsets(
     points: int # P: points per group
 ) -> Tensor:    # (P,3) offsets dx, dy in units of the box, dz in octaves
-    "Initial offsets: cell centres of a grid when `points` is a square, random in the box when not"
+    "Initial offsets: cell centres of a grid if `points` is a square, else random in the box"
     side = math.isqrt(points)
     finer = -torch.ones(points, 1)
     if side**2!=points: return torch.cat([torch.rand(points, 2) - .5, finer], -1)
@@ -55,7 +55,7 @@ def grid_offsets(
 def map_sizes(
     maps # L of (B,...,H,W)
 ) -> Tensor: # (B,L,3) width and height of each map, in cells, and its first row in a table of all
-    "Where each level lies in a table"
+    "Sizes and table offsets of the levels"
     out = []
     first = 0
     for m in maps:
@@ -72,7 +72,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, feats):
-        "The table of levels (B,D,H,W); a table stays what it is"
+        "The table of levels (B,D,H,W); a table is returned as it is"
         if isinstance(feats, cls): return feats
         return cls(torch.cat([f.permute(0,2,3,1).flatten(1,2) for f in feats], 1), map_sizes(feats))
 
@@ -102,7 +102,7 @@ def four_cells(
     weights = (share[:, 1]*weight)[:, None]*share[:, 0]
     return cells.flatten(0,1).int(), weights.flatten(0,1)
 
-corners = four_cells # the name that other pages know
+corners = four_cells # the name that other pages use
 
 # %% ../nbs/04_mixing.ipynb #e793dd71
 # torch 2.6 does not tell exporting from compiling
@@ -128,10 +128,10 @@ def gather(
 
 # %% ../nbs/04_mixing.ipynb #c0f7694c
 def per_picture(
-    x: Tensor, # (rB,N,...) something about each query, the r sets of a picture side by side
-    B: int     # pictures
+    x: Tensor, # (rB,N,...) a value for each query, the r sets of an image side by side
+    B: int     # images
 ) -> Tensor:   # (B,rN,...)
-    "All sets of queries of a picture in one row"
+    "The same tensor with all sets of queries of an image in one row"
     return x.unflatten(0, (B, -1)).flatten(1, 2)
 
 # %% ../nbs/04_mixing.ipynb #14018489
@@ -140,7 +140,7 @@ def sample(
     points: Tensor, # (rB,N,G,P,3) x, y in pixels, log2 scale; usually r is 1
     strides         # L strides in pixels
 ) -> Tensor:        # (rB,N,G,P,D//G) features read by each group at its points
-    "Read a feature pyramid at 3-D points"
+    "Features of a pyramid at 3-D points"
     table,levels = Rows.of(feats)
     x,y,z = per_picture(points, table.shape[0]).unbind(-1)
     levels = levels.to(z.dtype).permute(2, 1, 0)[..., None, None, None] # (3,L,B,1,1,1)
@@ -154,10 +154,10 @@ def sample(
 
 # %% ../nbs/04_mixing.ipynb #a937fbca
 class Sampler(nn.Module):
-    "Read features at points that the content chooses"
+    "Features (B,N,G,P,C) at points predicted from the content"
     def __init__(self,
         width: int,     # D: numbers in a content vector
-        groups: int=4,  # G: groups of feature channels, each with points of its own
+        groups: int=4,  # G: groups of feature channels, each with its own points
         points: int=64, # P: points per group
         strides=(4,8,16,32) # strides of the pyramid's levels, in pixels
     ):
@@ -176,10 +176,10 @@ class Sampler(nn.Module):
     def forward(self, q, xyzr, feats): return sample(feats, self.points(q, xyzr), self.strides)
 
 # %% ../nbs/04_mixing.ipynb #dbd3a96a
-CACHED = 2_500_000 # generated numbers that are used while a processor's cache still holds them
+CACHED = 2_500_000 # generated numbers in a block of queries, about what a CPU cache holds
 
 class AdaptiveMixing(nn.Module):
-    "Mix reads over channels, then over points, with weights generated from the content"
+    "Contents (B,N,D) from reads, mixed over channels, then points, by weights from the content"
     def __init__(self,
         width: int,      # D: numbers in a content vector
         channels: int,   # C: feature channels of a group
@@ -195,7 +195,7 @@ class AdaptiveMixing(nn.Module):
         nn.init.xavier_uniform_(self.out.weight)
 
     def mix(self, q, x):
-        "Contents (...,D) and reads (...,G,P,C): what each content makes of its reads"
+        "(...,D) from contents (...,D) and reads (...,G,P,C)"
         G,C,P,O = self.sizes
         generated = self.params(q).unflatten(-1, (G, -1)) # (...,G,C*C + O*P)
         M,S = generated.split([C*C, O*P], -1)

@@ -1,4 +1,4 @@
-"""see the boxes settle
+"""draw predictions, refinement, sampling points, residuals and training curves
 
 Docs: https://deqdet.github.io/deqdet/viz.html.md"""
 
@@ -57,7 +57,7 @@ def _fields(x):
     return get('boxes'), get('labels'), get('scores')
 
 def _grid(n, ncols, size, images):
-    "A figure and its `n` axes in rows, as high as the highest image wants"
+    "A figure and its `n` axes in rows, as high as the highest image needs"
     nrows = math.ceil(n/ncols)
     ratio = max((x.shape[1]/x.shape[2] for x in images), default=1) # height over width
     height = size*(min(2, max(.2, ratio)) + .07) # of a row, in inches
@@ -76,7 +76,7 @@ def show_pairs(
     pairs: int=2,         # pairs in a row
     size: float=2.2       # inches of an image
 ):                        # the figure
-    "Truth and prediction side by side"
+    "A figure of truth and prediction side by side"
     images = [load_image(o) for o in images]
     fig, axs = _grid(2*len(images), 2*min(pairs, len(images)), size, images)
     titles = titles or ['prediction']*len(images)
@@ -89,7 +89,7 @@ def show_pairs(
     return fig
 
 def _say_none(ax, min_score):
-    "An empty image says why"
+    "Write on an image without boxes what the lowest score is"
     ax.text(.5, .03, f'none above {min_score:g}', transform=ax.transAxes, ha='center',
             fontsize=7, color='w', bbox=dict(facecolor='k', lw=0, pad=1.5, alpha=.6))
 
@@ -102,7 +102,7 @@ def show_predictions(
     notes: dict=None,    # image id -> what to write above
     **kwargs             # for `show_pairs`
 ):                       # the figure
-    "Truth and prediction of images of a dataset, in the pixels of their files"
+    "A figure of truth and prediction for images of a dataset, in the pixels of their files"
     by_id = {p['image_id']:p for p in preds}
     entries = {o['id']:o for o in ds.coco['images']}
     ids = list(by_id if ids is None else ids)[:n]
@@ -135,7 +135,7 @@ def _queries(path, index, min_score):
     return boxes, scores, labels, found
 
 def _draw_state(ax, t, boxes, scores, labels, found, vocab=None, names=False):
-    "Every query's box at step t: coloured by its class at the end, or pale"
+    "Draw every query's box at step t: coloured by its class at the end, or pale"
     for q,box in enumerate(boxes[t].tolist()):
         if q not in found:
             draw_box(ax, box, (.85, .85, .85), width=.8, alpha=.6)
@@ -155,7 +155,7 @@ def show_refinement(
     ncols: int=6,        # images in a row
     size: float=2.       # inches of an image
 ):                       # the figure
-    "The boxes after several numbers of refinement steps"
+    "A figure of the boxes after several numbers of refinement steps"
     q = _queries(path, index, min_score)
     steps = [s for s in steps if s < len(path)]
     image = load_image(image)
@@ -174,7 +174,7 @@ def show_trails(
     min_score: float=.3, # queries that end below are left out
     ax=None              # matplotlib axes; None: new ones
 ):                       # the axes
-    "The centres of boxes from the first state to the last, and the boxes at the end"
+    "The axes with the path of each box centre, and the boxes at the end"
     boxes, scores, labels, found = _queries(path, index, min_score)
     ax = draw_boxes(image, boxes[-1, found], labels[found], scores[-1, found], vocab, ax)
     centres = (boxes[..., :2] + boxes[..., 2:])/2 - .5
@@ -207,7 +207,7 @@ def save_refinement(
     size: float=2.,      # inches at 100 dots
     colors: int=64       # in the palette
 ) -> Path:               # `file`
-    "The refinement as a small animated GIF, one frame a step"
+    "Write the refinement as a small animated GIF, one frame a step"
     q = _queries(path, index, min_score)
     titles = ['init'] + [f'step {t}' for t in range(1, len(path))]
     frames = [_frame(image, t, q, vocab, size, title) for t,title in enumerate(titles)]
@@ -228,7 +228,7 @@ def draw_points(
     ax=None,             # matplotlib axes; None: new ones
     colorbar: bool=True  # a scale for the strides?
 ):                       # the axes
-    "The points at which queries read, coloured by the level that they read"
+    "The axes with the sampling points, coloured by the level that they read"
     if image is not None: ax = show_image(image, ax)
     points = torch.as_tensor(points).detach().cpu()
     octave = _mean_octave(weights, strides, points) # (N,G,P)
@@ -241,7 +241,7 @@ def draw_points(
     return ax
 
 def _stride_bar(ax, dots, strides):
-    "The scale of colours, with the strides as its ticks"
+    "Draw a colour bar with the strides as its ticks"
     ticks = [math.log2(s) for s in strides]
     bar = ax.figure.colorbar(dots, ax=ax, fraction=.046, pad=.02, ticks=ticks)
     bar.ax.set_yticklabels(strides)
@@ -260,7 +260,7 @@ def plot_residuals(
     ax=None,           # matplotlib axes; None: new ones
     band=(.1, .9)      # quantiles over images between which the area is shaded
 ):                     # the axes
-    "Residuals over iterations on a log scale: the median over images, and where most of them are"
+    "The axes with residuals on a log scale: the median over images, and a band of quantiles"
     ax = ax or plt.subplots(figsize=(4.5, 2.5))[1]
     for name,trace in traces.items():
         r = torch.as_tensor(trace).detach().double().cpu()
@@ -279,7 +279,7 @@ def plot_residuals(
 def read_log(
     log # csv file, data frame, list of dict, or a fastai `Learner` or `Recorder`
 ) -> pd.DataFrame: # one row an epoch, without its time
-    "The table of a training"
+    "The log of a training as a table"
     log = getattr(log, 'recorder', log)
     if isinstance(log, (str, Path)): log = pd.read_csv(log)
     elif hasattr(log, 'metric_names'):
@@ -296,7 +296,7 @@ def plot_training(
     scores=None,         # columns of the right panel; None: those that begin with 'AP'
     axs=None             # two matplotlib axes; None: new ones
 ):                       # the axes
-    "Losses and AP over epochs"
+    "The axes with losses and AP over epochs"
     log = read_log(log)
     losses = [c for c in log if 'loss' in c] if losses is None else losses
     scores = [c for c in log if c.startswith('AP')] if scores is None else scores
@@ -309,7 +309,7 @@ def plot_training(
     return axs
 
 def _plot_columns(ax, columns, y):
-    "A line for each column of a table over its index, the one named `y` thicker"
+    "Draw a line for each column of a table, the one named `y` thicker"
     for name,values in columns.items():
         ax.plot(columns.index, values, '.-', ms=4, lw=2 if name==y else 1.2, label=name)
     ax.set(xlabel='epoch', ylabel=y)

@@ -1,4 +1,4 @@
-"""the three ways in which Deformable DETR is published
+"""three published formats of Deformable DETR's weights
 
 Docs: https://deqdet.github.io/deqdet/checkpoints/dialects.html.md"""
 
@@ -42,7 +42,7 @@ _TO_ORIGINAL = [
     (r'^queries\.out', 'transformer.enc_output'),
     (r'^queries\.pos', 'transformer.pos_trans')]
 
-# a counter, and boxes that steps from a point do not look at
+# a counter, and boxes that steps from a point do not use
 _UNPUBLISHED = r'num_batches_tracked$|^queries\.boxes$'
 
 # %% ../../nbs/checkpoints/02_dialects.ipynb #3c2d28a2
@@ -86,7 +86,7 @@ def deformable_keys(
     model: nn.Module,       # a detector with a stack of steps, built from `DeformableDETR`
     dialect: str='original' # a key of `DIALECTS`
 ) -> dict[str, tuple]:      # published name -> (name here, which third of it or None)
-    "What published checkpoints call the parameters and statistics of a model"
+    "Published names of the parameters and statistics of a model"
     found = {}
     for ours in model.state_dict():
         if re.search(_UNPUBLISHED, ours): continue
@@ -111,7 +111,7 @@ def _original_names(ours, model):
     return [name, f'transformer.decoder.{name}']
 
 def _detrex_conv(name, model):
-    "detrex keeps projections of maps and of made levels apart, and names their two parts"
+    "detrex's name: projections of maps and of made levels are apart, with names for both parts"
     m = re.match(r'input_proj\.(\d+)\.([01])\.(.*)', name)
     if not m: return name
     i = int(m[1])
@@ -132,7 +132,7 @@ def load_deformable(
     dialect: str='original', # a key of `DIALECTS`
     rows=None                # which rows of the published class heads to take; None: all
 ) -> nn.Module:              # the model
-    "Fill a model with published weights; a name that is unknown or missing is an error"
+    "The model, filled with published weights; an unknown or missing name is an error"
     names = deformable_keys(model, dialect)
     state = _under_our_names(sd, names)
     if rows is not None: state = {k: _chosen(k, v, rows) for k,v in state.items()}
@@ -153,7 +153,7 @@ def _under_our_names(sd, names):
     return {k: torch.cat([v for _,v in sorted(p.items())]) for k,p in pieces.items()}
 
 def _chosen(key, value, rows):
-    "The wanted rows of a class head; anything else as it is"
+    "The wanted rows of a class head; other tensors unchanged"
     if '.cls.' not in key: return value
     if key.startswith('queries'): return value[:len(rows)]
     return value[list(rows)]
@@ -169,7 +169,7 @@ def publish_deformable(
     model: nn.Module,       # as for `deformable_keys`
     dialect: str='original' # a key of `DIALECTS`
 ) -> dict:                  # state dict under published names
-    "The weights of a model as the other code base expects them"
+    "The weights of a model under the published names of a dialect"
     own = model.state_dict()
     names = deformable_keys(model, dialect)
     return {theirs: own[ours] if third is None else own[ours].chunk(3)[third]
@@ -179,7 +179,7 @@ def publish_deformable(
 def dialect_of(
     sd: dict # published state dict
 ) -> str:    # a key of `DIALECTS`, or None
-    "Whose names these are"
+    "The dialect of a state dict's names"
     marks = dict(original='transformer.level_embed', detrex='transformer.level_embeds',
                  transformers='model.level_embed')
     return next((k for k,mark in marks.items() if mark in sd), None)

@@ -1,4 +1,4 @@
-"""names that published code gave to what we have
+"""published names of our tensors: AdaMixer, DEQDet, Sparse R-CNN
 
 Docs: https://deqdet.github.io/deqdet/checkpoints/layouts.html.md"""
 

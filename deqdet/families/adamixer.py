@@ -25,7 +25,7 @@ class AdaMixer(Family):
     out_points: int=128          # rows after mixing over points
 
     def neck(self, channels):
-        "The neck on levels of so many `channels`"
+        "The neck for levels of `channels`"
         return Neck(channels, self.feat_width, self.neck_kernel, self.neck_act, self.norm_groups)
 
     def step(self, i):

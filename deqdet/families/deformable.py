@@ -23,7 +23,7 @@ from ..model import Blueprint
 
 # %% ../../nbs/families/04_deformable.ipynb #b2a750eb
 class RefState(NamedTuple):
-    "What Deformable DETR's queries know"
+    "Contents, boxes and position embeddings of the queries"
     content: Tensor # (B,N,D)
     ref: Tensor     # (B,N,4) cx, cy, w, h in pixels
     pos: Tensor     # (B,N,D) position embedding, which no step changes
@@ -54,7 +54,7 @@ def shift(
     ref: Tensor,  # (...,4) cx, cy, w, h as fractions of the image
     delta: Tensor # (...,4) what to add, in the space before the sigmoid
 ) -> Tensor:      # (...,4) in 0..1
-    "Move a box without leaving the image"
+    "Boxes after one refinement, within the image"
     return (inverse_sigmoid(ref) + delta).sigmoid()
 
 # %% ../../nbs/families/04_deformable.ipynb #578f2b16
@@ -63,7 +63,7 @@ def class_head(
     n_classes: int,  # K: classes
     prior: float=.01 # score of everything before training
 ) -> nn.Linear:
-    "One linear layer that reads scores off a content"
+    "One linear layer from content to class scores"
     layer = nn.Linear(width, n_classes)
     nn.init.constant_(layer.bias, -math.log(1/prior - 1))
     return layer
@@ -72,7 +72,7 @@ def class_head(
 def box_head(
     width: int # D: numbers in a content vector
 ) -> nn.Sequential:
-    "Three linear layers that start by moving nothing"
+    "Three linear layers whose outputs start at zero"
     first = nn.Linear(width, width)
     second = nn.Linear(width, width)
     last = nn.Linear(width, 4)
@@ -82,7 +82,7 @@ def box_head(
 
 # %% ../../nbs/families/04_deformable.ipynb #beed748c
 class DeformableStep(nn.Module):
-    "Deformable DETR's decoder layer"
+    "Deformable DETR's decoder layer: `RefState` to `RefState`, given a memory"
     def __init__(self,
         n_classes: int,   # K: classes
         width: int=256,   # D: numbers in a content vector
@@ -109,7 +109,7 @@ class DeformableStep(nn.Module):
         state,        # a `RefState`
         scale: Tensor # (B,1,4) w, h, w, h of the images, in pixels
     ) -> Tensor:      # (B,N,4) cx, cy, w, h as fractions of the image
-        "The box that is going to be moved"
+        "The box that the step moves"
         if self.aim is None: return (state.ref/scale).detach()
         point = self.aim(state.pos).sigmoid().to(state.ref.dtype)      # (B,N,2)
         return torch.cat([point, torch.full_like(point, .5)], -1)
@@ -119,7 +119,7 @@ class DeformableStep(nn.Module):
         content,_,pos = state
         scale = _whwh(sizes).to(state.ref.dtype)                       # (B,1,4)
         ref = self.start(state, scale)                                 # (B,N,4) what is moved
-        around = ref if self.aim is None else ref[..., :2]             # where to look
+        around = ref if self.aim is None else ref[..., :2]             # where to read
         x = content + pos
         heard,_ = self.talk(x, x, content, need_weights=False)         # (B,N,D)
         q = self.talk_norm(content + self.drop(heard))
@@ -132,10 +132,10 @@ def _whwh(sizes): return sizes.flip(-1).repeat(1, 2)[:, None] # (B,2) h, w -> (B
 
 # %% ../../nbs/families/04_deformable.ipynb #5080dc8c
 class Proposed(Pred):
-    "What every cell of the encoder proposes; its first class means 'an object', of whichever class"
+    "Proposals of all cells; the first class means an object of any class"
 
 class Proposals(nn.Module):
-    "Queries made of the encoder's best boxes"
+    "Queries from the encoder's best boxes"
     def __init__(self,
         n: int,       # N: queries; fewer where there are fewer cells
         width: int,   # D: numbers in a content vector
@@ -151,7 +151,7 @@ class Proposals(nn.Module):
         self.reg = box_head(width)
 
     def anchors(self, masks):
-        "Each cell's own box (B,S,4) as fractions of the image, and whether it proposes (B,S,1)"
+        "Boxes of the cells (B,S,4) as fractions of the image, and which of them propose (B,S,1)"
         xy = centres(masks)                                                # (B,S,2)
         side = [xy.new_full((m[0].numel(),1), .05*2**l) for l,m in enumerate(masks)]
         box = torch.cat([xy, torch.cat(side).expand(*xy.shape)], -1)       # (B,S,4)
@@ -160,7 +160,7 @@ class Proposals(nn.Module):
         return box, (shown & inside)[..., None]
 
     def cells(self, memory, masks):
-        "Cells (B,S,D) ready to be read, their own boxes (B,S,4) before the sigmoid; infinite: none"
+        "Normalised cells (B,S,D), and their boxes (B,S,4) before the sigmoid; infinite: none"
         box,ok = self.anchors(masks)
         x = self.out_norm(self.out(memory.masked_fill(~ok, 0)))
         return x, (box/(1-box)).log().masked_fill(~ok, math.inf)
@@ -181,7 +181,7 @@ class Proposals(nn.Module):
         return RefState.at(wide, box_convert(ref*_whwh(sizes), 'cxcywh', 'xyxy'))
 
     def preds(self, feats):
-        "[`Proposed`]: what all cells propose, to be supervised in training"
+        "[`Proposed`]: proposals of all cells, for the loss"
         memory,sizes,*masks = feats
         x,box = self.cells(memory, masks)
         ref = (self.reg(x) + box).sigmoid()*_whwh(sizes)                   # (B,S,4) in pixels
@@ -190,7 +190,7 @@ class Proposals(nn.Module):
 # %% ../../nbs/families/04_deformable.ipynb #06481d02
 @dataclass(eq=False)
 class TwoStageLoss(SetLoss):
-    "`SetLoss`, and the same for proposals with every object of class 0"
+    "`SetLoss`, plus the same for proposals with every object of class 0"
     form: str='cxcywh'
 
     def __call__(self, preds, target):
@@ -208,26 +208,26 @@ class TwoStageLoss(SetLoss):
 @dataclass(frozen=True)
 class DeformableDETR(Blueprint):
     "Hyper-parameters of a detector of Deformable DETR's family"
-    maps: int=3                  # of the body's maps, so many of the coarsest are used
-    levels: int=4                # levels that are made of them
+    maps: int=3                  # maps of the backbone that are used, the coarsest
+    levels: int=4                # levels made of them
     norm_groups: int=32          # groups of the neck's norms
     n_queries: int=300
     encoder_layers: int=6
     encoder_heads: int=8         # attention heads of the encoder
-    encoder_points: int=4        # points per head and level that a cell looks at
+    encoder_points: int=4        # points per head and level that a cell reads
     encoder_hidden: int=1024     # width of the encoder's feed-forward layers
-    points: int=4                # points per head and level that a query looks at
+    points: int=4                # points per head and level that a query reads
     hidden: int=1024             # width of the decoder's feed-forward layers
     dropout: float=.1            # in every layer; an equilibrium needs 0
     refine: bool=False           # do steps move the box of the step before?
     two_stage: bool=False        # do queries start at the encoder's proposals? implies `refine`
-    strategy: object=Stacked(6)  # how steps are strung together
+    strategy: object=Stacked(6)  # how steps are combined
 
     def neck(self, channels):
         return LevelNeck(channels[-self.maps:], self.width, self.levels, self.norm_groups)
 
     def pyramid(self, pretrained=False):
-        "Body, neck and encoder; `pretrained` as in `create_body`"
+        "Backbone, neck and encoder; `pretrained` as in `create_body`"
         levels = super().pyramid(pretrained)
         layer = partial(DeformableLayer, self.width, self.encoder_heads, self.levels,
                         self.encoder_points, self.encoder_hidden, self.dropout)
@@ -243,7 +243,7 @@ class DeformableDETR(Blueprint):
         return i==0 or not self.refine
 
     def decoder(self):
-        "The strategy on the steps of all stages; in the plain variant these share heads and points"
+        "The strategy with its steps; in the plain variant these share heads and points"
         step = partial(DeformableStep, self.n_classes, self.width, self.heads, self.levels,
                        self.points, self.hidden, self.dropout)
         steps = [step(from_point=self.from_point(i)) for i in range(self.strategy.stages)]

@@ -18,7 +18,7 @@ from ..mixing import corners, gather, map_sizes
 
 # %% ../../nbs/families/03_deformable_attention.ipynb #435b4570
 class LevelNeck(nn.Module):
-    "The last maps of a body, and coarser ones made from the last, at equal width"
+    "The last maps of a backbone, and coarser ones made from the last, at equal width"
     def __init__(self,
         in_channels,     # widths of the maps that are used
         width: int=256,  # channels of every level
@@ -54,7 +54,7 @@ def level_masks(
     sizes: Tensor, # (B,2) height and width of each image without padding, in pixels
     frame          # height and width of the padded batch, in pixels
 ) -> tuple[Tensor, ...]: # L of (B,H_l,W_l), True on the image
-    "Which cells of each level show the image"
+    "Masks of the cells that show the image, for each level"
     on = inside(sizes, *frame)[:, None].float()        # (B,1,H,W)
     return tuple(F.interpolate(on, size=l.shape[-2:])[:, 0].bool() for l in levels)
 
@@ -71,7 +71,7 @@ def extents(
 def centres(
     masks # L of (B,H_l,W_l), True on the image
 ) -> Tensor: # (B,S,2) x, y as fractions of the image; beyond 1 on padding
-    "The middle of every cell of every level, level after level, row after row"
+    "Centres of all cells, level after level, row after row"
     out = []
     for mask,n in zip(masks, extents(masks).unbind(1)):   # n: (B,2) columns and rows
         height,width = mask.shape[1:]
@@ -97,7 +97,7 @@ def map_embedding(
     mask: Tensor, # (B,H,W) True on the image
     width: int    # D: length of the embedding, a multiple of 4
 ) -> Tensor:      # (B,H,W,D) first y, then x
-    "Where each cell is within its image"
+    "Position embeddings of the cells of an image"
     y = mask.cumsum(1, dtype=torch.float32)  # (B,H,W) rows so far
     x = mask.cumsum(2, dtype=torch.float32)  # (B,H,W) columns so far
     y = _angle(y, y[:, -1:])
@@ -112,7 +112,7 @@ def star(
     levels: int, # L: levels, treated alike
     points: int  # P: points, at distances 1 to P
 ) -> Tensor:     # (G,L,P,2) offsets
-    "Initial offsets: every head looks in another direction"
+    "Initial offsets: each head in another direction"
     angle = torch.arange(heads)*(2*math.pi/heads)
     direction = torch.stack([angle.cos(), angle.sin()], -1)         # (G,2)
     direction = direction/direction.abs().amax(-1, keepdim=True)
@@ -121,7 +121,7 @@ def star(
 
 # %% ../../nbs/families/03_deformable_attention.ipynb #cd11d346
 class DeformableAttention(nn.Module):
-    "Read a few cells of every level, at places and with weights that the query chooses"
+    "Weighted sums of a few cells of every level, at places and with weights from the query"
     def __init__(self,
         width: int=256, # D: numbers in a query and in a cell
         heads: int=8,   # G: heads, each reading D/G numbers of a cell
@@ -165,7 +165,7 @@ class DeformableAttention(nn.Module):
         memory: Tensor, # (B,S,D) cells of all levels
         masks           # L of (B,H_l,W_l), True on the image
     ) -> Tensor:        # (B,N,D)
-        "What each query read"
+        "The sum that each query reads"
         shown = torch.cat([m.flatten(1) for m in masks], 1)               # (B,S)
         value = self.value(memory).masked_fill(~shown[..., None], 0)      # (B,S,D)
         cells,weight = self.reads(q, ref, masks)                          # both (B,N,G,4LP)
@@ -186,7 +186,7 @@ def feed_forward(
 
 # %% ../../nbs/families/03_deformable_attention.ipynb #74f1e50d
 class DeformableLayer(nn.Module):
-    "Look at a memory, then think"
+    "Deformable attention to a memory, then a feed-forward network"
     def __init__(self,
         width: int=256,  # D
         heads: int=8,    # G: heads of the attention
@@ -215,7 +215,7 @@ class DeformableLayer(nn.Module):
 
 # %% ../../nbs/families/03_deformable_attention.ipynb #b4a02b25
 class Encoder(nn.Module):
-    "Let every cell of every level look at other cells"
+    "Layers in which every cell of every level reads other cells"
     def __init__(self,
         layers,        # `DeformableLayer`s
         width: int=256,# D: channels of the levels
@@ -229,7 +229,7 @@ class Encoder(nn.Module):
         levels, # L of (B,D,H_l,W_l)
         masks   # L of (B,H_l,W_l), True on the image
     ) -> Tensor:# (B,S,D) cells of all levels, level after level, row after row
-        "The memory that queries look at"
+        "The memory that queries read"
         x = torch.cat([l.flatten(2).mT for l in levels], 1)             # (B,S,D)
         pos = [map_embedding(m, x.shape[-1]).flatten(1,2) + e           # (B,H_l*W_l,D)
                for m,e in zip(masks, self.level_embed)]
@@ -240,7 +240,7 @@ class Encoder(nn.Module):
 
 # %% ../../nbs/families/03_deformable_attention.ipynb #6cce98ab
 class EncodedPyramid(nn.Module):
-    "Images to what Deformable DETR's steps read"
+    "From images to the memory, sizes and masks that Deformable DETR's steps read"
     def __init__(self,
         levels, # (images, sizes) -> L levels (B,D,H_l,W_l)
         encoder # (levels, masks) -> memory
@@ -257,6 +257,6 @@ class EncodedPyramid(nn.Module):
         sizes: Tensor, # (B,2) height and width of each image without padding, in pixels
         frame          # height and width of the padded batch, in pixels
     ): # memory (B,S,D), sizes (B,2), masks (B,H_l,W_l)
-        "What steps read, from levels"
+        "Memory, sizes and masks of levels"
         masks = level_masks(levels, sizes, frame)
         return self.encoder(levels, masks), sizes, *masks

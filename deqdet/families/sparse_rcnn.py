@@ -20,7 +20,7 @@ from ..model import Family
 
 # %% ../../nbs/families/02_sparse_rcnn.ipynb #873fedff
 class BoxState(NamedTuple):
-    "What the queries know: contents, and boxes"
+    "Contents and boxes of the queries"
     content: Tensor # (B,N,D)
     boxes: Tensor   # (B,N,4) xyxy in pixels
 
@@ -30,7 +30,7 @@ class BoxState(NamedTuple):
 
 # %% ../../nbs/families/02_sparse_rcnn.ipynb #b11adc78
 class TopDown(nn.Module):
-    "A feature pyramid network"
+    "A feature pyramid network: levels of `width` channels"
     def __init__(self,
         in_channels: tuple, # widths of the levels, fine to coarse
         width: int=256      # channels of every output
@@ -45,7 +45,7 @@ class TopDown(nn.Module):
     def forward(self,
         feats: list[Tensor] # (B,C_l,H_l,W_l) for each level, fine to coarse
     ) -> tuple[Tensor, ...]: # (B,width,H_l,W_l) for each level
-        "Levels of equal width, each knowing the coarser ones"
+        "Levels of equal width, each including the coarser ones"
         named = {str(i): f for i,f in enumerate(feats)}
         return tuple(self.fpn(named).values())
 
@@ -55,7 +55,7 @@ def box_levels(
     n: int=4,         # levels there are
     finest: float=56. # side of a box, in pixels, from which on the next octave begins
 ) -> Tensor:          # (...) level in 0..n-1
-    "The level from which each box is read"
+    "The pyramid level that each box is read from"
     side = area(boxes).clamp(min=0).sqrt()
     octave = (side/finest + 1e-6).log2().floor()
     return octave.clamp(0, n-1).long()
@@ -69,7 +69,7 @@ def cut_out(
     ratio: int=2,       # places read on each side of a cell
     finest: float=56.   # for `box_levels`
 ) -> Tensor:            # (rB,N,size*size,C)
-    "Features under each box, from the level that suits it"
+    "Features under each box, from the level of its size"
     R,N,_ = boxes.shape
     image = torch.arange(R, device=boxes.device)*len(feats[0])//R            # (rB,)
     image = image[:, None, None].expand(R, N, 1).to(boxes)                   # (rB,N,1)
@@ -83,7 +83,7 @@ def cut_out(
 
 # %% ../../nbs/families/02_sparse_rcnn.ipynb #8e99b6d7
 class DynamicHead(nn.Module):
-    "Two layers that each query generates for its own cells"
+    "Contents (B,N,D) from cells (B,N,cells,C), by two layers that each query generates"
     def __init__(self,
         width: int,     # D: numbers in a content vector
         channels: int,  # C: channels of a cell
@@ -116,7 +116,7 @@ def move_corners(
     stds=(.5,.5,1.,1.),  # scale of each of the four
     limit: float=1000/16 # a side changes at most by this factor
 ) -> Tensor:             # (...,4) xyxy in pixels
-    "One refinement of a box"
+    "Boxes after one refinement"
     most = math.log(limit)
     d = delta*delta.new_tensor(stds)
     centre = (boxes[..., :2] + boxes[..., 2:])/2                 # (...,2)
@@ -127,7 +127,7 @@ def move_corners(
 
 # %% ../../nbs/families/02_sparse_rcnn.ipynb #05687a14
 class SparseStep(nn.Module):
-    "Sparse R-CNN's head"
+    "Sparse R-CNN's head: `BoxState` to `BoxState`, given a pyramid"
     def __init__(self,
         n_classes: int,      # K: classes
         strides=(4,8,16,32), # strides of the pyramid's levels, in pixels
@@ -169,7 +169,7 @@ class SparseStep(nn.Module):
 
     def read(self, state): return Pred(self.cls(state.content), state.boxes)
 
-    shares_features = True # rB rows of queries may look at B images, r rows at each
+    shares_features = True # rB rows of queries may read B images, r rows each
 
 # %% ../../nbs/families/02_sparse_rcnn.ipynb #1c5b0e2e
 @dataclass(frozen=True)
@@ -178,14 +178,14 @@ class SparseRCNN(Family):
     dynamic: int=64           # width between the generated layers
     cls_layers: int=1         # hidden layers of the class tower
     reg_layers: int=3         # hidden layers of the box tower
-    roi: int=7                # cells on a side of what is cut out
+    roi: int=7                # cells on a side of a box
     ratio: int=2              # places read on each side of a cell
     finest: float=56.         # side of a box, in pixels, from which on the next octave begins
     stds: tuple=(.5,.5,1.,1.) # scale of the four numbers that move a box
     limit: float=1000/16      # a side changes at most by this factor
-    strategy: object=Stacked(6) # how steps are strung together
+    strategy: object=Stacked(6) # how steps are combined
 
-    layout = torch.contiguous_format # how RoIAlign likes to read features
+    layout = torch.contiguous_format # fastest for RoIAlign
 
     def neck(self, channels): return TopDown(channels, self.feat_width)
 
