@@ -66,8 +66,8 @@ def as_html(nb, css, dark=False):
             f'<body class="{theme}"><main>{res.stdout}</main></body>')
 
 MEASURE = """<script>addEventListener('load', () => { const d = document.documentElement
-  const wide = [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 &&
-    !e.parentElement.closest('pre,math,table,.cell-output,.sourceCode,svg')).map(e => e.outerHTML.slice(0, 160))
+  const wide = [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth &&
+    getComputedStyle(e).overflowX=='visible').map(e => e.outerHTML.slice(0, 160)).reverse()
   parent.postMessage({page: PAGE, excess: d.scrollWidth - d.clientWidth, wide: wide.slice(0, 3)}, '*') })</script>"""
 FRAMES = """<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre><script>const pages = PAGES, found = []
   let frame; function next() { if (frame) frame.remove(); if (!pages.length) return

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 import docs_check, render
+from deqdet.pages import public_names
 from docs_check import KINDS, Site, Text, faults, slug
 from readme import as_md, readme
 from run import copy_tree
@@ -84,6 +85,14 @@ def test_source_is_on_the_page(site, processed):
             if not c.directives_.keys() & {'export','exporti'} or 'hide' in c.directives_: continue
             source = f'```python\n{c.source.strip()}\n```'
             assert any('<details' in t and source in t for t in texts), f'{p.path} lacks the source {c.source[:80]!r}'
+
+def test_api_index_leads_to_entries(site):
+    scope = {}
+    exec((ROOT/'deqdet/_modidx.py').read_text(encoding='utf-8'), scope)
+    names = public_names(scope['d'])
+    assert {'create_detector','det_learner','predict'} <= {name for name,*_ in names}
+    lost = [(name, place) for name,place,*_ in names if docs_check.check_link(site, site.pages['api.ipynb'], place)]
+    assert not lost, lost
 
 def test_tables_are_formatted(processed):
     "No table of the site shows NaN, or a count with a decimal point"
