@@ -1,6 +1,7 @@
 """The film of the home page: boxes that settle, as an SVG in which they move.
 
-`python benchmarks/film.py nbs/images/settling.svg` makes it from the start that the package ships and three generated scenes."""
+`python benchmarks/film.py nbs/images/settling.svg --card nbs/images/card.jpg` makes it, and the card for links to the site, from
+the start that the package ships and three generated scenes."""
 import argparse, base64, io
 from pathlib import Path
 import numpy as np
@@ -55,12 +56,13 @@ def rect(boxes, opacity, colour, width, clock):
     moves = ''.join(animate(k, v, *clock) for k,v in parts.items())
     return f'<rect {rest} rx="3" fill="none" stroke="{colour}" stroke-width="{width}">{moves}</rect>'
 
-def queries(boxes, scores, labels, clock, min_score=.3):
-    "All queries of one scene: pale those that end below a score"
-    res,pale = [],np.linspace(.5, 0, len(STEPS))
+def queries(boxes, scores, labels, clock, min_score=.3, lost=30):
+    "Queries of one scene: those that end above a score, and pale the best of those that end below"
+    res,pale = [],np.linspace(.6, 0, len(STEPS))
     found = scores[-1] >= min_score
     boxes = (boxes*SIDE).clip(0, SIDE)
-    for q in np.argsort(found): # those that are found are drawn last
+    order = np.argsort(scores[-1])[-(lost + int(found.sum())):] # those that are found are drawn last
+    for q in order:
         if found[q]:
             colour = COLOURS[labels[q] % len(COLOURS)]
             res.append(rect(boxes[:, q], np.full(len(STEPS), .9), 'white', 5, clock))
@@ -98,16 +100,35 @@ def film(images, boxes, scores, labels):
         parts.append(f'<svg x="{i*(SIDE + GAP)}" width="{SIDE}" height="{SIDE}">{picture}\n{inside}</svg>')
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {SIDE + FOOT}" width="{width}" height="{SIDE + FOOT}" '
             'role="img" fill="#3f7fc0" font-family="system-ui, sans-serif" font-size="24">'
-            '<title>The boxes of all queries move onto the objects, from the first guess to twelve steps</title>')
+            '<title>Boxes move onto the objects, from the first guess to twelve steps</title>')
     return head + '\n'.join(parts) + caption(*clock, width) + '</svg>\n'
+
+def card(image, boxes, scores, labels):
+    "1200 x 630 pixels for links to the site: its name, and what is found in one scene"
+    from matplotlib import font_manager
+    from PIL import ImageDraw, ImageFont
+    res = Image.new('RGB', (1200, 630), '#16324b')
+    res.paste(Image.fromarray(image).resize((630, 630), Image.Resampling.LANCZOS), (570, 0))
+    draw = ImageDraw.Draw(res)
+    for q in np.nonzero(scores[-1] >= .3)[0]:
+        corners = boxes[-1, q].clip(0, 1)*629 + [570, 0, 570, 0]
+        draw.rectangle(list(corners), outline='white', width=7)
+        draw.rectangle(list(corners + [1.5, 1.5, -1.5, -1.5]), outline=COLOURS[labels[q] % len(COLOURS)], width=4)
+    def font(size): return ImageFont.truetype(font_manager.findfont('DejaVu Sans'), size)
+    draw.text((50, 190), 'deqdet', font=font(110), fill='white')
+    draw.text((54, 340), 'object detection by a step\nthat is repeated until\nthe boxes settle', font=font(36), fill='#cfe0f0', spacing=12)
+    return res
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('file', type=Path, help='where to write, .svg')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the scenes')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[3, 4, 5], help='of the scenes')
+    parser.add_argument('--card', type=Path, help='where to write the picture that links to the site show, .jpg')
     args = parser.parse_args()
     images = scenes(args.seeds)
-    args.file.write_text(film(images, *settle(images)), encoding='utf-8')
+    boxes,scores,labels = settle(images)
+    args.file.write_text(film(images, boxes, scores, labels), encoding='utf-8')
+    if args.card: card(images[-1], boxes[:, -1], scores[:, -1], labels[-1]).save(args.card, quality=85, optimize=True)
     print(f'{args.file}: {args.file.stat().st_size/1024:.0f} KB')
 
 if __name__=='__main__': main()
