@@ -49,6 +49,14 @@ def published(
     return getattr(import_module(module), sym.__name__)
 
 # %% ../nbs/23_docs.ipynb #cf2f69b6
+def _tidy(
+    code,    # a declaration
+    is_class # of a class?
+):
+    "The declaration without links, types guessed from None, and `def` before a class"
+    code = re.sub(r'`([^`\n]+)`', r'\1', code).replace(':NoneType=', '=')
+    return re.sub('^def ', 'class ', code) if is_class else code
+
 class Shown(BasicMarkdownRenderer):
     "nbdev's renderer of `show_doc`, with fields of records and without links in code"
     def __init__(self,
@@ -59,7 +67,7 @@ class Shown(BasicMarkdownRenderer):
     ):
         super().__init__(sym, name, title_level, maxline)
         code = declaration(published(sym)) or str(self.dm)
-        self.dm = re.sub(r'`([^`\n]+)`', r'\1', code)
+        self.dm = _tidy(code, isclass(sym))
 
 # %% ../nbs/23_docs.ipynb #f8636c83
 _re_outer = re.compile(r'\[((?:[^][]|\[`[^`]*`\]\([^()]*\))+)\]\(')

@@ -19,7 +19,7 @@ from nbdev.processors import FilterDefaults
 
 KINDS = ('sidebar entry without a page', 'page without a sidebar entry', 'dead link', 'dead anchor', 'missing image',
          'no stored output', 'stored error', 'unknown symbol', 'import beside other code', 'path of a machine',
-         'lost text', 'long output', 'heavy notebook')
+         'lost text', 'long output', 'heavy notebook', 'image without words', 'missing file of the site', 'fetched from outside')
 LINES,KB = 20,400 # an output has less, a notebook no more
 
 class Fault(NamedTuple):
@@ -34,6 +34,8 @@ parser = MarkdownIt('commonmark').enable('table')
 re_attr = re.compile(r'\s*\{([^{}]*)\}\s*$')
 re_id = re.compile(r'''\bid=["']([^"']+)["']|\{[^{}\n]*#([\w.:-]+)[^{}\n]*\}''')
 re_href = re.compile(r'''<a\b[^>]*\bhref=["']([^"']+)["']''')
+re_img = re.compile(r'<img\b[^>]*>')
+re_fetched = re.compile(r'''<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']((?:https?:)?//[^"']+)''')
 re_src = re.compile(r'''<img\b[^>]*\bsrc=["']([^"']+)["']''')
 
 def slug(text):
@@ -44,7 +46,7 @@ def slug(text):
 class Text:
     "What a piece of markdown holds: headings, links, images, names in backticks"
     def __init__(self, src):
-        self.headings,self.ids,self.links,self.images,self.codes = [],[],[],[],[]
+        self.headings,self.ids,self.links,self.images,self.codes,self.wordless,self.fetched = [],[],[],[],[],[],[]
         tokens = parser.parse(src)
         for i,t in enumerate(tokens):
             if t.type=='heading_open': self._heading(tokens[i+1])
@@ -57,7 +59,9 @@ class Text:
     def _inline(self, t):
         for c in t.children:
             if c.type=='link_open': self.links.append(c.attrs['href'])
-            elif c.type=='image': self.images.append(c.attrs['src'])
+            elif c.type=='image':
+                self.images.append(c.attrs['src'])
+                if not c.content.strip(): self.wordless.append(c.attrs['src'])
             elif c.type=='code_inline': self.codes.append(c.content)
             elif c.type in ('html_inline','text'): self._html(c.content)
 
@@ -65,6 +69,8 @@ class Text:
         self.ids += [a or b for a,b in re_id.findall(s)]
         self.links += re_href.findall(s)
         self.images += re_src.findall(s)
+        self.wordless += [t[:60] for t in re_img.findall(s) if not re.search(r'''\balt=["'][^"']''', t)]
+        self.fetched += re_fetched.findall(s)
 
 # ---- pages
 
@@ -224,7 +230,7 @@ def check_sidebar(site):
     for e,n in Counter(side).items():
         if n>1: yield Fault('sidebar entry without a page', '_quarto.yml', f'{e} stands there {n} times')
     for p in site.pages.values():
-        if not {p.path, p.url} & set(side): yield Fault('page without a sidebar entry', p.path, '_quarto.yml lacks it')
+        if Path(p.path).stem!='404' and not {p.path, p.url} & set(side): yield Fault('page without a sidebar entry', p.path, '_quarto.yml lacks it')
 
 def check_link(site, page, href):
     "The fault of one link, if it has any"
@@ -317,8 +323,31 @@ def check_size(site):
             lines = (joined(o.get('text', '')) + joined(data.get('text/plain', ''))).splitlines()
             if len(lines) >= LINES: yield Fault('long output', p.path, f'{len(lines)} lines, the first: {lines[0][:80]}')
 
+def check_words(site):
+    "A reader who does not see an image reads what it shows"
+    for p in site.pages.values():
+        for src in (s for _,t in p.texts for s in t.wordless): yield Fault('image without words', p.path, src)
+
+def check_fetched(site):
+    "A page works without a network: it loads nothing from another host, and neither do the options of the site"
+    for p in site.pages.values():
+        for src in dict.fromkeys(s for t in [t for _,t in p.texts]+p.shown for s in t.fetched):
+            yield Fault('fetched from outside', p.path, src)
+    html = (site.yml.get('format') or {}).get('html')
+    if html and html.get('html-math-method')!='mathml':
+        yield Fault('fetched from outside', '_quarto.yml', 'html-math-method: anything but mathml loads a script')
+
+def themes(x): return [t for o in (x.values() if isinstance(x, dict) else [x]) for t in (o if isinstance(o, list) else [o])]
+
+def check_files(site):
+    "Styles, logo, favicon and card are there"
+    web,html = site.yml['website'],(site.yml.get('format') or {}).get('html') or {}
+    named = [*themes(html.get('theme')), html.get('css'), web.get('favicon'), web.get('image'), web.get('navbar', {}).get('logo')]
+    for f in named:
+        if f and Path(f).suffix and not (site.nbs/f).is_file(): yield Fault('missing file of the site', '_quarto.yml', f)
+
 CHECKS = (check_sidebar, check_links, check_images, check_outputs, check_symbols, check_imports, check_machine,
-          check_title, check_size)
+          check_title, check_size, check_words, check_fetched, check_files)
 def faults(site): return [f for check in CHECKS for f in check(site)]
 
 if __name__=='__main__':

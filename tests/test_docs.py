@@ -4,7 +4,8 @@ from configparser import ConfigParser
 from pathlib import Path
 import pytest
 from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
-import docs_check
+import docs_check, render
+from deqdet.pages import public_names
 from docs_check import KINDS, Site, Text, faults, slug
 from readme import as_md, readme
 from run import copy_tree
@@ -41,18 +42,25 @@ def test_quarto_yml_repeats_settings(site):
     assert (web['repo-url'], web['site-url'], web['repo-branch'])==(cfg.git_url, cfg.doc_url, cfg.branch)
     assert site.yml['project']['output-dir']==cfg.doc_path.name
 
-def test_nbdev_renders_every_page(site, tmp_path):
-    "All of nbdev's processors, execution included, as nbdev-docs runs them before it calls Quarto"
-    copy_tree(ROOT, tmp_path)
-    env = os.environ | {'PYTHONPATH': str(tmp_path), 'PYTHONWARNINGS': 'ignore'}
+@pytest.fixture(scope='module')
+def processed(tmp_path_factory):
+    "Folder of the notebooks after all of nbdev's processors, execution included, as nbdev-docs runs them before it calls Quarto"
+    folder = tmp_path_factory.mktemp('project')
+    copy_tree(ROOT, folder)
+    env = os.environ | {'PYTHONPATH': str(folder), 'PYTHONWARNINGS': 'ignore'}
     res = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'],
-                         cwd=tmp_path, env=env, capture_output=True, text=True)
+                         cwd=folder, env=env, capture_output=True, text=True)
     assert res.returncode==0, res.stderr[-3000:]
+    return folder/'_proc'
+
+def test_nbdev_renders_every_page(site, processed):
     re_record = re.compile(r'^@dataclass.*\nclass (\w+)|^class (\w+)\((?:NamedTuple|Record)\)', re.M)
     records = {a or b for f in (ROOT/'deqdet').rglob('*.py') for a,b in re_record.findall(f.read_text())}
+    classes = set(re.findall(r'^class (\w+)', '\n'.join(f.read_text() for f in (ROOT/'deqdet').rglob('*.py')), re.M))
     assert {'State','Target','Pred','Source'} <= records
     for p in site.pages.values():
-        for c in read_nb(tmp_path/'_proc'/p.path).cells:
+        if p.path.endswith('.qmd'): continue
+        for c in read_nb(processed/p.path).cells:
             assert c.cell_type!='markdown' or '[[`' not in c.source, f'{p.path}: a link inside a link: {c.source[:300]}'
             mimes = [o.get('data', {}).keys() for o in c.get('outputs', [])]
             assert all('text/html' in m for m in mimes if 'image/gif' in m), f'{p.path}: a film that Quarto does not show'
@@ -62,8 +70,78 @@ def test_nbdev_renders_every_page(site, tmp_path):
                 assert slug(nm) in heads, f'{p.path}: {nm} is shown under the heading {heads}, which links miss'
                 code = re.search(r'```python\n(.*?)\n```', shown, re.S)[1]
                 assert '](http' not in code, f'{p.path}: {nm} has links inside code'
+                assert ':NoneType' not in code, f'{p.path}: {nm} shows the type of None'
+                assert nm not in classes or code.startswith('class '), f'{p.path}: the class {nm} is shown as a function'
                 assert nm not in records or code.startswith(f'class {nm}'), f'{p.path}: {nm} hides its fields'
-    assert (tmp_path/'_proc/_quarto.yml').read_text()==(ROOT/'_quarto.yml').read_text()
+    assert (processed/'_quarto.yml').read_text()==(ROOT/'_quarto.yml').read_text()
+
+def test_source_is_on_the_page(site, processed):
+    "Every line that a page exports stands on it, private helpers included, and after the entries of its names"
+    for p in site.pages.values():
+        if p.path.endswith('.qmd'): continue
+        cells = read_nb(processed/p.path).cells
+        texts = [c.source for c in cells if c.cell_type=='markdown']
+        for c in p.raw.cells:
+            if not c.directives_.keys() & {'export','exporti'} or 'hide' in c.directives_: continue
+            source = f'```python\n{c.source.strip()}\n```'
+            assert any('<details' in t and source in t for t in texts), f'{p.path} lacks the source {c.source[:80]!r}'
+
+def test_api_index_leads_to_entries(site):
+    scope = {}
+    exec((ROOT/'deqdet/_modidx.py').read_text(encoding='utf-8'), scope)
+    names = public_names(scope['d'])
+    assert {'create_detector','det_learner','predict'} <= {name for name,*_ in names}
+    lost = [(name, place) for name,place,*_ in names if docs_check.check_link(site, site.pages['api.ipynb'], place)]
+    assert not lost, lost
+
+def test_tables_are_formatted(processed):
+    "No table of the site shows NaN, or a count with a decimal point"
+    for f in processed.rglob('*.ipynb'):
+        for c in read_nb(f).cells:
+            for o in c.get('outputs', []):
+                html = docs_check.joined(o.get('data', {}).get('text/html', ''))
+                if '<table' in html: assert not re.search(r'<td[^>]*>(NaN|\d{5,}\.0)</td>', html), f'{f.name}: {html[:400]}'
+
+needs_pandoc = pytest.mark.skipif(not render.pandoc(), reason='pandoc is not here (pip install pypandoc_binary)')
+needs_browser = pytest.mark.skipif(not render.chromium(), reason='Chromium is not here (apt install chromium)')
+
+@pytest.fixture(scope='module')
+def html(processed):
+    "path -> the page as HTML"
+    css = (ROOT/'nbs/styles.css').read_text(encoding='utf-8')
+    files = sorted(processed.rglob('*.ipynb'))
+    return {f.relative_to(processed).as_posix(): render.as_html(read_nb(f), css) for f in files}
+
+@needs_pandoc
+def test_options_keep_their_hyphens(site, html):
+    assert site.yml['format']['html']['from']=='markdown-smart' # what render.py says to pandoc
+    for path,page in html.items():
+        text = re.sub(r'<(pre|code|script|style)\b.*?</\1>', '', page, flags=re.S)
+        assert not re.search(r'(?<![\w\d])[–—](?=[a-z][\w-]+)', text), f'{path}: a dash where an option had two hyphens'
+
+@needs_pandoc
+def test_formulas_are_mathml(html):
+    for path,page in html.items(): assert 'class="math' not in page, f'{path}: pandoc cannot say a formula in MathML'
+
+@needs_pandoc
+@needs_browser
+def test_no_page_scrolls_sideways(html, tmp_path):
+    found = render.excess(html, tmp_path/'narrow')
+    assert found.keys()==html.keys()
+    wide = {path: said for path,said in found.items() if said[0] > 0}
+    assert not wide, '\n'.join(f'{path}: {px} px too wide: {parts}' for path,(px,parts) in wide.items())
+
+@needs_pandoc
+@needs_browser
+def test_a_wide_page_is_seen(tmp_path):
+    "The measure works: a line that cannot break is wider than a phone, and not in a box that scrolls"
+    line = 'x'*200
+    css = (ROOT/'nbs/styles.css').read_text(encoding='utf-8')
+    pages = {'bad': render.as_html(new_nb([md(f'<div>{line}</div>')]), css),
+             'code': render.as_html(new_nb([md(f'```python\n{line}\n```')]), css),
+             'formula': render.as_html(new_nb([md('$$' + '+'.join(f'a_{{{i}}}' for i in range(60)) + '$$')]), css)}
+    found = render.excess(pages, tmp_path/'wide')
+    assert found['bad'][0] > 100 and found['code'][0]==0 and found['formula'][0]==0, found
 
 def test_backticks_become_links():
     "The package's entry point is installed, so that nbdev knows where its symbols are documented"
@@ -161,7 +239,7 @@ BROKEN = [ # kind, what is said of it, the site
     ('dead anchor', 'shapes.html#disc.grow', dict(modidx=MODIDX.replace("{ '", '{ ' + GROW + "'", 1),
                                                    index=[md('see `Disc.grow`')])),
     ('missing image', 'images/gone.png', dict(index=[md('![x](images/gone.png)')])),
-    ('missing image', 'gone.svg', dict(index=[md('<img src="gone.svg" width=9>')])),
+    ('missing image', 'gone.svg', dict(index=[md('<img src="gone.svg" alt="x" width=9>')])),
     ('missing image', 'attachment:gone.png', dict(index=[md('![x](attachment:gone.png)')])),
     ('no stored output', 'shows nothing', {'07_quiet': [md('# Quiet'), code('#| export\nx = 1')]}),
     ('stored error', 'ValueError: no', dict(index=[code('int("x")', **ERROR)])),
@@ -175,6 +253,13 @@ BROKEN = [ # kind, what is said of it, the site
     ('path of a machine', '/home/me/x.py', dict(index=[code('f()', 'File /home/me/x.py, line 1')])),
     ('long output', '20 lines, the first: 0', dict(index=[code('f()', '\n'.join(map(str, range(20))))])),
     ('heavy notebook', 'KB, of 400', dict(index=[md('word '*90_000)])),
+    ('image without words', 'images/disc.png', dict(index=[md('![](images/disc.png)')])),
+    ('image without words', '<img src=', dict(index=[md('<img src="images/disc.png">')])),
+    ('missing file of the site', 'gone.css', dict(yml=YML + 'format: {html: {css: gone.css, html-math-method: mathml}}')),
+    ('missing file of the site', 'gone.scss', dict(yml=YML + 'format: {html: {theme: {dark: [cosmo, gone.scss]}, html-math-method: mathml}}')),
+    ('missing file of the site', 'gone.svg', dict(yml=YML.replace('website:', 'website:\n  favicon: gone.svg'))),
+    ('fetched from outside', 'https://cdn.example.com/a.js', dict(index=[md('<script src="https://cdn.example.com/a.js"></script>')])),
+    ('fetched from outside', 'html-math-method', dict(yml=YML + 'format: {html: {toc: true}}')),
     ('lost text', 'An introduction', {'07_title': [md('# Title\n\n> and subtitle\n\nAn introduction.')]}),
 ]
 

@@ -140,7 +140,7 @@ def test_models_need_no_fastai():
 
 # ---- into an empty environment, where somebody asks for it: it downloads gigabytes and takes minutes
 
-NEEDS_DEV = {'deqdet.docs'} # what only building the documentation imports
+NEEDS_DEV = {'deqdet.docs', 'deqdet.pages'} # what only building the documentation imports
 IMPORT = """
 import importlib, pkgutil, sys, deqdet
 for m in pkgutil.walk_packages(deqdet.__path__, 'deqdet.'):

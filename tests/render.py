@@ -1,0 +1,100 @@
+"""A page of the site without Quarto: nbdev's processed notebook through pandoc, measured in Chromium.
+
+It has the site's own styles.css on a plain base, so it shows what is too wide or what pandoc changes, not how Quarto's themes look.
+`python tests/render.py PROCESSED OUT` writes HTML of all processed notebooks of a folder."""
+import json, re, shutil, subprocess, sys
+from html import escape
+from pathlib import Path
+from fastcore.nbio import read_nb
+
+BASE = """*{box-sizing:border-box} body{margin:0;font:17px/1.5 system-ui,sans-serif} main{padding:0 12px;max-width:800px;margin:auto}
+code{font-size:.875em} pre{font-size:.875em;padding:.4em;background:#80808020} table{width:100%;border-collapse:collapse}
+th,td{padding:.5rem;border-bottom:1px solid #8884} h1{font-size:2rem} h3{font-size:1.4rem} figure{margin:1em 0}
+body.quarto-dark{background:#171b20;color:#d6dce3}"""
+
+def pandoc():
+    "The command pandoc, or None"
+    try: import pypandoc
+    except ImportError: return shutil.which('pandoc')
+    return pypandoc.get_pandoc_path()
+
+def chromium(): return next((f for o in ('chromium','chromium-browser','google-chrome') if (f := shutil.which(o))), None)
+
+def joined(x): return x if isinstance(x, str) else ''.join(x)
+def raw(html): return f'```{{=html}}\n{html}\n```'
+def option(cell, name):
+    m = re.search(rf'^#\|\s*{name}:\s*(.+)$', cell.source, re.M)
+    return m and m[1].strip().strip('"')
+
+def output(o):
+    "Markdown of one output"
+    if o['output_type']=='stream': return raw(f'<div class="cell-output"><pre>{escape(joined(o["text"]))}</pre></div>')
+    data = {k: joined(v) for k,v in o.get('data', {}).items() if isinstance(v, (str,list))}
+    if 'text/markdown' in data: return data['text/markdown']
+    kind = next((k for k in ('text/html','image/svg+xml') if k in data), None)
+    image = next((k for k in data if k.startswith('image/')), None)
+    if kind: inside = data[kind]
+    elif image: inside = f'<img src="data:{image};base64,{data[image].strip()}">'
+    else: inside = f'<pre>{escape(data.get("text/plain", ""))}</pre>'
+    return raw(f'<div class="cell-output cell-output-display">{inside}</div>')
+
+def code(cell):
+    "Markdown of a code cell and its outputs"
+    source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
+    res = [f'````python\n{source}\n````'] if source and option(cell, 'echo')!='false' else []
+    if res and option(cell, 'code-fold')=='true':
+        summary = option(cell, 'code-summary') or 'Code'
+        res = [f'<details class="code-fold"><summary>{summary}</summary>', *res, '</details>']
+    return res + [output(o) for o in cell.get('outputs', [])]
+
+def as_markdown(nb):
+    "A processed notebook as one text"
+    res = []
+    for cell in nb.cells:
+        title = re.search(r'^title: (.*)$', cell.source, re.M) if cell.cell_type=='raw' else None
+        if title: res.append(f'# {title[1]}')
+        elif cell.cell_type=='markdown': res.append(cell.source)
+        elif cell.cell_type=='code' and option(cell, 'include')!='false': res += code(cell)
+    return '\n\n'.join(res)
+
+def as_html(nb, css, dark=False):
+    "A processed notebook as a page"
+    cmd = [pandoc(), '-f', 'markdown-smart', '-t', 'html5', '--mathml', '--wrap=preserve']
+    res = subprocess.run(cmd, input=as_markdown(nb), capture_output=True, text=True, check=True)
+    theme = 'quarto-dark' if dark else 'quarto-light'
+    return (f'<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{BASE}{css}</style>'
+            f'<body class="{theme}"><main>{res.stdout}</main></body>')
+
+MEASURE = """<script>addEventListener('load', () => { const d = document.documentElement
+  const wide = [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth &&
+    getComputedStyle(e).overflowX=='visible').map(e => e.outerHTML.slice(0, 160)).reverse()
+  parent.postMessage({page: PAGE, excess: d.scrollWidth - d.clientWidth, wide: wide.slice(0, 3)}, '*') })</script>"""
+FRAMES = """<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre><script>const pages = PAGES, found = []
+  let frame; function next() { if (frame) frame.remove(); if (!pages.length) return
+    frame = document.createElement('iframe'); frame.width = WIDTH; frame.height = 800; frame.src = pages.shift(); document.body.append(frame) }
+  addEventListener('message', e => { found.push(e.data); document.getElementById('found').textContent = JSON.stringify(found); next() })
+  next()</script>"""
+
+def excess(pages, folder, width=390):
+    "name -> (pixels by which a page is wider than the window, elements that make it so), for name -> HTML"
+    folder.mkdir(exist_ok=True)
+    files = []
+    for i,(name,html) in enumerate(pages.items()):
+        files.append(f'{i}.html')
+        (folder/files[-1]).write_text(html + MEASURE.replace('PAGE', json.dumps(name)), encoding='utf-8')
+    frames = folder/'frames.html'
+    frames.write_text(FRAMES.replace('PAGES', json.dumps(files)).replace('WIDTH', str(width)), encoding='utf-8')
+    cmd = [chromium(), '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={folder}/profile', '--dump-dom',
+           '--timeout=120000', f'--virtual-time-budget={1000*len(files) + 5000}', frames.resolve().as_uri()]
+    dom = subprocess.run(cmd, capture_output=True, text=True, timeout=900).stdout
+    import html as h
+    found = json.loads(h.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.S)[1]))
+    return {o['page']: (o['excess'], o['wide']) for o in found}
+
+if __name__=='__main__':
+    source,out = map(Path, sys.argv[1:3])
+    css = (source/'styles.css').read_text(encoding='utf-8')
+    for f in sorted(source.rglob('*.ipynb')):
+        file = (out/f.relative_to(source)).with_suffix('.html')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(as_html(read_nb(f), css), encoding='utf-8')
