@@ -46,15 +46,22 @@ class Pairs:
 class Small(MaySkip, Learner): pass
 
 
-def run(batches, seconds=60, evaluations=4, batch=1., evaluation=2., before=0.):
+def run(batches, seconds=60, evaluations=4, batch=1., evaluation=2., before=0., **kwargs):
     "Fit a number; epochs of so many batches"
     hand = Hand()
     dls = DataLoaders.from_dsets(Pairs(4*batches), Pairs(8), bs=4, num_workers=0, device='cpu')
     learn = Small(dls, nn.Linear(1, 1), loss_func=nn.MSELoss())
     tick = Tick(hand, batch, evaluation)
-    budget = TimeBudget(seconds/60, evaluations, clock=hand)
+    budget = TimeBudget(seconds/60, evaluations, clock=hand, **kwargs)
     with learn.no_bar(), learn.no_logging(): learn.fit(1000, lr=.01, cbs=[budget, tick])
     return tick, budget, learn
+
+def test_the_rate_rises_within_the_updates_of_the_recipe():
+    "A twentieth of ten minutes are thirty batches here; four of them are enough"
+    slow, fast = (run(50, 600, warmup_batches=n)[1].hps['lr'] for n in (None, 4))
+    assert max(slow[:20]) < .0075 < .0099 < fast[3]
+    assert fast[:4] == pytest.approx([.0025, .005, .0075, .01], rel=1e-3)
+    assert fast[60:] == pytest.approx(slow[60:])
 
 # ---- the clock
 
