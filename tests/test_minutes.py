@@ -184,6 +184,16 @@ def test_a_detector_is_trained_for_minutes(path, monkeypatch):
     assert list(values)==pytest.approx(history.iloc[-1, 1:].tolist(), rel=1e-4, nan_ok=True) # each in its own column
 
 
+def test_short_epochs_do_not_save(path, monkeypatch, tmp_path):
+    "Before and after each evaluation it saves, and not after each of the many epochs"
+    saves = []
+    monkeypatch.setattr(Resume, 'save', lambda self: saves.append(self.train_iter))
+    learn = make(path, [Resume(tmp_path/'last.pt')])
+    tick = fit(learn, Hand(), monkeypatch)
+    assert len(learn.history) > len(tick.evaluated)
+    assert [saves.count(i) for i in sorted(set(saves))] == [2]*len(tick.evaluated)
+
+
 def test_the_average_is_what_is_evaluated_and_what_remains(path, monkeypatch):
     class Weights(Callback):
         "First weights of the decoder in each evaluation, and after the last update"
