@@ -239,7 +239,7 @@ def fit_published(self:DetLearner,
         return self.fit(MANY, cbs=[budget, *L(cbs)])
     updates = len(self.dls.train)//self.accumulate
     n_epoch = self.recipe.epochs_for(updates) if epochs is None else epochs
-    fitted = epochs is not None or self.recipe.updates > 0 # the length is not the recipe's
+    fitted = self.recipe.updates > 0 or n_epoch != self.recipe.epochs # not the recipe's length
     self.fit(n_epoch, cbs=[Schedule(self.recipe, fitted), *L(cbs)])
 
 # %% ../nbs/14_learner.ipynb #e81fe9a0
