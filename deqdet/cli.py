@@ -191,6 +191,9 @@ def deqdet_train(
     pretrained:str=None, # yes: ImageNet's body and a trained start; no: random; or file of a body
     amp:Annotated[str, 'products in half precision', dict(choices=('bf16','fp16'))]=None,
     ema:float=None,    # of an average of weights this part stays at an update; or the recipe's
+    patience:int=None, # end after so many evaluations without a better AP
+    mosaic:float=None, # of the batches, 0..1, are mosaics of four pictures; not near the end
+    rare:float=None,   # classes in a smaller part of the pictures, 0..1, come more often
     seed:int=None,     # of weights, order and augmentation; by default 0
     layout:str=None,   # coco, voc or yolo; by default it is recognised
     train:str=None,    # name of the split to train on; by default train
@@ -208,7 +211,8 @@ def deqdet_train(
         data=data, model=model, minutes=minutes, epochs=epochs, queries=queries,
         size=size, bs=bs, accumulate=accumulate,
         lr=lr, wd=wd, recipe=recipe, augment=augment, pretrained=pretrained, amp=amp, ema=ema,
-        seed=seed, layout=layout, train=train, valid=valid, valid_pct=valid_pct,
+        patience=patience, mosaic=mosaic, rare=rare, seed=seed, layout=layout, train=train,
+        valid=valid, valid_pct=valid_pct,
         skip_bad=skip_bad or None, workers=workers, device=device, every=every)
     given = {k: v for k,v in options.items() if v is not None}
     train_command(given, out or Path('runs')/Path(data).resolve().name, resume, begun)

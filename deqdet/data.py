@@ -31,6 +31,7 @@ from .sets.formats import (LAYOUTS, Problem, Source, find_layout, permutation, r
     read_data, read_voc, read_yolo, seed_of)
 from .sets.images import (DataError, Target, collate, load_image, show_sample, uncollate,
     image_size as picture_size)
+from .sets.rare import repeated
 from .sets.shapes import SHAPES, synth_coco
 
 # %% ../nbs/02_data.ipynb #81384f80
@@ -190,11 +191,14 @@ class DetDL(TfmdDL):
         group=False, # batch wide images with wide ones
         epoch=0,     # the coming pass
         start=0,     # samples of it to leave out
+        chosen=None, # numbers of the images of an epoch; by default each once
         **kwargs     # of fastai's TfmdDL: shuffle, drop_last, num_workers, device, pin_memory, …
     ):
         unknown = kwargs.keys() - _KNOWN
         if unknown: raise TypeError(f"DetDL: unknown {', '.join(sorted(unknown))}")
+        if chosen: kwargs = dict(n=len(chosen)) | kwargs
         super().__init__(dataset, bs=bs, **kwargs)
+        self.chosen = chosen
         self.seed = seed
         self.group = group
         self.set_epoch(epoch, start)
@@ -212,7 +216,9 @@ class DetDL(TfmdDL):
     def shuffle_fn(self, idxs):
         wide = None
         if self.group:
-            wide = [o.get('width', 0) >= o.get('height', 0) for o in self.dataset.images]
+            images = self.dataset.images
+            if self.chosen: images = [images[i] for i in self.chosen]
+            wide = [o.get('width', 0) >= o.get('height', 0) for o in images]
         return epoch_order(len(idxs), self.seed, self.epoch, wide, self.bs)
 
     def get_idxs(self): return list(super().get_idxs())[self.start:]
@@ -222,7 +228,8 @@ class DetDL(TfmdDL):
         self.set_epoch(self.epoch+1 if self.shuffle else self.epoch)
 
     def create_item(self, i):
-        with seeded(self.seed, self.epoch, i): return self.dataset[i]
+        image = self.chosen[i] if self.chosen else i
+        with seeded(self.seed, self.epoch, i): return self.dataset[image]
 
     def create_batch(self, b): return collate(b)
     def retain(self, res, b): return res
@@ -237,7 +244,8 @@ class DetDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         if isinstance(dataset, (str,Path,Image.Image)): dataset = [dataset]
         if is_listy(dataset): dataset = self.dataset.test(list(dataset))
-        own = dict(seed=self.seed, group=self.group, epoch=self.epoch)
+        chosen = self.chosen if dataset is None else None
+        own = dict(seed=self.seed, group=self.group, epoch=self.epoch, chosen=chosen)
         return super().new(dataset, cls, **merge(own, kwargs))
 
 # %% ../nbs/02_data.ipynb #5b1f0b06
@@ -292,6 +300,7 @@ def det_dls(
     seed=0,           # of order, augmentation and division
     group=None,       # batch wide images with wide ones; by default from 1000 images on
     keep_empty=True,  # train on images without objects too
+    rare=None,        # part of the images below which a class is rare: its images come more often
     device=None       # where batches go; by default the accelerator if there is one
 ) -> DataLoaders:
     "Loaders to train and to validate a detector on a folder"
@@ -304,6 +313,8 @@ def det_dls(
     if num_workers is None: num_workers = min(4, defaults.cpus)
     if group is None: group = len(train) >= 1000
     both = dict(seed=seed, num_workers=num_workers)
-    train_dl = DetDL(train, bs, shuffle=True, drop_last=len(train)>=bs, group=group, **both)
+    chosen = repeated(train, rare) if rare else None
+    train_dl = DetDL(train, bs, shuffle=True, drop_last=len(train)>=bs, group=group, chosen=chosen,
+                     **both)
     valid_dl = DetDL(valid, val_bs or bs, **both)
     return DataLoaders(train_dl, valid_dl, path=path, device=device or default_device())

@@ -56,6 +56,7 @@ class Detector(nn.Module):
     "A query-based detector: features of the images, a first state, and a decoder that refines it"
     recipe = None # name of the schedule that a learner takes by default
     feed = None   # `Feed`: the size of images that it was trained on, if known
+    thresholds = None # (K,) the score of each class from which on detections count, if known
     def __init__(self,
         pyramid, # (images, sizes) -> features, each batch-first
         queries, # (sizes, features) -> first state
@@ -117,7 +118,7 @@ def predict(self:Detector,
     orig=None,      # (B,2) height and width of the original images: boxes come in their pixels
     scale=None,     # (B,2) or instead: fed size by original size, of x and of y
     max_dets=100,   # detections per image, at most
-    min_score=0.,   # leave out detections below
+    min_score=0.,   # leave out detections below; None: those of each class, or .3
     **kwargs        # for the decoder, such as `steps`, `tol`, `method`
 ): # list of dict(boxes (n,4) corners, scores (n,), labels (n,)), best first
     "Detections in every image"
@@ -126,9 +127,16 @@ def predict(self:Detector,
         fed = torch.tensor([images.shape[-2:]], device=orig.device) if sizes is None else sizes
         scale = (fed/orig).flip(-1) # (B,2) of x and of y
     boxes = found.boxes if scale is None else to_original(found.boxes, scale)
-    keep = found.scores >= min_score
+    keep = self._reach(found, min_score)
     rows = zip(boxes, found.scores, found.labels, keep)
     return [dict(boxes=b[k], scores=s[k], labels=l[k]) for b,s,l,k in rows]
+
+@patch
+def _reach(self:Detector, found, min_score):
+    "(B,n) which detections have the score that is asked for"
+    if min_score is None: min_score = .3 if self.thresholds is None else self.thresholds
+    bars = torch.as_tensor(min_score, device=found.scores.device) # () or (K,)
+    return found.scores >= (bars[found.labels] if bars.ndim else bars)
 
 # %% ../nbs/10_model.ipynb #34e1b9fe
 @patch
@@ -273,7 +281,7 @@ def _record(name):
 def save_pretrained(self:Detector,
     folder, # made if missing
 ): # the folder
-    "Write weights, hyper-parameters, names of classes and `feed`"
+    "Write weights, hyper-parameters, names and thresholds of classes, and `feed`"
     if self.hyper is None:
         raise ValueError('this detector was not built from hyper-parameters, '
                          'so a folder could not rebuild it')
@@ -285,7 +293,8 @@ def save_pretrained(self:Detector,
         vocab=None if self.vocab is None else list(self.vocab),
         hyper=to_dict(self.hyper),
         recipe=self.recipe,
-        feed=None if self.feed is None else asdict(self.feed))
+        feed=None if self.feed is None else asdict(self.feed),
+        thresholds=None if self.thresholds is None else list(self.thresholds))
     (folder/'config.json').write_text(json.dumps(config, indent=1))
     return folder
 
@@ -300,6 +309,7 @@ def from_pretrained(cls:Detector,
     model.load_state_dict(load_file(folder/'model.safetensors'))
     model.recipe = config.get('recipe')
     model.feed = _read_feed(config, folder/'feed.json')
+    model.thresholds = config.get('thresholds')
     return model.eval()
 
 def _read_feed(config, old_file):

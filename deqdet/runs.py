@@ -18,14 +18,15 @@ from fastai.torch_core import get_model, rank_distrib
 from .commands.options import (
     DIETS, MAY_CHANGE, Diet, complete_options, has_start, loaders, recipe_and_feed,
     resumed_options, saved_options, start_detector, with_epochs) # some for who imports them here
-from .evaluate import best_thresholds, gather_preds
 from .learner import (CSVLog, EMA, MANY, NonFinite, Resume, Stop, TimeBudget, det_learner)
 from .model import Feed
 from .ops.errors import CommandError, FILE_FAULTS, blame, make_folder, one_line
 from .ops.files import finite, write_json
 from .ops.machine import duration, machine # `duration` for who imports it here
 from .predict import detect, load_detector, save_detector, save_figure
+from .sets.mosaic import Mosaic
 from .sets.sizes import warn_if_tiny
+from .training.callbacks import Patience
 from .training.lines import EpochLines
 from .viz import plot_training, read_log, show_predictions
 
@@ -50,7 +51,6 @@ class Keep(Callback):
         self.last = dict(self.ap.result)
         self.at = self.epoch
         self.curve = [*self.curve, self.point()]
-        self.choose_thresholds()
         self.write('last')
         if self.result and self.last['AP'] <= self.result['AP']: return
         self.best = self.epoch
@@ -58,14 +58,6 @@ class Keep(Callback):
         self.write('best')
     def write(self, name):
         if not rank_distrib(): save_detector(get_model(self.model), self.path/name)
-    def after_pred(self):
-        if not self.learn.fitting or self.training: return
-        self.preds = self.ap.preds # it goes on with a new list afterwards
-    def choose_thresholds(self):
-        "For each class, the score with the best F1 on the validation set"
-        preds = gather_preds(self.preds)
-        if rank_distrib(): return
-        get_model(self.model).thresholds = best_thresholds(preds, self.dl.dataset)
     def point(self):
         ap = {k: float(self.last[k]) for k in ('AP','AP50')}
         return dict(epoch=self.epoch, updates=self.train_iter//self.learn.accumulate,
@@ -92,7 +84,8 @@ def _callbacks(o, resume):
     "What a run adds to the learner"
     going_on = RunResume('resume.pt', o['every'], resume)
     cbs = [Keep(), CSVLog('log.csv'), NonFinite(skip=5), going_on, Stop()]
-    return cbs + ([EMA(o['ema'])] if o.get('ema') else [])
+    asked = dict(ema=EMA, patience=Patience, mosaic=Mosaic)
+    return cbs + [cb(o[k]) for k,cb in asked.items() if o.get(k)]
 
 def make_learner(
     o,      # options, complete
@@ -137,7 +130,8 @@ def _amount(learn, o):
         seen = learn.train_iter*PROCESSES*dls.train.bs
         return dict(minutes=o['minutes'], epochs=learn.keep.at + 1, pictures_seen=seen)
     batches = math.ceil(len(dls.train)/PROCESSES)*PROCESSES # some are dealt twice
-    return dict(epochs=o['epochs'], pictures_seen=batches*dls.train.bs*o['epochs'])
+    epochs = learn.keep.at + 1 # fewer than were planned, where patience ended
+    return dict(epochs=epochs, pictures_seen=batches*dls.train.bs*epochs)
 
 def finish(
     learn,  # after `fit`
@@ -188,7 +182,8 @@ def check_classes(
 def _fit_once(learn, o, begun):
     "By epochs, or by the clock, which runs since `begun`"
     if 'minutes' not in o: return learn.fit_published(epochs=o['epochs'])
-    budget = TimeBudget(o['minutes'], reserve=min(8., 6*o['minutes']))
+    budget = TimeBudget(o['minutes'], reserve=min(8., 6*o['minutes']),
+                        warmup_batches=learn.recipe.warmup*learn.accumulate)
     budget.begun = begun
     learn.fit(MANY, cbs=[budget])
 

@@ -18,11 +18,11 @@ from .ops.errors import CommandError, FILE_FAULTS, blame, is_out_of_memory, one_
 # %% ../nbs/20_shell.ipynb #f2f7dc95
 NUMBERS = {
     'a number from 1': (lambda v: v >= 1,
-                        'epochs bs accumulate every max_dets queries n_train n_valid'),
+                        'epochs bs accumulate every max_dets queries n_train n_valid patience'),
     'a number from 0': (lambda v: v >= 0, 'workers steps seed wd tol'),
     'a number above 0': (lambda v: v > 0, 'lr minutes'),
-    'a number between 0 and 1': (lambda v: 0 < v < 1, 'valid_pct ema'),
-    'a number from 0 to 1': (lambda v: 0 <= v <= 1, 'min_score')}
+    'a number between 0 and 1': (lambda v: 0 < v < 1, 'valid_pct ema rare'),
+    'a number from 0 to 1': (lambda v: 0 <= v <= 1, 'min_score mosaic')}
 
 def check_numbers(
     options # dict of what was given

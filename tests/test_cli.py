@@ -650,6 +650,18 @@ def test_thresholds_are_kept(world, tmp_path):
     assert (next(detect(model, picture, min_score=None)).dets['scores'] >= .3).all()
 
 
+def test_small_sets_needs(world, tmp_path, capsys):
+    "Mosaics, rare classes and patience, in one training, which goes on as it began"
+    train(world, tmp_path/'run', epochs=9, lr=1e-9, patience=2, mosaic=1., rare=.9)
+    said = capsys.readouterr().out
+    m = json.loads((tmp_path/'run/metrics.json').read_text())
+    assert m['epochs'] == 3 and 'after epoch 1 of 9' in said
+    kept = json.loads((tmp_path/'run/config.json').read_text())['options']
+    assert [kept[k] for k in ('patience', 'mosaic', 'rare')] == [2, 1., .9]
+    bad(capsys, '--mosaic 1.5: a number from 0 to 1', train, world, tmp_path/'no', mosaic=1.5)
+    bad(capsys, '--patience 0: a number from 1', train, world, tmp_path/'no', patience=0)
+
+
 def test_tiny_objects_get_a_warning(world, tmp_path, capsys):
     train(world, tmp_path/'run', epochs=1, size='16')
     err = capsys.readouterr().err

@@ -11,11 +11,12 @@ from deqdet.data import det_dls, synth_coco
 from deqdet.decoder import Stacked
 from deqdet.families.deformable import DeformableDETR, TwoStageLoss
 from deqdet.equilibrium import Perturb, Settled
-from deqdet.evaluate import evaluate
+from deqdet.evaluate import best_thresholds, evaluate, predict_dl
 from deqdet.learner import (EMA, CSVLog, DetLearner, DetOpt, Interpretation, NonFinite, Recipe, Resume, SaveBest,
                             WatchSettling, average_checkpoints, deal, det_learner, draw_results, param_groups,
                             recipes, section_of, shard)
 from deqdet.loss import SetLoss
+from deqdet.model import Detector
 from deqdet.families.adamixer import AdaMixer
 from deqdet.zoo import create_detector, published, zoo
 
@@ -368,6 +369,21 @@ def test_predict_takes_whatever_holds_a_picture(path):
     apart = torch.cdist(large, 2*boxes, p=math.inf)
     assert len(large)==len(boxes)==16
     assert apart.min(0).values.max() < 1 and apart.min(1).values.max() < 1
+
+def test_a_fit_finds_thresholds_that_stay(path, tmp_path):
+    "They belong to the weights that remain, come back from a folder, and decide what `predict` leaves out"
+    learn = make(path, cbs=EMA(.5))
+    learn.validate()
+    assert learn.model.thresholds is None
+    with learn.quiet(): learn.fit_published(epochs=2)
+    found = learn.model.thresholds
+    assert found == pytest.approx(best_thresholds(predict_dl(learn.model, learn.dls.valid), learn.dls.valid_ds))
+    assert Detector.from_pretrained(learn.model.save_pretrained(tmp_path/'kept')).thresholds == found
+    learn.model.thresholds = [0., 2., 2., 2.]
+    file = sorted((path/'images').iterdir())[0]
+    assert set(learn.predict(file)['names']) == {'disc'}
+    learn.validate()
+    assert learn.model.thresholds == [0., 2., 2., 2.]
 
 @pytest.mark.filterwarnings('ignore')
 def test_an_exported_learner_predicts_without_its_pictures(path, tmp_path):

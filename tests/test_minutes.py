@@ -46,15 +46,22 @@ class Pairs:
 class Small(MaySkip, Learner): pass
 
 
-def run(batches, seconds=60, evaluations=4, batch=1., evaluation=2., before=0.):
+def run(batches, seconds=60, evaluations=4, batch=1., evaluation=2., before=0., **kwargs):
     "Fit a number; epochs of so many batches"
     hand = Hand()
     dls = DataLoaders.from_dsets(Pairs(4*batches), Pairs(8), bs=4, num_workers=0, device='cpu')
     learn = Small(dls, nn.Linear(1, 1), loss_func=nn.MSELoss())
     tick = Tick(hand, batch, evaluation)
-    budget = TimeBudget(seconds/60, evaluations, clock=hand)
+    budget = TimeBudget(seconds/60, evaluations, clock=hand, **kwargs)
     with learn.no_bar(), learn.no_logging(): learn.fit(1000, lr=.01, cbs=[budget, tick])
     return tick, budget, learn
+
+def test_the_rate_rises_within_the_updates_of_the_recipe():
+    "A twentieth of ten minutes are thirty batches here; four of them are enough"
+    slow, fast = (run(50, 600, warmup_batches=n)[1].hps['lr'] for n in (None, 4))
+    assert max(slow[:20]) < .0075 < .0099 < fast[3]
+    assert fast[:4] == pytest.approx([.0025, .005, .0075, .01], rel=1e-3)
+    assert fast[60:] == pytest.approx(slow[60:])
 
 # ---- the clock
 
@@ -175,6 +182,16 @@ def test_a_detector_is_trained_for_minutes(path, monkeypatch):
     assert learn.save_best.best==history.AP.max()
     with learn.quiet(): values = learn.validate()
     assert list(values)==pytest.approx(history.iloc[-1, 1:].tolist(), rel=1e-4, nan_ok=True) # each in its own column
+
+
+def test_short_epochs_do_not_save(path, monkeypatch, tmp_path):
+    "Before and after each evaluation it saves, and not after each of the many epochs"
+    saves = []
+    monkeypatch.setattr(Resume, 'save', lambda self: saves.append(self.train_iter))
+    learn = make(path, [Resume(tmp_path/'last.pt')])
+    tick = fit(learn, Hand(), monkeypatch)
+    assert len(learn.history) > len(tick.evaluated)
+    assert [saves.count(i) for i in sorted(set(saves))] == [2]*len(tick.evaluated)
 
 
 def test_the_average_is_what_is_evaluated_and_what_remains(path, monkeypatch):

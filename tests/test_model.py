@@ -216,6 +216,21 @@ def test_a_whole_detector_comes_back(images, tmp_path):
     assert torch.equal(same(images, SIZES)[-1].logits, model(images, SIZES)[-1].logits)
 
 
+def test_thresholds_of_classes_come_back_and_count(stack, images, tmp_path):
+    "Without a score each class has its own bar; without thresholds it is .3"
+    assert stack.thresholds is None
+    every = stack.predict(images, SIZES)
+    stack.thresholds = [0., *[2.]*(stack.hyper.n_classes-1)]
+    same = Detector.from_pretrained(stack.save_pretrained(tmp_path/'kept'))
+    assert same.thresholds == stack.thresholds
+    for d,some in zip(every, same.predict(images, SIZES, min_score=None)):
+        assert len(some['labels']) == (d['labels']==0).sum() > 0
+        assert set(some['labels'].tolist()) == {0}
+    same.thresholds = None
+    bar = [d['scores'] >= .3 for d in every]
+    assert [len(d['scores']) for d in same.predict(images, SIZES, min_score=None)] == [int(b.sum()) for b in bar]
+
+
 def test_only_what_a_record_built_can_be_saved(stack, tmp_path):
     with pytest.raises(ValueError, match='not built from hyper-parameters'):
         Detector(stack.pyramid, stack.queries, None).save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from deqdet.learner import (EMA, CSVLog, NonFinite, Recipe, SaveBest, WatchSettl
                             det_learner)
 from deqdet.loss import SetLoss
 from deqdet.families.adamixer import AdaMixer
-from deqdet.training.callbacks import FitLoop
+from deqdet.training.callbacks import FitLoop, Patience
 
 SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9,
                  grid=(3,3,.4), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=64,
@@ -41,6 +41,15 @@ def test_schedule_sets_the_rates_of_a_recipe(path):
     with learn.quiet(): learn.fit_published(Recipe(epochs=6, drops=(3,5), warmup=3))
     lrs = learn.recorder.hps['lr']
     assert [lrs[i] for i in (0,2,6,10)]==pytest.approx([4e-6, 4e-3, 4e-4, 4e-5])
+
+@pytest.mark.parametrize('recipe,kwargs,risen', [
+    (Recipe(epochs=3, drops=(), warmup=4), {}, [.001, .334, .667, 1., 1., 1.]), # its own length: its own warm-up
+    (Recipe(epochs=9, drops=(), warmup=4), dict(epochs=3), [1.]*6),
+    (Recipe(updates=6, drops=(), warmup=4), {}, [1.]*12)])
+def test_a_fit_of_another_length_has_another_warmup(path, recipe, kwargs, risen):
+    learn = make(path)
+    with learn.quiet(): learn.fit_published(recipe, **kwargs)
+    assert learn.recorder.hps['lr']==pytest.approx([4e-3*o for o in risen], abs=4e-6)
 
 @pytest.mark.filterwarnings('ignore')
 def test_the_recipes_own_rates_count_where_none_was_given(path):
@@ -188,3 +197,28 @@ def test_an_update_is_described_once(path):
         fit(learn)
         fit(learn)
     assert len([o for o in caught if 'pass lr' in str(o.message)])==1
+
+# ---- patience
+
+class Told(Callback):
+    "AP as it is told, instead of what was measured"
+    order = Patience.order-1
+    def __init__(self, values): self.values = values
+    def after_validate(self): self.recorder.log[self.recorder.metric_names.index('AP')] = self.values[self.epoch]
+
+@pytest.mark.parametrize('values, epochs', [([.1, .2, .2, .1, .3], 4), ([.1, .2, .2, .3, .3, .3, .4], 6), ([.1, .2, .3], 3)])
+def test_a_fit_ends_when_patience_does(path, values, epochs):
+    learn = make(path, cbs=[Patience(2), Told(values)], lr=0.)
+    assert len(fit(learn, len(values)).history)==epochs
+
+def test_patience_survives_an_interruption(path):
+    learn = make(path, cbs=[Patience(2), Told([.2, .1, .1, .1])], lr=0.)
+    fit(learn, 2)
+    s = learn.patience.state_dict()
+    assert s==dict(best=.2, waited=1)
+    class Restored(Callback):
+        order = Patience.order+1
+        def before_fit(self): self.patience.load_state_dict(s)
+    learn.add_cb(Restored())
+    learn.told.values = [.1, .9, .9]
+    assert len(fit(learn, 3).history)==1

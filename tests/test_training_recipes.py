@@ -23,6 +23,13 @@ def test_rate_falls_at_the_given_epochs():
 def test_no_warmup_is_the_full_rate_at_once():
     assert [replace(Recipe(), warmup=0).factor(i, 0, 9) for i in (0,1)]==[1., 1.]
 
+def test_a_short_fit_gets_a_short_warmup():
+    "A twentieth of the updates, at most the recipe's, and none stays none"
+    r = replace(Recipe(), warmup=75)
+    assert [r.fitted(n).warmup for n in (1, 20, 80, 1500, 90000)]==[1, 1, 4, 75, 75]
+    assert replace(r, warmup=0).fitted(80).warmup==0
+    assert replace(r.fitted(80), warmup=75)==r
+
 def test_unknown_numbers_are_refused():
     with pytest.raises(TypeError, match='epoch'): Recipe(epoch=3)
 

@@ -121,7 +121,7 @@ def loaders(
     dls = det_dls(o['data'], o['bs'], tfms=(feed_tfm(feed, o['augment']), feed_tfm(feed)),
                   layout=o.get('layout'), splits=(o.get('train', 'train'), o.get('valid', 'valid')),
                   valid_pct=o.get('valid_pct'), on_error=on_error, seed=o['seed'],
-                  num_workers=workers, device=device)
+                  num_workers=workers, rare=o.get('rare'), device=device)
     train = dls.train_ds
     valid = dls.valid_ds
     if not len(valid):

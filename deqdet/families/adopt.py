@@ -49,6 +49,33 @@ def _kept(old, new):
             kept[k] = torch.cat([v[:n], state[k][n:]])
     return kept
 
+# %% ../../nbs/families/06_adopt.ipynb #7b3efc57
+def _names(old, new):
+    "The classes of `new` that `old` knows, and the others; without names they are known by place"
+    if old.vocab is None and old.hyper.n_classes==new.hyper.n_classes: return new.vocab, []
+    there = set(old.vocab or ())
+    return [c for c in new.vocab if c in there], [c for c in new.vocab if c not in there]
+
+def _per_class(new):
+    "Names of the tensors that have a row for each class"
+    hyper = replace(new.hyper, n_classes=new.hyper.n_classes + 1)
+    with torch.device('meta'): more = hyper.build().state_dict()
+    return [k for k,v in new.state_dict().items() if v.shape != more[k].shape]
+
+def _class_rows(old, new):
+    "The tensors with a row for each class: known classes keep theirs, the others begin at the mean"
+    if old.vocab is None and not _names(old, new)[1]: return {}
+    place = {c: i for i,c in enumerate(old.vocab or ())}
+    known = [(i, place[c]) for i,c in enumerate(new.vocab) if c in place]
+    theirs,mine = old.state_dict(),new.state_dict()
+    rows = {}
+    for k in _per_class(new):
+        if k not in theirs or theirs[k].shape[1:] != mine[k].shape[1:]: continue
+        fresh = mine[k]                                         # (K,...)
+        rows[k] = theirs[k].mean(0) + .1*(fresh - fresh.mean(0)) # (K,...)
+        for i,j in known: rows[k][i] = theirs[k][j]
+    return rows
+
 # %% ../../nbs/families/06_adopt.ipynb #46f16aeb
 def adopt(
     old,       # `Detector`
@@ -65,8 +92,10 @@ def adopt(
     hyper = replace(hyper, **changes)
     new = hyper.build(vocab=vocab)
     state = new.state_dict()
-    kept = _kept(old, new)
+    rows = _class_rows(old, new)
+    kept = _kept(old, new) | rows
     new.load_state_dict(state | kept)
+    if _names(old, new)[1]: kept = kept.keys() - rows.keys()
     new.feed = old.feed
     new.recipe = getattr(old, 'recipe', None)
     fresh = [k for k in state if k not in kept and k != 'queries.boxes']
@@ -81,5 +110,11 @@ def _told(name, old, new, kept, fresh):
     if old.hyper.n_queries != new.hyper.n_queries:
         queries = f'; {old.hyper.n_queries} queries there, {new.hyper.n_queries} here'
     names = f" ({', '.join(fresh[:2])}{', …' if len(fresh) > 2 else ''})" if fresh else ''
+    known,strange = _names(old, new)
+    rows = f'; known classes: {_few(known)}; new: {_few(strange)}' if known and strange else ''
     return (f'{name}: {classes}{queries}: {len(kept)} tensors kept, '
-            f'{len(fresh)} tensors start afresh{names}')
+            f'{len(fresh)} tensors start afresh{names}{rows}')
+
+def _few(names):
+    "The first of some names"
+    return ', '.join(map(str, names[:3])) + (f', … ({len(names)})' if len(names) > 3 else '')

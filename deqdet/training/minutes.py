@@ -18,10 +18,11 @@ from .resume import anyone
 # %% ../../nbs/training/08_minutes.ipynb #45a985a3
 def clock_factor(
     part,      # of the time that has passed, 0..1
-    warmup=.05 # part of the time until the full rate
+    warmup=.05, # part of the time until the full rate
+    risen=0.   # 0..1: so far it has risen by another count; the higher one counts
 ) -> float:    # part of the learning rate
     "Warm-up and half a cosine"
-    rise = min(1., (part + .002)/warmup)
+    rise = min(1., max((part + .002)/warmup, risen))
     return rise*(1 + math.cos(math.pi*min(part, 1.)))/2
 
 # %% ../../nbs/training/08_minutes.ipynb #d32097e9
@@ -42,10 +43,12 @@ class TimeBudget(Callback):
         evaluations=8, # at most, the last one included
         warmup=.05,    # part of the time until the full learning rate
         reserve=2.,    # seconds for what comes after the fit
-        clock=time.monotonic # what tells the time, in seconds
+        clock=time.monotonic, # what tells the time, in seconds
+        warmup_batches=None # until the full learning rate, at most
     ):
         self.seconds = 60*minutes
         self.evaluations,self.warmup,self.reserve,self.clock = evaluations,warmup,reserve,clock
+        self.warmup_batches = warmup_batches
         self.begun = clock()
         self.before = 0. # seconds of earlier runs
         self.last = 0.   # when the last evaluation ended
@@ -90,7 +93,9 @@ def before_batch(self:TimeBudget):
     if not self.training: return
     self.done = self.batches > 0 and self.time_is_up()
     if self.done: raise CancelTrainException
-    factor = clock_factor(self.elapsed()/self.train_seconds(), self.warmup)
+    part = self.elapsed()/self.train_seconds()
+    risen = (self.batches + 1)/self.warmup_batches if self.warmup_batches else 0.
+    factor = clock_factor(part, self.warmup, risen)
     self.opt.set_hyper('lr', [lr*factor for lr in self.base])
 
 @patch

@@ -48,6 +48,12 @@ class Recipe:
         n_drops = sum(epoch >= d for d in self.drops)
         return up*self.drop**n_drops
 
+    def fitted(self,
+        total # updates of a fit that is shorter or longer than the recipe's
+    ):        # a `Recipe`
+        "With a warm-up of 5 % of the updates, at most its own"
+        return replace(self, warmup=min(self.warmup, max(1, round(.05*total))))
+
     def epochs_for(self,
         n # updates in an epoch of the set
     ) -> int:

@@ -113,7 +113,7 @@ class Resume(Callback):
     order = EMA.order+5
     def __init__(self,
         file,        # where to save; relative to the learner's `path`
-        every=500,   # iterations between saves; the end of an epoch saves too
+        every=500,   # iterations between saves; before and after an evaluation it saves too
         resume=False # go on from the file, if there is one?
     ):
         self.fname = file
@@ -127,6 +127,7 @@ class Resume(Callback):
         self.rng = None      # generators to set before the next batch
         self.clean = False   # is the last update noted?
         self.trained = False # any update in this fit?
+        self.evaluated = True # does an evaluation follow this epoch?
         if self.run and self.resume and self.file.exists(): self._load()
 
     def before_train(self):
@@ -143,14 +144,17 @@ class Resume(Callback):
         self.clean = True
         self.trained = True
         self._mark(self.epoch, self.iter+1)
-        if self.train_iter%self.every==0 or self.iter+1==self.n_iter: self.save()
+        if self.train_iter%self.every==0: self.save()
 
-    def after_train(self): self._put_rng()
+    def after_train(self):
+        self._put_rng()
+        self.evaluated = getattr(self.learn, 'validate_now', True)
+        if self.clean and self.evaluated and self.train_iter%self.every: self.save()
 
     def after_epoch(self):
         if not self.trained: return
         self._mark(self.epoch+1, 0)
-        self.save()
+        if self.evaluated: self.save()
 
     def after_cancel_fit(self):
         if self.clean and self.training: self.save()
