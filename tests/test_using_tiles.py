@@ -4,13 +4,12 @@ from deqdet.using.tiles import is_cut, join_views, suppress, tile_size, windows,
 
 
 @pytest.mark.parametrize('hw', [(300, 400), (1000, 160), (161, 161), (3000, 4000), (100, 500)])
-@pytest.mark.parametrize('tiles', [(160, 40), (160, 0), 160, (50, 49)])
+@pytest.mark.parametrize('tiles', [(160, 40), (160, 0), 160, (150, 100)])
 def test_tiles_cover_and_share(hw, tiles):
     size, overlap = tile_size(tiles)
     whole, *rest = windows(hw, tiles)
     h, w = hw
     assert whole == (0, 0, w, h) and len(set(rest)) == len(rest)
-    if overlap > 45 and max(hw) > 1000: return # ten thousand tiles: enough is covered by the others
     for axis, length in ((0, w), (1, h)):
         starts = sorted({o[axis] for o in rest})
         side = min(size, length)
