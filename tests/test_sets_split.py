@@ -1,5 +1,6 @@
 "Groups stay whole, shares come near, and the new set finds the images of the old one; look-alikes across splits"
 import json
+from io import BytesIO
 import numpy as np, pytest, torch
 from PIL import Image
 from deqdet.sets.check import SAME, look_alikes, thumbnail, verify_data
@@ -58,7 +59,7 @@ def test_a_set_of_any_layout(tmp_path, layout):
     for part in train, valid:
         assert all((part.folder/o['file_name']).is_file() for o in part.coco['images'])
         assert {o['name'] for o in part.coco['categories']} == {'cat', 'dog'}
-        assert all(a['bbox'] == pytest.approx([1, 2, 10, 20]) for a in part.coco['annotations']) and len(part.coco['annotations']) == len(part.coco['images'])
+        assert all(a['bbox'] == pytest.approx([1, 2, 10, 20], abs=.02) for a in part.coco['annotations']) and len(part.coco['annotations']) == len(part.coco['images'])
     assert verify_data(new).counts.keys() <= {'nearly the same in both splits'}
 
 
@@ -73,13 +74,18 @@ def test_faults_are_named(tmp_path):
 def scene(seed, hw=(60, 80)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(hw[::-1], Image.BICUBIC)
 
+def jpeg(im):
+    file = BytesIO()
+    im.save(file, 'JPEG', quality=30)
+    return Image.open(file)
+
 def thumb(im): return thumbnail(torch.from_numpy(np.array(im)).permute(2, 0, 1))
 
 
 def test_sizes_and_encodings_and_shifts_are_the_same():
     a = scene(1, (240, 320))
     frame = scene(1, (242, 322)).crop((2, 2, 322, 242)) # the camera has moved a little
-    for b in a.resize((100, 75)), a.quantize(32).convert('RGB'), frame, a.point(lambda v: v*.8 + 20):
+    for b in a.resize((100, 75)), jpeg(a), frame, a.point(lambda v: v*.8 + 20):
         assert thumb(a) @ thumb(b) > SAME
     assert max(thumb(a) @ thumb(scene(i, (240, 320))) for i in range(2, 40)) < .8
     assert thumb(Image.new('RGB', (50, 50), 'red')) is None and thumb(Image.new('RGB', (1, 1))) is None

@@ -90,10 +90,10 @@ def test_one_shape_waits_for_one_batch_only():
 
 def test_batches_of_any_kind_say_the_same(model):
     pictures = [noise(64, 48, 1), noise(48, 64, 2), noise(64, 64, 3), noise(30, 90, 4)]*2
-    alone = [predict(model, o, **FLAT) for o in pictures]
+    alone = [predict(model, o, 0., max_dets=999) for o in pictures]
     for bs in 2, 5:
-        for a, b in zip(alone, predict(model, pictures, bs=bs, **FLAT)):
-            torch.testing.assert_close(a.boxes, b.boxes, atol=1e-2, rtol=0)
+        for a, b in zip(alone, predict(model, pictures, 0., bs=bs, max_dets=999)): # nearly equal scores may change places
+            for k in 'boxes', 'scores': torch.testing.assert_close(a[k].sort(0).values, b[k].sort(0).values, atol=1e-2, rtol=0)
             assert a.hw == b.hw
 
 
@@ -166,7 +166,7 @@ def test_thresholds_of_classes_and_nms(model):
     finally: del model.thresholds
     bars = torch.tensor([float(every.scores.median())]*2 + [1., 0.])
     assert 0 < len(some.names) < len(every.names) and (some.scores >= bars[some.labels]).all() and 'c' not in some.names
-    few = predict(model, x, 0., nms=.3)
+    few = predict(model, x, 0., nms=.05)
     from torchvision.ops import box_iou
     same = few.labels[:, None] == few.labels[None]
-    assert (box_iou(few.boxes, few.boxes)*same).triu(1).max() <= .3 and len(few.names) < len(predict(model, x, 0.).names)
+    assert (box_iou(few.boxes, few.boxes)*same).triu(1).max() <= .05 and len(few.names) < len(predict(model, x, 0.).names)

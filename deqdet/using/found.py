@@ -35,7 +35,7 @@ def draw_detections(
     fig.savefig(file)
     plt.close(fig)
 
-# %% ../../nbs/using/02_found.ipynb #f70e21c1
+# %% ../../nbs/using/02_found.ipynb #090870a1
 def names_of(
     labels,    # (n,) class numbers
     vocab=None # class names
@@ -87,6 +87,8 @@ class Found(dict):
         if not isinstance(other, Found): return NotImplemented
         mine, theirs = (self.hw, self.error, self.names), (other.hw, other.error, other.names)
         return mine==theirs and all(torch.equal(self[k], other[k]) for k in self.dets)
+
+    def __ne__(self, other): return not self==other
 
     def __repr__(self): return '\n'.join(_lines(self))
 
