@@ -108,7 +108,7 @@ def clean(
 
 # %% ../../nbs/sets/04_check.ipynb #6b732e75
 SIDE = 24   # of a thumbnail, in pixels
-SAME = .98  # correlation from which on two images are nearly the same
+SAME = .95  # correlation from which on two images are nearly the same
 
 def thumbnail(
     img # (3,h,w) uint8
