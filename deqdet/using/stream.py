@@ -162,7 +162,7 @@ def detect(
     waiting.flush()
     yield from map(answer, opened)
 
-# %% ../../nbs/using/04_stream.ipynb #2a4f0e83
+# %% ../../nbs/using/04_stream.ipynb #a267d1ff
 def _summed_up(found):
     "The same; at the end a warning on what could not be read"
     n,bad = 0,[]
@@ -190,7 +190,8 @@ def predict(
     pictures = list(each_picture(items))
     is_file = isinstance(items, (str, Path)) and Path(items).is_file()
     if not is_file and not _is_picture(items):
-        found = progress_bar(run(pictures), total=len(pictures), display=progress)
+        found = run(pictures)
+        if progress: found = progress_bar(found, total=len(pictures))
         return list(_summed_up(found))
     found = next(run(pictures))
     if found.error: raise DataError(found.error)
