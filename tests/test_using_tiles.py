@@ -20,8 +20,8 @@ def test_tiles_cover_and_share(hw, tiles):
 
 def test_small_images_are_one_view():
     assert windows((100, 160), 160) == [(0, 0, 160, 100)] and windows((9, 9)) == [(0, 0, 9, 9)]
-    assert tile_size(100) == (100, 20)
-    for bad in (100, 100), (100, -1), 0, (0, 0):
+    assert tile_size(100) == tile_size('100') == (100, 20) and tile_size('640x64') == (640, 64)
+    for bad in (100, 100), (100, -1), 0, (0, 0), '640x', '64x64', 'small':
         with pytest.raises(ValueError, match='overlap'): tile_size(bad)
 
 

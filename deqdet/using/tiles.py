@@ -7,11 +7,11 @@ Docs: https://deqdet.github.io/deqdet/using/tiles.html.md"""
 # %% auto #0
 __all__ = ['tile_size', 'windows', 'is_cut', 'without_doubles', 'join_views', 'suppress']
 
-# %% ../../nbs/using/03_tiles.ipynb #7264af52
-import torch
+# %% ../../nbs/using/03_tiles.ipynb #795f5aa0
+import re, torch
 from torchvision.ops import batched_nms
 
-# %% ../../nbs/using/03_tiles.ipynb #1c968d24
+# %% ../../nbs/using/03_tiles.ipynb #c540f937
 def _starts(length, size, overlap):
     "Where tiles begin on one axis"
     if length <= size: return [0]
@@ -19,12 +19,16 @@ def _starts(length, size, overlap):
     return [round(i*(length - size)/(n - 1)) for i in range(n)]
 
 def tile_size(
-    tiles # side of the tiles in pixels, or (side, overlap); by default they share a fifth
-) -> tuple: # side, overlap
+    tiles # side of the tiles in pixels, (side, overlap), or text: '640', '640x64'
+) -> tuple: # side, overlap; by default a fifth of the side
     "What `tiles=` says, checked"
-    size,overlap = tiles if isinstance(tiles, (tuple, list)) else (tiles, tiles//5)
-    if not 0 <= overlap < size:
-        raise ValueError(f'tiles={tiles!r}: (side, overlap) was expected, 0 <= overlap < side')
+    wanted = f'tiles={tiles!r}: (side, overlap) was expected, 0 <= overlap < side'
+    if isinstance(tiles, str):
+        if not re.fullmatch(r'\d+(x\d+)?', tiles): raise ValueError(wanted)
+        tiles = [int(o) for o in tiles.split('x')]
+    numbers = list(tiles) if isinstance(tiles, (tuple, list)) else [tiles]
+    size,overlap = numbers if len(numbers)==2 else (numbers[0], numbers[0]//5)
+    if not 0 <= overlap < size: raise ValueError(wanted)
     return size, overlap
 
 def windows(
