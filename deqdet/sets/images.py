@@ -93,6 +93,7 @@ def _from_bytes(data, turn=True):
         x = tio.decode_image(coded, tio.ImageReadMode.RGB, turn)
     except (RuntimeError, ValueError, AttributeError, Warning):
         return _from_pil(Image.open(io.BytesIO(data)), turn)
+    if x.ndim==4: x = x[0] # the first frame of a GIF
     if x.dtype==torch.uint8: return x
     return (x.int() >> 8).to(torch.uint8) # a PNG of 16 bits
 

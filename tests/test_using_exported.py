@@ -1,0 +1,69 @@
+"Exported files, used as detectors are: both formats say what the detector says, on ten odd sizes"
+import numpy as np, pytest, torch
+from PIL import Image
+from deqdet.export import load_exported
+from deqdet.model import Feed
+from deqdet.ops.errors import CommandError
+from deqdet.predict import predict
+from deqdet.zoo import create_detector
+
+SIZES = [(64, 96), (33, 65), (96, 96), (31, 200), (200, 31), (97, 129), (1, 50), (480, 640), (7, 7), (127, 63)]
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    model = create_detector('deqdet_tiny', vocab=['a', 'b']).eval()
+    model.feed, model.thresholds = Feed(96, 128), [.1, 0.]
+    return model
+
+
+@pytest.fixture(scope='module', params=['.pt2', '.onnx'])
+def file(request, model, tmp_path_factory):
+    if request.param == '.onnx':
+        for o in 'onnxruntime', 'onnxscript': pytest.importorskip(o, reason=f'{o} is not installed')
+    return model.export(tmp_path_factory.mktemp('exported')/f'm{request.param}', steps=0)
+
+
+def noise(h, w): return np.random.default_rng((h, w)).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
+def agree(a, b):
+    torch.testing.assert_close(a.scores, b.scores, atol=1e-4, rtol=0)
+    torch.testing.assert_close(a.boxes.sort(0).values, b.boxes.sort(0).values, atol=2e-2, rtol=1e-3) # nearly equal scores may change places
+
+
+def test_parity_on_ten_odd_sizes(model, file):
+    exported = load_exported(file)
+    assert (exported.vocab, exported.feed, exported.thresholds) == (['a', 'b'], Feed(96, 128), [.1, 0.])
+    pictures = [noise(*hw) for hw in SIZES]
+    for o in pictures: agree(exported.predict(o, min_score=0.), predict(model, o, min_score=0., steps=0))
+    for a, b in zip(predict(exported, pictures, min_score=0., bs=4), predict(model, pictures, min_score=0., bs=4, steps=0)): agree(a, b)
+
+
+def test_everything_a_detector_takes(model, file, tmp_path):
+    exported = load_exported(file, size='64')
+    assert exported.feed == Feed(64, 64)
+    Image.fromarray(noise(50, 70)).save(tmp_path/'x.png')
+    assert exported.predict(tmp_path/'x.png').hw == (50, 70)
+    assert [o.hw for o in exported.predict(tmp_path)] == [(50, 70)]
+    assert (exported.predict(tmp_path/'x.png').scores >= 0).all()
+    few = exported.predict(noise(90, 140), tiles=(64, 8), nms=.5, max_dets=3, min_score=0.)
+    assert set(few.names) <= {'a', 'b'}
+    batch = torch.from_numpy(noise(64, 96)).permute(2, 0, 1)[None]
+    bytes_, floats = exported.predict(batch, min_score=.2), exported.predict(batch/255, min_score=.2)
+    torch.testing.assert_close(bytes_[0]['boxes'], floats[0]['boxes'])
+    twice = exported.predict(batch, torch.tensor([[64, 96]]), orig=torch.tensor([[128, 192]]), min_score=.2)
+    torch.testing.assert_close(twice[0]['boxes'], 2*bytes_[0]['boxes'])
+    with pytest.raises(TypeError, match='steps'): exported.predict(noise(9, 9), steps=3)
+
+
+def test_faults_in_one_line(model, tmp_path):
+    with pytest.raises(CommandError, match='no such file'): load_exported(tmp_path/'nothing.onnx')
+    for name in 'm.pt2', 'm.onnx':
+        (tmp_path/name).write_bytes(b'no model')
+        if name.endswith('onnx'): pytest.importorskip('onnxruntime')
+        with pytest.raises(CommandError, match=f'{name}: no exported detector') as e: load_exported(tmp_path/name)
+        assert '\n' not in str(e.value)
+    with pytest.raises(CommandError, match='providers are for .onnx'): load_exported(tmp_path/'m.pt2', providers='CPUExecutionProvider')
+    with pytest.raises(CommandError, match='TPU is not there; there are .*CPUExecutionProvider'): load_exported(tmp_path/'m.onnx', providers=['TPU'])
