@@ -24,7 +24,9 @@ def printed(output):
 
 def as_md(cell):
     "One cell as markdown"
-    if cell.cell_type=='markdown': return re_link.sub(r'\1nbs/\2', cell.source)
+    if cell.cell_type=='markdown':
+        lines = [l for l in cell.source.splitlines() if not l.startswith(':::')] # divisions of the site
+        return re_link.sub(r'\1nbs/\2', '\n'.join(lines))
     if cell.cell_type!='code' or not cell.source.strip(): return ''
     src = '\n'.join(l for l in cell.source.splitlines() if not l.startswith('#|')).strip()
     if re.search(r'^#\|\s*echo:\s*false', cell.source, re.M): src = ''

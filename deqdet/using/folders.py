@@ -8,7 +8,7 @@ Docs: https://deqdet.github.io/deqdet/using/folders.html.md"""
 __all__ = ['save_detector', 'load_detector']
 
 # %% ../../nbs/using/01_folders.ipynb #546ec6d3
-import json, shutil
+import shutil
 from pathlib import Path
 from safetensors import SafetensorError
 from ..model import Detector, Feed
@@ -27,19 +27,11 @@ def save_detector(
     try:
         with blame(folder, OSError, SafetensorError):
             model.save_pretrained(new)
-            _add_thresholds(model, new/'config.json')
             folder.mkdir(exist_ok=True)
             for file in sorted(new.iterdir()): file.replace(folder/file.name)
             (folder/'feed.json').unlink(missing_ok=True) # of older versions; now in config.json
     finally: shutil.rmtree(new, ignore_errors=True)
     return folder
-
-def _add_thresholds(model, file):
-    "Note the scores of each class from which on detections count, where a training has found them"
-    thresholds = getattr(model, 'thresholds', None)
-    if thresholds is None: return
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | dict(thresholds=list(thresholds)), indent=1))
 
 # %% ../../nbs/using/01_folders.ipynb #dc796b0a
 def load_detector(
@@ -54,8 +46,6 @@ def load_detector(
     if not weights.is_file():
         raise CommandError(f'{folder}: no detector there ({weights.name} was expected)')
     faults = SafetensorError, RuntimeError, ValueError, KeyError, TypeError
-    with blame(f'{folder}: unreadable detector', *faults):
-        model = Detector.from_pretrained(folder)
-        model.thresholds = json.loads((folder/'config.json').read_text()).get('thresholds')
+    with blame(f'{folder}: unreadable detector', *faults): model = Detector.from_pretrained(folder)
     if size: model.feed = Feed.parse(size)
     return model.to(pick_device(device))
