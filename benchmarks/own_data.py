@@ -9,7 +9,7 @@ not run again, so the same command goes on where it was stopped:
 Minutes are processor minutes of training; evaluation is not counted. With `--updates N` a training ends after N updates
 instead, which compares ways of teaching whatever else the machine does:
 
-    python benchmarks/own_data.py --all --updates 120 --seeds 2 --sets bccd,cards --out nbs/results/beyond.json \
+    python benchmarks/own_data.py --all --updates 120 --seeds 2 --sets bccd,cards --out nbs/results/own_data.json \
         --kinds deqdet_lite,deqdet_lite_focal,deqdet_lite_plain,deqdet_lite_base,deqdet_lite_scratch
 
 The body is EfficientNet-Lite0 from ImageNet for all, BatchNorm on stored statistics, `--frozen` stages without learning, the
