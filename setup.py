@@ -17,7 +17,7 @@ package = cfg['lib_name']
 
 def anywhere(text):
     "README.md with links that work outside the repository: pictures as they are, the rest as GitHub shows it"
-    kind = lambda path: 'raw' if path.endswith(('.jpg','.png','.gif')) else 'blob'
+    kind = lambda path: 'raw' if path.endswith(('.jpg','.png','.gif','.svg')) else 'blob'
     return re.sub(r'\]\((nbs/[^)\s]+)\)', lambda m: f"]({source}/{kind(m[1])}/main/{m[1]})", text)
 
 setup(

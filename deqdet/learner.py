@@ -29,8 +29,8 @@ from .evaluate import APCallback, best_thresholds, gather_preds, on_first
 from .loss import SetLoss
 from .ops.files import write_atomic
 from .training.callbacks import EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints
-from .training.denoise import Denoise, can_denoise
-from .training.quality import with_overlap
+from .training.denoise import add_denoising
+from .training.quality import set_scoring
 from .training.minutes import MANY, MaySkip, TimeBudget
 from .training.optim import Muon
 from .training.processes import Shards, deal, shard
@@ -125,27 +125,15 @@ def det_learner(
     if amp: learn.add_cb(Amp(amp))
     learn.add_cbs(cbs)
     _add_average(learn)
-    _add_denoising(learn, cbs)
+    add_denoising(learn, cbs)
     learn.plain_loss = plain
-    _set_scoring(learn)
+    set_scoring(learn)
     return learn
-
-def _set_scoring(learn):
-    "The class targets that the recipe asks for, where no loss was given"
-    part = learn.recipe.overlap
-    if learn.plain_loss is None: return
-    learn.loss_func = with_overlap(learn.plain_loss, part) if part else learn.plain_loss
 
 def _add_average(learn, cbs=None):
     "The average of weights that the recipe asks for, unless there is one"
     averaged = any(isinstance(o, EMA) for o in [*learn.cbs, *L(cbs)])
     if learn.recipe.ema and not averaged: learn.add_cb(EMA(learn.recipe.ema))
-
-def _add_denoising(learn, cbs=None):
-    "The denoising that the recipe asks for, where the detector can do it"
-    given = any(isinstance(o, Denoise) for o in [*learn.cbs, *L(cbs)])
-    groups = learn.recipe.denoise
-    if groups and not given and can_denoise(get_model(learn.model)): learn.add_cb(Denoise(groups))
 
 def _check_classes(model, dls):
     "As many classes in the model as in the data; a model without names takes those of the data"
@@ -242,8 +230,8 @@ def fit_published(self:DetLearner,
         self.opt = None
         self.gradient_clip.max_norm = self.recipe.clip
         _add_average(self, cbs)
-        _add_denoising(self, cbs)
-        _set_scoring(self)
+        add_denoising(self, cbs)
+        set_scoring(self)
     if minutes:
         budget = TimeBudget(minutes, warmup_batches=self.recipe.warmup*self.accumulate)
         return self.fit(MANY, cbs=[budget, *L(cbs)])

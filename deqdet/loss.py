@@ -123,7 +123,8 @@ def set_terms(
     if scoring is None: cls = focal_loss(logits, at, alpha, gamma)
     else: cls = scoring(logits, at, aligned_iou(upright(mine.detach()), truth))
     l1 = (relative(mine) - relative(truth)).abs().sum(-1)
-    return dict(cls=cls.sum((2,3)), l1=per_image(l1), giou=per_image(1 - giou(upright(mine), truth)))
+    apart = 1 - giou(upright(mine), truth)
+    return dict(cls=cls.sum((2,3)), l1=per_image(l1), giou=per_image(apart))
 
 # %% ../nbs/09_loss.ipynb #f450b7d7
 def check_finite(

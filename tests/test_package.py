@@ -54,7 +54,7 @@ def test_long_description_works_anywhere(built):
     "An index shows README.md, and has neither our notebooks nor our pictures"
     links = re.findall(r'\]\(([^)\s]+)', built[0].get_payload())
     assert links and not [u for u in links if not re.match('https://|#', u)]
-    assert [u.split('/')[5] for u in links if u.endswith(('.jpg','.gif'))]==['raw','raw']
+    assert [u.split('/')[5] for u in links if u.endswith(('.jpg','.svg'))]==['raw','raw']
 
 def test_source_archive_builds(built, tmp_path):
     "The archive that goes to an index holds what its own setup.py reads"
