@@ -199,7 +199,7 @@ def deqdet_train(
     train:str=None,    # name of the split to train on; by default train
     valid:str=None,    # name of the split to validate on; by default valid, or val
     valid_pct:float=None, # share 0..1 to validate on, for a set that is not divided
-    skip_bad:bool=False, # a picture that cannot be read is replaced by the next, with a warning
+    skip_bad:bool=False, # replace an unreadable image by the next, with a warning
     workers:int=None,  # processes that load pictures; by default 4, for small pictures 0
     device:str=None,   # cpu, cuda, mps, …; by default the accelerator if there is one
     every:int=None,    # iterations between saves of what is needed to go on; by default 500
