@@ -42,7 +42,8 @@ def _source_cell(cell):
     "Markdown with the source of an exported cell; None for other cells"
     kinds = cell.directives_.keys()
     if not kinds & {'export','exporti'} or 'hide' in kinds: return None
-    res = mk_cell(folded(cell.source), 'markdown')
+    lines = [l for l in cell.source.splitlines() if not l.startswith('#|')]
+    res = mk_cell(folded('\n'.join(lines)), 'markdown')
     res.directives_ = {}
     return res
 
