@@ -171,5 +171,6 @@ def test_installs_beside_the_newest_fastai(tmp_path):
         in_venv(bin, 'python', '-m', 'pip', 'check')
         where,version = in_venv(bin, 'python', '-W', 'ignore', '-c', IMPORT % NEEDS_DEV).split()
         assert where.startswith(str(tmp_path)) and version==cfg['version']
+    in_venv(bin, 'python', '-m', 'pip', 'install', '-q', *cfg['lite_requirements'].split()) # where no hub is reached
     in_venv(bin, 'deqdet_demo', '--quick', '--out', tmp_path/'demo')
     assert (tmp_path/'demo/index.html').exists()
