@@ -6,7 +6,8 @@ from torchvision.ops import box_iou
 from deqdet.data import Target
 from deqdet.decoder import Pred
 from deqdet.learner import recipes
-from deqdet.loss import SetLoss, aligned_iou, focal_loss
+from deqdet.boxes import iou
+from deqdet.loss import SetLoss, focal_loss
 from deqdet.training.quality import OverlapScores, with_overlap
 
 
@@ -57,12 +58,12 @@ def test_rests_where_the_score_is_the_overlap():
     assert logits.grad.abs().max() < 1e-12
 
 
-def test_aligned_iou_is_the_diagonal_of_torchvisions():
+def test_overlap_is_the_diagonal_of_torchvisions():
     torch.manual_seed(0)
     a,b = (torch.rand(50, 2, 2).mul(100).sort(1).values.flatten(1) for _ in range(2))
-    torch.testing.assert_close(aligned_iou(a, b), box_iou(a, b).diagonal())
+    torch.testing.assert_close(iou(a, b), box_iou(a, b).diagonal())
     flat = tensor([[5., 5, 5, 9]])
-    assert aligned_iou(flat, flat)==0
+    assert iou(flat, flat)==0
 
 
 def test_set_loss_off_means_as_before():
