@@ -49,7 +49,7 @@ def f1_curves(
 # %% ../../nbs/scores/03_judging.ipynb #8319b5f2
 def best_points(
     curves: dict # from `f1_curves`
-) -> pd.DataFrame: # a row for each class: score, precision, recall, f1; nan where no detection is right
+) -> pd.DataFrame: # a row for each class: score, precision, recall, f1; nan: none is right
     "The threshold with the best F1 for each class, with its precision and recall"
     rows = {k: t.loc[t.f1.idxmax()] if t.f1.any() else pd.Series(np.nan, t.columns)
             for k,t in curves.items()}
