@@ -298,6 +298,7 @@ def save_pretrained(self:Detector,
     (folder/'config.json').write_text(json.dumps(config, indent=1))
     return folder
 
+# %% ../nbs/10_model.ipynb #61ae21ce
 @patch(cls_method=True)
 def from_pretrained(cls:Detector,
     folder # what `save_pretrained` wrote

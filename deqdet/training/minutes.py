@@ -133,6 +133,7 @@ def after_epoch(self:TimeBudget): self.learn.validate_now = True
 @patch
 def after_fit(self:TimeBudget): self.recorder.hps = self.hps
 
+# %% ../../nbs/training/08_minutes.ipynb #ddbd19ea
 @patch
 def everyone_stops(self:TimeBudget, flag):
     "True in all processes if the flag is set in any"

@@ -224,6 +224,7 @@ def _load_model(model, s, file):
     for n,p in model.named_parameters():
         p.grad = s['grads'][n].to(p.device) if n in s['grads'] else None
 
+# %% ../../nbs/training/04_resume.ipynb #5dd8af3e
 @patch
 def _load(self:Resume):
     "Read the file, and put everything where it was"
@@ -251,6 +252,7 @@ def _end_loaders():
     for p in multiprocessing.active_children():
         if p.daemon: p.kill()
 
+# %% ../../nbs/training/04_resume.ipynb #b8ce07a6
 class Stop(Callback):
     "End training between two iterations when a signal comes"
     order = Resume.order-1
