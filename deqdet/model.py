@@ -254,7 +254,7 @@ def to_dict(
     values = {f.name: to_dict(getattr(x, f.name)) for f in fields(x) if f.init}
     return {'is': f'{kind.__module__}.{kind.__name__}', **values}
 
-# where records live today that older folders know by another name
+# names of records in older folders, and their present names
 MOVED = {'deqdet.model.AdaMixer': 'deqdet.families.adamixer.AdaMixer',
          'deqdet.sparse_rcnn.SparseRCNN': 'deqdet.families.sparse_rcnn.SparseRCNN',
          'deqdet.deformable.DeformableDETR': 'deqdet.families.deformable.DeformableDETR'}
