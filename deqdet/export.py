@@ -45,7 +45,8 @@ class Fixed(nn.Module):
     ):
         super().__init__()
         self.model = model.eval()
-        self.steps,self.max_dets = steps,max_dets
+        self.steps = steps
+        self.max_dets = max_dets
 
     def forward(self,
         images, # (B,3,H,W) RGB, bytes 0..255, padded right and at the bottom

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from .backbone import Pyramid, create_body, tiny_body
 from .decoder import Queries, grid_boxes
-from .equilibrium import Settled, by_corners
+from .equilibrium import Settled, measure_boxes
 from .loss import SetLoss, decode
 from .solver import Residual
 
@@ -166,7 +166,7 @@ def residual_trace(
     detector = getattr(model, 'model', model)
     images,sizes = batch[:2]
     states = [state for state,_ in detector.trajectory(images, sizes, steps=steps)]
-    changes = [by_corners(a, b) for a,b in zip(states, states[1:])] # T of rel, abs: (B,2) each
+    changes = [measure_boxes(a, b) for a,b in zip(states, states[1:])] # T of rel, abs: (B,2) each
     rel,abs_ = zip(*changes)
     return Residual(torch.stack(rel), torch.stack(abs_))
 

@@ -115,7 +115,8 @@ def _warn_dropped(alien, bad, n):
 
 def _detections(results, cats, ids, subset=False):
     "Detections by (image, category), as COCO's evaluation wants them, and their number"
-    out, alien = defaultdict(list), set()
+    out = defaultdict(list)
+    alien = set() # categories that the truth does not have
     n = bad = 0
     for i,r in enumerate(results):
         im, cat, bbox, score = _values(r, i)

@@ -125,21 +125,26 @@ def sizes_in(rng, side):
         return int(rng.integers(8, 61)), lambda: side*s*2**rng.normal(0, .2)
     if mode < .28:
         n = rng.integers(1, 6)
-        low,high = .22, .85
+        low = .22
+        high = .85
     elif mode < .68:
         n = rng.integers(2, 16)
-        low,high = .06, .5
+        low = .06
+        high = .5
     else:
         n = rng.integers(1, 14)
-        low,high = .03, .09
+        low = .03
+        high = .09
     return int(n), lambda: side*low*(high/low)**rng.random()
 
 # %% ../../nbs/sets/07_scenes.ipynb #94de5968
 def _window(mask, x, y, img):
     "The part of a mask that lies in the image: rows and columns there and in the mask"
     h,w = img.shape[:2]
-    x0,y0 = max(x, 0),max(y, 0)
-    x1,y1 = min(x+mask.size[0], w),min(y+mask.size[1], h)
+    x0 = max(x, 0)
+    y0 = max(y, 0)
+    x1 = min(x+mask.size[0], w)
+    y1 = min(y+mask.size[1], h)
     return x0, y0, x1, y1, np.s_[y0-y:y1-y, x0-x:x1-x]
 
 def _hides(owner, hard, style, area):
@@ -256,12 +261,14 @@ def _style(rng):
     cut = rng.random() < .5
     hide = rng.choice([.05, .4])
     hues = [colour(rng, 1.) for _ in range(3)]
-    shadow = rng.uniform(.1, .5)*(rng.random() < .4)
+    strength = rng.uniform(.1, .5)
+    shadow = strength if rng.random() < .4 else 0.
     return dict(upright=upright, cut=cut, hide=hide, hues=hues, shadow=shadow, areas={})
 
 def _boxes(owner, labels):
     "Extents (n,4) of what can be seen, and the labels (n,) of what can be seen at all"
-    boxes,kept = [],[]
+    boxes = []
+    kept = []
     for i,label in enumerate(labels, 1):
         seen = owner==i
         if seen.sum() < 8: continue

@@ -54,8 +54,10 @@ def is_cut(
     x,y,w,h = window
     H,W = hw
     near = .02*max(w, h)
-    left, top = boxes[:, 0] < x+near, boxes[:, 1] < y+near
-    right, bottom = boxes[:, 2] > x+w-near, boxes[:, 3] > y+h-near
+    left = boxes[:, 0] < x+near     # (n,)
+    top = boxes[:, 1] < y+near
+    right = boxes[:, 2] > x+w-near
+    bottom = boxes[:, 3] > y+h-near
     return left & (x > 0) | top & (y > 0) | right & (x+w < W) | bottom & (y+h < H)
 
 # %% ../../nbs/using/03_tiles.ipynb #ffaff91e
@@ -80,7 +82,8 @@ def without_doubles(
     order = torch.argsort(scores - 2*cut.float(), descending=True, stable=True)
     kept = []
     while len(order):
-        i,rest = order[0],order[1:]
+        i = order[0]
+        rest = order[1:]
         kept.append(i)
         rival = (labels[rest]==labels[i]) & (tile[rest]!=tile[i])
         double = rival & (_covered(boxes[i], boxes[rest], cut[rest]) >= share)
