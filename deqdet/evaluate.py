@@ -35,7 +35,7 @@ def _grouped(): return dist.is_available() and dist.is_initialized()
 
 def gather_preds(
     preds: list # this process's predictions, as dicts with image_id
-) -> list:      # everybody's, one per image, by image id
+) -> list:      # those of all processes, one per image, by image id
     "Predictions of all processes, once per image"
     if _grouped():
         shards = [None]*dist.get_world_size()
@@ -46,8 +46,8 @@ def gather_preds(
 
 def on_first(
     f, *args, **kwargs # a function and what it is called with
-):                     # its answer, in every process
-    "Call `f` in the first process only, and tell the others what it said"
+):                     # what it returned, in every process
+    "What `f` returns in the first process, sent to all"
     here = not _grouped() or dist.get_rank()==0
     out = [f(*args, **kwargs) if here else None]
     if _grouped(): dist.broadcast_object_list(out)
@@ -85,7 +85,7 @@ def evaluate(
     max_dets: int=100,      # detections that the model returns for an image and that COCO counts
     **kwargs                # for `model.predict`
 ) -> Result:                # the same in every process
-    "COCO's numbers of a model on the images that a loader gives"
+    "COCO's numbers of a model on the images of a loader"
     preds = predict_dl(model, dl, steps, max_dets=max_dets, **kwargs)
     images = [p['image_id'] for p in preds]
     return on_first(coco_ap, preds, dl.dataset, images=images, max_dets=max_dets)

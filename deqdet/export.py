@@ -28,7 +28,7 @@ def unrolled(
     feats,     # features
     steps=None # applications; None: as many as the decoder would do by itself
 ):             # `Pred` after the last one
-    "The answer of a decoder by a fixed number of steps, with no decision on the way"
+    "The prediction after a fixed number of steps, without branches"
     if not isinstance(decoder, Equilibrium): return decoder(state, feats, steps)[-1]
     feats = prepared(decoder.step, feats)
     z = decoder.init(state, feats)
@@ -37,11 +37,11 @@ def unrolled(
 
 # %% ../nbs/18_export.ipynb #b967f2cc
 class Fixed(nn.Module):
-    "A detector with a fixed number of steps, from pictures to detections"
+    "A detector with a fixed number of steps, from images to detections"
     def __init__(self,
         model,       # `Detector`
         steps=None,  # of the decoder
-        max_dets=100 # detections per picture
+        max_dets=100 # detections per image
     ):
         super().__init__()
         self.model = model.eval()
@@ -51,7 +51,7 @@ class Fixed(nn.Module):
     def forward(self,
         images, # (B,3,H,W) RGB, bytes 0..255, padded right and at the bottom
         sizes   # (B,2) height and width without padding
-    ):          # (B,n,4) corners in pixels of the fed pictures, (B,n) scores, (B,n) classes
+    ):          # (B,n,4) corners in pixels of the fed images, (B,n) scores, (B,n) classes
         state,feats = self.model.start(images, sizes)
         pred = unrolled(self.model.decoder, state, feats, self.steps)
         found = decode(pred, self.max_dets)
@@ -61,9 +61,9 @@ class Fixed(nn.Module):
 def record(
     model,       # `Detector`
     steps=None,  # of the decoder
-    max_dets=100 # detections per picture
+    max_dets=100 # detections per image
 ):               # `torch.export.ExportedProgram`
-    "A detector as a graph, for any number of pictures of any size"
+    "A detector as a graph, for any number of images of any size"
     any_size = torch.export.Dim.DYNAMIC
     images = torch.zeros(3, 3, 96, 128, dtype=torch.uint8)
     sizes = torch.tensor([[96,128]]*3)
@@ -74,7 +74,7 @@ def record(
 
 # %% ../nbs/18_export.ipynb #d3a08d8c
 def _about(model):
-    "What a program has to know of a detector, as text"
+    "What a program needs to know about a detector, as text"
     thresholds = getattr(model, 'thresholds', None)
     known = dict(classes=list(model.vocab) if model.vocab else None,
                  feed=asdict(model.feed) if model.feed else None,
@@ -86,9 +86,9 @@ def export(self:Detector,
     path,           # of the file to write; `.pt2` and `.onnx` are usual
     format=None,    # 'torch' or 'onnx'; None: by the name of the file
     steps=None,     # of the decoder; None: as many as it would do by itself
-    max_dets=100    # detections per picture
+    max_dets=100    # detections per image
 ) -> Path:          # the file
-    "Write a file that detects without this package, for any number of pictures of any size"
+    "Write a file that detects without this package, for any number of images of any size"
     path = Path(path)
     kind = format or ('onnx' if path.suffix=='.onnx' else 'torch')
     if kind not in ('torch','onnx'):
@@ -116,7 +116,7 @@ def _save_onnx(program, path, about):
 LEAST = 64 # pixels of a side: below, a recorded graph takes a side of one cell for a constant
 
 class Exported:
-    "A file that `export` wrote, used as a detector is"
+    "A file that `export` wrote, with the methods of a detector"
     def __init__(self,
         run,  # images (B,3,H,W) of bytes, sizes (B,2) -> boxes, scores, labels
         about # dict of text: what `export` wrote beside the graph
@@ -135,7 +135,7 @@ class Exported:
         sizes=None, # (B,2) height and width of a batch without padding
         **kwargs    # for a batch `orig`, `scale`, `max_dets`, `min_score`; else for `predict`
     ): # as `Detector.predict`
-        "Detections in a batch, or in pictures"
+        "Detections in a batch, or in images"
         if is_batch(images, sizes): return self._in_batch(images, sizes, **kwargs)
         return predict(self, images, **kwargs)
 
@@ -176,7 +176,7 @@ def _open_torch(file, providers):
 
 def load_exported(
     file,          # what `Detector.export` wrote: .onnx, or anything else for a torch program
-    size=None,     # how to feed pictures, as `Feed.parse` reads it; None: as the file says
+    size=None,     # of the images, as `Feed.parse` reads it; None: that of the file
     providers=None # of onnxruntime, by name, the first one first; None: the processor
 ) -> Exported:
     "An exported file as a detector"
@@ -187,7 +187,7 @@ def load_exported(
     except CommandError: raise
     except ModuleNotFoundError as e:
         raise ImportError(f"{file}: it needs '{e.name}': pip install 'deqdet[export]'") from None
-    except Exception as e: # each runtime has kinds of its own
+    except Exception as e: # each runtime has its own kinds
         raise CommandError(f'{file}: no exported detector ({one_line(e)})') from e
     if size: model.feed = Feed.parse(size)
     return model

@@ -25,7 +25,7 @@ def focal_cost(
     alpha: float=.25,  # weight of positives; negatives weigh 1-alpha
     gamma: float=2.,   # how strongly easy cases are faded out
     eps: float=1e-12   # keeps the logarithms finite
-) -> Tensor:           # (...,N,M) change of the focal loss if query n answered for object m
+) -> Tensor:           # (...,N,M) change of the focal loss if query n is matched with object m
     "Positive minus negative focal term, at each object's class"
     last = logits.shape[-1] - 1
     at = labels.clamp(0, last)[..., None, :].expand(*logits.shape[:-1], -1) # (...,N,M)
@@ -57,7 +57,7 @@ def match_costs(
     gamma: float=2.,   # focal exponent
     form: str='xyxy'   # the four numbers that L1 compares: 'xyxy', or 'cxcywh' for Deformable DETR
 ) -> dict[str, Tensor]: # cls, l1, giou: (S,B,N,M) each, without weights
-    "What it would cost every query to answer for every object"
+    "Costs of matching every query with every object"
     truth = target.boxes.to(boxes)
     cls = focal_cost(logits, target.labels, alpha, gamma)
     l1 = torch.cdist(_relative(boxes, target.size, form), _relative(truth, target.size, form), p=1)
@@ -69,7 +69,7 @@ def assign(
     cost: Tensor,   # (S,B,N,M) cost of every pair
     labels: Tensor  # (B,M) class of every object, -1 where padded
 ) -> Tensor:        # (4,n) rows of indices: state, image, query, object
-    "The cheapest one-to-one matching of every state and image"
+    "Indices of the cheapest one-to-one matching of every state and image"
     from scipy.optimize import linear_sum_assignment # a sixth of a second that only training needs
     cost = cost.detach().cpu().numpy()
     real = (labels >= 0).cpu().numpy()
@@ -103,7 +103,7 @@ def set_terms(
     form: str='xyxy',  # the four numbers that L1 compares
     scoring=None       # (logits, indices (4,n), overlaps (n,)) -> (S,B,N,K); None: the focal loss
 ) -> dict[str, Tensor]: # cls, l1, giou: (S,B) each, summed over the image, without weights
-    "How far the matched pairs are apart, and how wrong all scores are"
+    "The three terms: all scores, and matched pairs of boxes"
     s,b,q,t = where
     mine = boxes[s,b,q]                     # (n,4) of the matched queries
     truth = target.boxes.to(boxes)[b,t]     # (n,4) of their objects
@@ -192,7 +192,7 @@ class SetLoss:
         boxes: Tensor,  # (S,B,N,4) xyxy in pixels
         target          # as for `__call__`
     ) -> Tensor:        # (4,n) rows of indices: state, image, query, object
-        "Who answers for what, in every state and image"
+        "The query of each object, in every state and image"
         costs = match_costs(logits, boxes, target, self.alpha, self.gamma, self.form)
         total = sum(getattr(self, f'cost_{k}')*v for k,v in costs.items()) # (S,B,N,M)
         host = total.cpu()

@@ -1,4 +1,4 @@
-"""One call from an image to its boxes, from another's weights to a detector of your own, from a set to a loader
+"""detect in images, start from trained weights, and load a data set for a detector
 
 Docs: https://deqdet.github.io/deqdet/predict.html.md"""
 
@@ -38,7 +38,7 @@ def is_batch(
     images, # whatever `predict` was given
     sizes   # heights and widths, or None
 ) -> bool:
-    "Is it what a detector is fed, and no picture?"
+    "Whether it is a batch, not an image"
     if sizes is not None: return True
     if isinstance(images, (list, tuple)) and images: images = images[0] # maps of features
     return isinstance(images, Tensor) and images.ndim==4
@@ -47,9 +47,9 @@ def is_batch(
 def predict(self:Detector,
     images,     # a batch (B,3,H,W), or what the function `predict` takes
     sizes=None, # (B,2) height and width of a batch without padding
-    **kwargs    # for a batch `orig`, `scale`; for pictures as for the function `predict`
+    **kwargs    # for a batch `orig`, `scale`; for images as for the function `predict`
 ): # of a batch: list of dict(boxes (n,4), scores (n,), labels (n,)); else as `predict`
-    "Detections in a batch, or in pictures"
+    "Detections in a batch, or in images"
     if is_batch(images, sizes): return batch_predict(self, images, sizes, **kwargs)
     return stream.predict(self, images, **kwargs)
 
@@ -66,7 +66,7 @@ def save_figure(
     fig, # matplotlib figure
     file # to write
 ):
-    "Write a figure without its margins, and forget it"
+    "Write a figure without its margins, and close it"
     fig.savefig(file, dpi=100, bbox_inches='tight')
     plt.close(fig)
 
@@ -96,7 +96,7 @@ def read_names(
 def start_from(
     source,    # `Detector`, or folder of one
     vocab,     # class names
-    tell=print, # gets a line that says what was kept, and what starts afresh
+    tell=print, # is called with a line on what was kept and what was not
     **changes  # for `adopt`: `n_queries`, or other fields of the record
 ) -> Detector: # in training mode
     "A detector for these classes, with all weights of another one that fit"
@@ -105,7 +105,7 @@ def start_from(
 
 # %% ../nbs/16_predict.ipynb #6f89ad1b
 def _check_names(source, model):
-    "The set and the detector have classes in common"
+    "Raises an error if the set and the detector share no class"
     categories = sorted(source.coco['categories'], key=lambda o: o['id'])
     theirs = [o['name'] for o in categories]
     vocab = model.vocab
@@ -120,9 +120,9 @@ def _check_names(source, model):
 # %% ../nbs/16_predict.ipynb #ab6e1d06
 def eval_loader(
     data,          # folder of a detection set
-    model,         # `Detector`; its `feed` says what size it wants
+    model,         # `Detector`; its `feed` is the size of images
     split='valid', # which part of the set; '' for a set that is not divided
-    bs=8,          # pictures in a batch
+    bs=8,          # images in a batch
     layout=None,   # coco, voc or yolo; by default it is recognised
     workers=0      # processes that load
 ):                 # loader

@@ -17,12 +17,12 @@ from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import get_model, rank_distrib
 from .commands.options import (
     DIETS, MAY_CHANGE, Diet, complete_options, has_start, loaders, recipe_and_feed,
-    resumed_options, saved_options, start_detector, with_epochs) # some for who imports them here
+    resumed_options, saved_options, start_detector, with_epochs) # some are imported from here
 from .learner import (CSVLog, EMA, MANY, NonFinite, Resume, Stop, TimeBudget, det_learner)
 from .model import Feed
 from .ops.errors import CommandError, FILE_FAULTS, blame, make_folder, one_line
 from .ops.files import finite, write_json
-from .ops.machine import duration, machine # `duration` for who imports it here
+from .ops.machine import duration, machine # `duration` is imported from here
 from .predict import detect, load_detector, save_detector, save_figure
 from .sets.mosaic import Mosaic
 from .sets.sizes import warn_if_tiny
@@ -70,7 +70,7 @@ class Keep(Callback):
 
 # %% ../nbs/19_runs.ipynb #2cee32ca
 class RunResume(Resume):
-    "`Resume`, with a message for a file from which nobody can go on"
+    "`Resume`, with a message for a file that cannot be resumed from"
     loaded = staticmethod(lambda: None) # what to do when the file was read
     def _load(self):
         with blame(self.file, ValueError, KeyError, IndexError, RuntimeError): super()._load()
@@ -156,7 +156,7 @@ def resumable(
     o,     # options
     folder # of the training
 ):         # how to go on
-    "Faults that end a training say what to do"
+    "Adds to errors that end a training the command that resumes it"
     how = shlex.join(['deqdet_train', str(o['data']), '--out', str(folder), '--resume'])
     if PROCESSES > 1: how = f'in {PROCESSES} processes again, {how}'
     try: yield how

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
+import outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -21,6 +22,7 @@ LIBRARIES = ['torch','pandas','timm','torchvision.transforms.v2','scipy.optimize
 # what takes longest, started first so that it does not run alone at the end
 LONGEST = ['tutorials/train','tutorials/equilibrium','14_learner','21_cli','08_equilibrium','13_evaluate','tutorials/own_data',
            '07_solver','families/04_deformable','tutorials/steps_vs_accuracy','10_model','11_sqr']
+OUTPUTS = bool(os.environ.get('DEQDET_OUTPUTS')) # are stored outputs compared with fresh ones?
 FLAG = 'notest' # cells that nbdev-test skips (tst_flags of nbdev)
 NOT_OURS = '.*','_proc','_docs','demo','bench','runs','build','dist','*.egg-info','__pycache__'
 
@@ -92,8 +94,8 @@ def redirect(out):
     file = os.open(out, os.O_WRONLY|os.O_APPEND)
     for fd in (1, 2): os.dup2(file, fd)
 
-def in_fork(root, nb, out):
-    "In a new process: run nbdev-test on a notebook, write what it prints to a file, end"
+def in_fork(root, nb, out, fresh=None):
+    "In a new process: run nbdev-test on a notebook, write what it prints to a file, and the notebook to `fresh`; end"
     os.setsid() # whoever stops it stops what it started
     redirect(out)
     os.chdir(root)
@@ -101,7 +103,11 @@ def in_fork(root, nb, out):
     sys.path.insert(0, root)
     sys.argv = ['nbdev-test', nb]
     code = 0
-    try: import_module('nbdev.test').nbdev_test.__wrapped__(nb, n_workers=0)
+    try:
+        test = import_module('nbdev.test')
+        write_nb = test.write_nb
+        test.write_nb = lambda ran, path: write_nb(ran, fresh)
+        test.nbdev_test.__wrapped__(nb, n_workers=0, save=bool(fresh))
     except SystemExit as e: code = e.code
     except BaseException: code = traceback.print_exc() or 1
     atexit._run_exitfuncs() # temporary folders go
@@ -123,12 +129,12 @@ def ended(pid, timeout):
         except ProcessLookupError: pass
 
 def nursery(libraries):
-    "Fork for each line of stdin, `[root, notebook, file for the output, seconds]`; answer with the exit status"
+    "Fork for each line of stdin, `[root, notebook, file for the output, file for the notebook, seconds]`; answer with the exit status"
     for lib in libraries: import_module(lib)
     for line in sys.stdin:
-        root,nb,out,timeout = json.loads(line)
+        root,nb,out,fresh,timeout = json.loads(line)
         pid = os.fork()
-        if not pid: in_fork(root, nb, out)
+        if not pid: in_fork(root, nb, out, fresh)
         print(json.dumps(ended(pid, timeout)), flush=True)
 
 own = threading.local()
@@ -140,12 +146,12 @@ def my_nursery():
         own.nursery = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ(ROOT))
     return own.nursery
 
-def run_notebook(root, nb, timeout=TIMEOUT):
-    "nbdev-test on a notebook: exit status, what it printed, seconds"
+def run_notebook(root, nb, timeout=TIMEOUT, fresh=None):
+    "nbdev-test on a notebook: exit status, what it printed, seconds; `fresh` gets the notebook with its new outputs"
     start = time.time()
     with tempfile.NamedTemporaryFile('r', encoding='utf-8', errors='replace') as f:
         process = my_nursery()
-        print(json.dumps([str(root), str(nb), f.name, timeout]), file=process.stdin, flush=True)
+        print(json.dumps([str(root), str(nb), f.name, fresh and str(fresh), timeout]), file=process.stdin, flush=True)
         answer = process.stdout.readline()
         code = json.loads(answer) if answer else 'the process that starts notebooks died'
         return code, re.sub(r'\x1b\[[0-9;]*m', '', f.read()), time.time()-start
@@ -153,10 +159,14 @@ def run_notebook(root, nb, timeout=TIMEOUT):
 def check_notebook(root, nb):
     "nbdev-test on one notebook"
     name = str(nb.relative_to(root))
-    code,out,secs = run_notebook(root, nb)
+    with tempfile.TemporaryDirectory() as d:
+        fresh = Path(d)/'fresh.ipynb' if OUTPUTS else None
+        code,out,secs = run_notebook(root, nb, fresh=fresh)
+        differ = outputs.differences(json.loads(nb.read_text()), json.loads(fresh.read_text())) if fresh and fresh.exists() else []
     if code: return Result(name, 'failed', secs, f'{out[-4000:]}\n({code})')
     if 'Success.' not in out: return Result(name, 'skipped', secs, out.strip() or 'nbdev-test did not run it')
     if not runs(nb): return Result(name, 'skipped', secs, 'none of its cells runs')
+    if differ: return Result(name, 'failed', secs, 'stored outputs differ from fresh ones:\n' + '\n'.join(map(str, differ)))
     return Result(name, 'passed', secs)
 
 # ---- tests

@@ -1,4 +1,4 @@
-"""A detector takes over from another one what fits
+"""a detector for other classes with all weights of a trained one that fit
 
 Docs: https://deqdet.github.io/deqdet/families/adopt.html.md"""
 
@@ -17,7 +17,7 @@ def with_queries(
     hyper, # record of a detector
     n      # queries
 ):         # record
-    "With another number of queries; a grid stays a grid, of `n` boxes or a few more"
+    "The record with another number of queries; a grid stays a grid, of `n` boxes or a few more"
     if n==hyper.n_queries: return hyper
     if not getattr(hyper, 'grid', ()): return replace(hyper, n_queries=n)
     cols = max(1, round(n**.5))
@@ -34,7 +34,7 @@ def _contents(old, new):
     return torch.cat([v[:len(fresh)], fresh[len(v):]])
 
 def _kept(old, new):
-    "The tensors of `old` that `new` can use, those of its queries too"
+    "The tensors of `old` that fit `new`, contents of queries included"
     learned = dict(new.named_parameters())
     state = new.state_dict()
     kept = {}
@@ -81,7 +81,7 @@ def _class_rows(old, new):
 def adopt(
     old,       # `Detector`
     vocab,     # class names
-    tell=print, # gets a line that says what was kept, and what starts afresh
+    tell=print, # is called with a line on what was kept and what was not
     n_queries=None, # None: as many as there are
     name=None, # what to call the old one
     **changes  # fields of the record, such as `dropout=.1`
@@ -105,7 +105,7 @@ def adopt(
     return new
 
 def _told(name, old, new, kept, fresh):
-    "What a detector took over, in a line"
+    "One line on what was kept"
     classes = f'{old.hyper.n_classes} classes there, {new.hyper.n_classes} here'
     queries = ''
     if old.hyper.n_queries != new.hyper.n_queries:

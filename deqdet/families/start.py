@@ -1,4 +1,4 @@
-"""neck, queries and decoder that have boxed things before, for a detector of one's own classes
+"""load a trained neck, queries and decoder into a detector with other classes
 
 Docs: https://deqdet.github.io/deqdet/families/start.html.md"""
 
@@ -23,13 +23,13 @@ WEIGHTS = Path(deqdet.__file__).parent/'weights'
 def start_file(
     name # of a detector, such as 'deqdet_lite'
 ):       # path of the weights that come with the package
-    "Where the package keeps the trained start of a detector"
+    "The package's file with the trained start of a detector"
     return WEIGHTS/f'{name}.safetensors'
 
 def start_note(
     file # of a trained start
 ) -> dict: # name, scenes, updates, vocab, commit, …
-    "What a file says of its training"
+    "How a file was trained"
     with safe_open(file, 'pt') as f: note = f.metadata()
     return dict(note, vocab=json.loads(note['vocab']))
 
@@ -49,7 +49,7 @@ def object_row(
 
 # %% ../../nbs/families/05_start.ipynb #a081ec49
 def _new_classes(tower, start, prefix):
-    "Give the last layer of a class tower the object row; a little of its random weights stays"
+    "The last layer of a class tower from the object row, plus a little of its random weights"
     last = tower[-1]
     row = start[f'{prefix}.object.weight']
     bias = start[f'{prefix}.object.bias']
@@ -68,7 +68,7 @@ def nearest_contents(
 
 # %% ../../nbs/families/05_start.ipynb #26b88def
 def _for_stack(start, stages):
-    "The names of an equilibrium's weights as a stack has them"
+    "An equilibrium's weights under the names of a stack"
     res = {k: v for k,v in start.items() if not k.startswith('decoder.')}
     for i in range(stages):
         old = 'decoder.step.' if i else 'decoder.init.'
@@ -82,7 +82,7 @@ def _towers(decoder):
 
 # %% ../../nbs/families/05_start.ipynb #5545499a
 def _for_queries(start, own):
-    "The contents for the boxes that this detector has"
+    "Contents for the boxes of this detector"
     content = start['queries.content.weight'] # (N,D)
     boxes = start['queries.boxes']            # (N,4)
     mine = own['queries.boxes']               # (M,4)
@@ -97,13 +97,13 @@ def _without_classes(start):
 class Started(NamedTuple):
     "What `load_start` did"
     kept: list  # names of the tensors that came from the file
-    fresh: list # names of those that start afresh; the body is not among them
+    fresh: list # names of those that keep their random weights, without the body
 
 def load_start(
     model, # `Detector`, changed in place
     file   # what `benchmarks/pretrain.py` wrote
 ) -> Started:
-    "Put a trained start into a detector"
+    "Names of the tensors that a detector takes from a trained start, and of the others"
     start = {k: v.float() for k,v in load_file(file).items()}
     if list(model.vocab or []) != start_note(file)['vocab']: start = _without_classes(start)
     steps = getattr(model.decoder, 'steps', None)

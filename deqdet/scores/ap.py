@@ -87,7 +87,7 @@ def _truth(truth):
 
 # %% ../../nbs/scores/01_ap.ipynb #5e540ca2
 def _object(i, a):
-    "One annotation as COCO's evaluation wants it"
+    "One annotation with the fields of COCO's evaluation"
     _,_,w,h = a['bbox']
     crowd = int(a.get('iscrowd', 0))
     return dict(id=i, bbox=a['bbox'], area=a.get('area', w*h), iscrowd=crowd, ignore=crowd)
@@ -107,14 +107,14 @@ def _values(r, i):
     except KeyError as e: raise ValueError(f'result {i} has no {e}') from None
 
 def _warn_dropped(alien, bad, n):
-    "Say which detections do not take part"
+    "Warn about detections that do not count"
     if alien:
         shown = sorted(alien)[:5]
         warnings.warn(f'detections of categories that the truth does not have are ignored: {shown}')
     if bad: warnings.warn(f'{bad} of {n} detections are not finite and were dropped')
 
 def _detections(results, cats, ids, subset=False):
-    "Detections by (image, category), as COCO's evaluation wants them, and their number"
+    "Detections by (image, category), for COCO's evaluation, and their number"
     out = defaultdict(list)
     alien = set() # categories that the truth does not have
     n = bad = 0
@@ -176,7 +176,7 @@ class Result(dict):
 # %% ../../nbs/scores/01_ap.ipynb #adb51085
 @contextmanager
 def _collector_paused():
-    "No search for garbage cycles meanwhile"
+    "A context without Python's garbage collector"
     on = gc.isenabled()
     gc.disable()
     try: yield

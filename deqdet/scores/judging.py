@@ -1,4 +1,4 @@
-"""F1 against the threshold, the kinds of error and what each of them costs, and whether scores mean what they say
+"""F1 against the threshold, kinds of error and their cost in AP, and calibration of scores
 
 Docs: https://deqdet.github.io/deqdet/scores/judging.html.md"""
 
@@ -35,7 +35,7 @@ def _curve(judged, n):
     hits = right.cumsum()
     shown = np.arange(1, len(hits)+1)
     table = dict(score=scores, precision=hits/shown, recall=hits/max(n, 1), f1=2*hits/(shown + n))
-    last = np.append(np.diff(scores) < 0, True)[:len(scores)] # equal scores stand or fall together
+    last = np.append(np.diff(scores) < 0, True)[:len(scores)] # equal scores count together
     return pd.DataFrame(table)[last].reset_index(drop=True)
 
 def f1_curves(
@@ -50,8 +50,8 @@ def f1_curves(
 # %% ../../nbs/scores/03_judging.ipynb #8319b5f2
 def best_points(
     curves: dict # from `f1_curves`
-) -> pd.DataFrame: # a row for each class: score, precision, recall, f1; nan where nothing is right
-    "The threshold of each class with the best F1, and what one gets there"
+) -> pd.DataFrame: # a row for each class: score, precision, recall, f1; nan: none is right
+    "The threshold with the best F1 for each class, with its precision and recall"
     rows = {k: t.loc[t.f1.idxmax()] if t.f1.any() else pd.Series(np.nan, t.columns)
             for k,t in curves.items()}
     return pd.DataFrame(rows).T
@@ -81,7 +81,7 @@ class Fault(NamedTuple):
     det: dict     # the detection: id, category_id, bbox, score; None for a missed object
     obj: dict     # the object that it is about: id, category_id, bbox; None for background
     iou: float    # their overlap
-    free: bool=False # may the detection have the object, once its class or box is put right?
+    free: bool=False # may the detection have the object, once its class or box is corrected?
 
 def _matched(dets, objs, over, iou):
     "COCO's matches of one image: for each detection its object, or None; crowds come last"
@@ -170,7 +170,7 @@ def error_kinds(
     cat_ids: list|None=None, # (K,) category id of each label
     **kwargs                 # `iou`, `low` for `find_faults`
 ) -> pd.DataFrame:           # a row for each kind: count, and by how much AP50 rises without it
-    "How many errors of each kind there are, and what they cost"
+    "Count and cost of each kind of error"
     coco = _truth(truth)
     ids = cat_ids or getattr(truth, 'cat_ids', None) or sorted(c['id'] for c in coco['categories'])
     results = _results(preds, ids)

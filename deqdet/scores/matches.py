@@ -1,4 +1,4 @@
-"""What a detector finds, confuses, misses and invents
+"""precision-recall curves, a confusion matrix, the worst images, and a score threshold for each class
 
 Docs: https://deqdet.github.io/deqdet/scores/matches.html.md"""
 
@@ -145,7 +145,7 @@ def _f1_curve(judged, n):
     "Distinct scores, falling, and F1 of all detections from there upwards; `n` objects"
     scores, right = np.array(sorted(judged, reverse=True), dtype=float).reshape(-1, 2).T
     f1 = 2*right.cumsum() / (np.arange(1, len(scores)+1) + n)
-    last = np.append(np.diff(scores) < 0, True)[:len(scores)] # equal scores stand or fall together
+    last = np.append(np.diff(scores) < 0, True)[:len(scores)] # equal scores count together
     return scores[last], f1[last]
 
 # %% ../../nbs/scores/02_matches.ipynb #1d4d2199

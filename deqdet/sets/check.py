@@ -1,4 +1,4 @@
-"""What is wrong with a detection set, file by file and field by field; and what can be used of it
+"""errors of a detection set by file and field, and the part that can be used
 
 Docs: https://deqdet.github.io/deqdet/sets/check.html.md"""
 
@@ -44,7 +44,7 @@ def _fault(a, image, categories):
 
 # %% ../../nbs/sets/04_check.ipynb #3a973f22
 def _categories(coco, vocab):
-    "Categories of the vocabulary, in its order, and for each id of the file the one that counts"
+    "Categories of the vocabulary, and the category of each id of the file"
     cats = sorted(coco['categories'], key=lambda o: o['id'])
     first = {o['name']: o['id'] for o in reversed(cats)}
     if not vocab: vocab = dict.fromkeys(o['name'] for o in cats)
@@ -73,7 +73,7 @@ def _unique(entries, file, key):
     return first, problems
 
 def _with_ids(anns):
-    "Annotations whose ids tell them apart and are not 0"
+    "Annotations with distinct ids other than 0"
     ids = {a['id'] for a in anns}
     if len(ids)==len(anns) and not ids & {None, 0}: return anns
     return [dict(a, id=i) for i,a in enumerate(anns, 1)]
@@ -83,7 +83,7 @@ def clean(
     source,    # `Source`
     vocab=None # class names; by default those of the source, by id
 ) -> tuple:    # COCO dict, list of `Problem`
-    "What can be used of a split, and what was wrong with it"
+    "The usable part of a split, and its problems"
     coco = source.coco
     file = str(source.file)
     images,twice = _unique(coco['images'], file, 'images')
@@ -113,7 +113,7 @@ SAME = .95  # correlation from which on two images are nearly the same
 def thumbnail(
     img # (3,h,w) uint8
 ): # (576,) grey values without their mean, of length 1; None for an image without contrast
-    "What is compared of an image"
+    "A small grey version of an image, for comparison"
     grey = adaptive_avg_pool2d(img.float().mean(0, keepdim=True), SIDE).flatten() # (576,)
     grey = grey - grey.mean()
     return grey/grey.norm() if grey.norm() > SIDE else None # one grey level on average
@@ -198,7 +198,7 @@ def verify_data(
     decode=True,    # decode every image, and not only ask whether it is there
     workers=4       # threads that decode
 ) -> Report:
-    "What is odd about a detection set, file by file and field by field"
+    "A report on a detection set, by file and field"
     layout = layout or find_layout(path)
     check = partial(_check_image, decode=decode)
     lines = {}

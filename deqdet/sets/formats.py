@@ -1,4 +1,4 @@
-"""COCO, VOC and YOLO folders are read into COCO's terms, with nothing repaired
+"""read folders in three layouts into COCO's form
 
 Docs: https://deqdet.github.io/deqdet/sets/formats.html.md"""
 
@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
 @dataclass
 class Source:
-    "One split as it stands on disk, in COCO's terms, nothing repaired"
+    "One split as it is on disk, in COCO's form, without repairs"
     coco: dict                       # 'images', 'annotations', 'categories'
     folder: Path = Path()            # `file_name` of an image is relative to it
     file: Path = Path('annotations') # where the annotations came from, for messages
@@ -82,7 +82,7 @@ def _check_entry(o, fields, place):
         raise DataError(f"{place} id: {o['id']!r}: a whole number was expected")
 
 def _check_fields(coco, file):
-    "What COCO's lists must hold to be read at all"
+    "Checks the fields that reading needs"
     required = dict(images=('id','file_name'), categories=('id','name'), annotations=())
     for k,fields in required.items():
         if not isinstance(coco, dict) or not isinstance(coco.get(k), list):
@@ -257,7 +257,7 @@ LAYOUTS = dict(coco=read_coco, voc=read_voc, yolo=read_yolo)
 def find_layout(
     path # folder of a detection set
 ) -> str: # 'coco', 'voc' or 'yolo'
-    "Recognise a layout by what the folder holds"
+    "The layout of a folder, by its files"
     path = Path(path)
     if not path.is_dir(): raise DataError(f'{path}: no such folder')
     def has(*patterns): return any(True for o in patterns for _ in path.glob(o))

@@ -1,4 +1,4 @@
-"""Four images of a batch make one
+"""an augmentation that joins parts of four images
 
 Docs: https://deqdet.github.io/deqdet/sets/mosaic.html.md"""
 
@@ -47,7 +47,7 @@ def _window(hw, place):
 def four_in_one(
     samples # four of (image (3,h,w), `Target`)
 ):          # image (3,h,w), `Target`
-    "A mosaic as large as the first image; it keeps that one's number"
+    "A mosaic with the size and the id of the first image"
     image,first = samples[0]
     h,w = image.shape[1:]
     y = round(h*_between(.3, .7))
@@ -76,18 +76,18 @@ def mosaic(
 
 # %% ../../nbs/sets/09_mosaic.ipynb #8e0cae2f
 class Mosaic(Callback):
-    "Some batches of a training are mosaics, but not in its last part"
+    "Turns some batches into mosaics, except in the last part of a training run"
     order = 80 # after `Resume`, which sets the random generators
     run_valid = False
     def __init__(self,
         part=.5, # of the batches
-        last=.3  # part of the training that goes without
+        last=.3  # part of the training without mosaics
     ):
         self.part = part
         self.last = last
 
     def done(self):
-        "How much of the training is over, 0..1"
+        "The part of the training that is done, 0..1"
         budget = vars(self.learn).get('time_budget')
         return budget.elapsed()/budget.seconds if budget else self.pct_train
 

@@ -1,4 +1,4 @@
-"""Images with rare classes come more often
+"""repeat images that show rare classes
 
 Docs: https://deqdet.github.io/deqdet/sets/rare.html.md"""
 
@@ -29,7 +29,7 @@ def repeated(
     ds,  # `DetDataset`
     rare # part of the images below which a class is rare, 0..1
 ) -> list: # numbers of images, for `DetDL(..., items=)`
-    "The images of an epoch, those with rare classes several times"
+    "The images of an epoch, with repeats of those that show rare classes"
     ends = repeat_factors(ds, rare).double().cumsum(0) # (n,)
     marks = torch.arange(round(ends[-1].item())) + .5  # (N,)
     return torch.searchsorted(ends, marks).clamp(max=len(ds)-1).tolist()

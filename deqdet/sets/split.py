@@ -1,4 +1,4 @@
-"""Training and validation images that do not know each other: whole groups go to one side
+"""training and validation splits that keep groups of images together
 
 Docs: https://deqdet.github.io/deqdet/sets/split.html.md"""
 
