@@ -19,13 +19,13 @@ def _starts(length, size, overlap):
     return [round(i*(length - size)/(n - 1)) for i in range(n)]
 
 def tile_size(
-    tiles # side of the tiles in pixels, (side, overlap), or text: '640', '640x64'
+    tiles # side of the tiles in pixels, (side, overlap), or text: '640', '640,64'
 ) -> tuple: # side, overlap; by default a fifth of the side
     "What `tiles=` says, checked"
     wanted = f'tiles={tiles!r}: (side, overlap) was expected, 0 <= overlap < side'
     if isinstance(tiles, str):
-        if not re.fullmatch(r'\d+(x\d+)?', tiles): raise ValueError(wanted)
-        tiles = [int(o) for o in tiles.split('x')]
+        if not re.fullmatch(r'\d+([x,]\d+)?', tiles): raise ValueError(wanted)
+        tiles = [int(o) for o in re.split('[x,]', tiles)]
     numbers = list(tiles) if isinstance(tiles, (tuple, list)) else [tiles]
     size,overlap = numbers if len(numbers)==2 else (numbers[0], numbers[0]//5)
     if not 0 <= overlap < size: raise ValueError(wanted)
