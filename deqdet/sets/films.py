@@ -30,7 +30,7 @@ def sprite_of(
     owner = np.zeros((big, big), np.int64)
     style = dict(upright=True, cut=False, hide=1., hues=[colour(rng, 1.) for _ in range(3)],
                  shadow=0., areas={})
-    while not put(rng, img, owner, k, FINE*side, 1, style): pass
+    while not put(rng, img, owner, KINDS[k], FINE*side, 1, style): pass
     rgba = np.dstack([img.clip(0, 255), 255*(owner==1)]).astype(np.uint8)
     rows = np.flatnonzero(owner.any(1))
     cols = np.flatnonzero(owner.any(0))
