@@ -1,4 +1,4 @@
-# Each target makes its environment, .venv, itself when it is missing; plain `make` says what there is.
+# Each target makes its environment, .venv, itself when it is missing; plain `make` lists the targets.
 MIN     := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 PYTHON  ?= python3 python3.13 python3.12 python3.11
 # Which pair of torch and torchvision: the tested one of constraints.txt, or with TORCH=oldest the least that settings.ini allows
@@ -31,7 +31,7 @@ help:
 
 # The interpreter: the first of $(PYTHON) that is new enough.
 $(BIN)/python:
-	@[ -w . ] || { echo "$(CURDIR) cannot be written to, and $(VENV) goes there: copy the folder, and say make in the copy."; exit 1; }
+	@[ -w . ] || { echo "$(CURDIR) cannot be written to, and $(VENV) goes there: copy the folder, and run make in the copy."; exit 1; }
 	@for p in $(PYTHON); do \
 	  if $$p -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN)".split("."))))' 2>/dev/null; \
 	  then echo "Making $(VENV) with $$($$p --version)"; $$p -m venv $(VENV) && exit; \
