@@ -10,7 +10,8 @@ from fastcore.nbio import read_nb
 BASE = """*{box-sizing:border-box} body{margin:0;font:17px/1.5 system-ui,sans-serif} main{padding:0 12px;max-width:800px;margin:auto}
 code{font-size:.875em} pre{font-size:.875em;padding:.4em;background:#80808020} table{width:100%;border-collapse:collapse}
 th,td{padding:.5rem;border-bottom:1px solid #8884} h1{font-size:2rem} h3{font-size:1.4rem} figure{margin:1em 0}
-body.quarto-dark{background:#171b20;color:#d6dce3}"""
+a{color:#1f64a0}
+body.quarto-dark{background:#171b20;color:#d6dce3} body.quarto-dark a{color:#7fb6e8} td,th,select,input,button{font:inherit}"""
 
 def pandoc():
     "The command pandoc, or None"
@@ -62,7 +63,7 @@ def to_html(text, css, dark=False):
     cmd = [pandoc(), '-f', 'markdown-smart', '-t', 'html5', '--mathml', '--wrap=preserve']
     res = subprocess.run(cmd, input=text, capture_output=True, text=True, check=True)
     theme = 'quarto-dark' if dark else 'quarto-light'
-    return (f'<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{BASE}{css}</style>'
+    return (f'<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>{BASE}{css}</style>'
             f'<body class="{theme}"><main>{res.stdout}</main></body>')
 
 def as_html(nb, css, dark=False): return to_html(as_markdown(nb), css, dark)
