@@ -245,9 +245,9 @@ def _tell_end(done, bad, folder, min_score):
 @command
 def deqdet_predict(
     model:str, # folder of a detector, or of a training, whose best one is taken
-    images:Annotated[str, 'picture files, folders, or patterns such as "photos/*.jpg"',
+    images:Annotated[str, 'pictures, folders, patterns such as "photos/*.jpg"; or films, cameras',
                      dict(nargs='+')],
-    out:str='predictions', # folder to write: a picture each, and predictions.json in COCO's form
+    out:str='predictions', # folder: a picture each, and predictions.json; for a film a film.mp4
     min_score:float=None, # leave out detections below; by default a training's choice, or .3
     max_dets:int=100,   # detections in a picture, at most
     size:str=None,      # pixels of the long side, or 800x1333 for both; by default as trained
@@ -255,14 +255,18 @@ def deqdet_predict(
     tol:float=None,     # relative residual at which a picture is done; by default all steps
     bs:int=8,           # pictures in a batch
     device:str=None,    # cpu, cuda, mps, …; by default the accelerator if there is one
-    json_only:bool=False # write predictions.json, and no pictures
+    json_only:bool=False # write no pictures and no films, only what was found
 ) -> int:
     "Detections in pictures: deqdet_predict runs/shapes photos --out found"
     from deqdet.predict import class_names, detect, draw_detections, find_pictures, to_coco
+    from deqdet.using.video import films_in, predict_films
+    films = films_in(images)
     detector = open_detector(model, size, device)
     vocab = detector.vocab
-    files = find_pictures(images)
+    files = [] if films else find_pictures(images)
     options = solver_options(detector, steps, tol)
+    kept = dict(min_score=min_score, drawn=not json_only)
+    if films: return predict_films(detector, films, out, say, **kept, **options)
     folder = make_folder(out)
     done = []
     bad = 0

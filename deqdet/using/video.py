@@ -7,8 +7,8 @@ Docs: https://deqdet.github.io/deqdet/using/video.html.md"""
 # %% auto #0
 __all__ = ['COLUMNS', 'draw_seen', 'Seen', 'each_shot', 'predict_video', 'FilmResult', 'films_in', 'film_names', 'predict_films']
 
-# %% ../../nbs/using/08_video.ipynb #d9959bf1
-import csv, torch
+# %% ../../nbs/using/08_video.ipynb #ecc60611
+import csv, sys, torch
 import numpy as np
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -209,7 +209,7 @@ def predict_film(self:Detector,
         return FilmResult(reader.name, n, objects, out if drawn and n else None, table,
                           reader.fault)
 
-# %% ../../nbs/using/08_video.ipynb #3c329776
+# %% ../../nbs/using/08_video.ipynb #8d1a36d5
 def films_in(
     items # arguments of a command
 ) -> list: # films and cameras; [] if there is none
@@ -245,9 +245,14 @@ def predict_films(
     for film,name in zip(films, film_names(films, out)):
         if Path(film).exists() and name.exists() and name.samefile(film):
             raise CommandError(f'{film}: it would be overwritten; --out names another file')
-        result = model.predict_film(film, name, track=track, **kwargs)
-        print(f'{result} in {result.film or result.table}')
-        if result.fault:
-            say(result.fault)
-            status = 2
+        fault = _one_film(model, film, name, track=track, **kwargs)
+        if fault: say(fault)
+        status = 2 if fault else status
     return status
+
+def _one_film(model, film, name, **kwargs):
+    "Print what came of a film; the line on what went wrong, or None"
+    try: result = model.predict_film(film, name, progress=sys.stdout.isatty(), **kwargs)
+    except CommandError as e: return str(e)
+    print(f'{result} in {result.film or result.table}')
+    return result.fault
