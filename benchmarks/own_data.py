@@ -37,6 +37,7 @@ from deqdet.training.quality import with_overlap
 from deqdet.zoo import create_detector
 from common import commit, machine, parser
 
+STEPS = 1, 2, 3, 5, 10, 20, 40 # at which AP is measured
 SETS = 'bccd', 'cards', 'deeppcb', 'raccoon'
 BODY = 'tf_efficientnet_lite0'
 
@@ -47,9 +48,9 @@ class Ours:
     "A detector of the zoo"
     clip = 1.
 
-    def __init__(self, name, vocab, args, start=True, denoise=True, overlap=True):
+    def __init__(self, name, vocab, args, start=True, denoise=True, overlap=True, **overrides):
         self.denoise = denoise
-        self.net = create_detector(name, vocab=vocab, pretrained=True, start=start, frozen_stages=args.frozen)
+        self.net = create_detector(name, vocab=vocab, pretrained=True, start=start, frozen_stages=args.frozen, **overrides)
         self.criterion = with_overlap(SetLoss()) if overlap else SetLoss()
 
     def loss(self, images, sizes, target):
@@ -59,7 +60,7 @@ class Ours:
         if not self.denoise: return loss
         return loss + denoising_loss(self.net, feats, sizes, target, loss=self.criterion)
 
-    def detect(self, images, sizes, target): return self.net.predict(images, sizes, orig=target.orig)
+    def detect(self, images, sizes, target, **kwargs): return self.net.predict(images, sizes, orig=target.orig, **kwargs)
 
 
 class FPN(nn.Module):
@@ -125,6 +126,7 @@ LITE = partial(Ours, 'deqdet_lite')
 KINDS = {
     'deqdet_lite': LITE,
     'adamixer_lite': partial(Ours, 'adamixer_lite'),
+    'shared_lite': partial(Ours, 'shared_lite'),       # gradients through all applications
     'deqdet_lite_scratch': partial(LITE, start=False), # random neck, queries and decoder
     'deqdet_lite_focal': partial(LITE, overlap=False), # class targets of 1
     'deqdet_lite_plain': partial(LITE, denoise=False), # no noisy truth
@@ -167,19 +169,26 @@ class Average:
             b.copy_(held)
 
 
-@torch.no_grad()
-def measure(detector, dls, average):
-    "AP, AP50, AP75 of the average"
-    average.swap()
-    detector.net.eval()
+def ap(detector, dls, **kwargs):
+    "AP, AP50, AP75"
     preds = []
     for images,sizes,target in dls.valid:
-        found = detector.detect(images, sizes, target)
+        found = detector.detect(images, sizes, target, **kwargs)
         preds += [dict(d, image_id=i) for i,d in zip(target.image_id.tolist(), found)]
-    detector.net.train()
-    average.swap()
     result = coco_ap(preds, dls.valid.dataset)
     return {k: float(result[k]) for k in ('AP', 'AP50', 'AP75')}
+
+
+@torch.no_grad()
+def measure(detector, dls, average):
+    "AP of the average; of our detectors also by the number of refinement steps"
+    average.swap()
+    detector.net.eval()
+    found = ap(detector, dls)
+    if isinstance(detector, Ours): found['by_steps'] = {t: ap(detector, dls, steps=t)['AP'] for t in STEPS}
+    detector.net.train()
+    average.swap()
+    return found
 
 
 def train(detector, dls, args):
@@ -258,12 +267,13 @@ def run_all(args):
                 one = argparse.Namespace(**vars(args) | dict(seed=seed, set=name, kind=kind))
                 if stands(one.out, cell(one)): continue
                 options = [f'--{k.replace("_", "-")}={v}' for k,v in vars(one).items() if k not in ('all', 'rounds')]
-                subprocess.run([sys.executable, '-W', 'ignore', __file__, *options], check=False)
+                subprocess.run([sys.executable, '-W', 'ignore', sys.argv[0], *options], check=False)
 
 
-def main():
-    p = parser(__doc__, set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
-               size=320, bs=4, seeds=1, sets=','.join(SETS), kinds=','.join(KINDS))
+def main(**defaults):
+    "Run what the command line says; keywords are other defaults"
+    p = parser(__doc__, **dict(set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
+               size=320, bs=4, seeds=1, sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()
     if args.all: return run_all(args)

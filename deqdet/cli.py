@@ -113,7 +113,7 @@ def deqdet_convert(
 # %% ../nbs/21_cli.ipynb #8bfa31bb
 @command
 def deqdet_eval(
-    model:str,       # folder of a detector, or of a training, whose best one is taken
+    model:str,       # folder of a detector or of a training, or a file that deqdet_export wrote
     data:str,        # folder of a detection set in COCO, VOC or YOLO layout
     split:str='valid', # which part of it; '' for a set that is not divided
     size:str=None,   # pixels of the long side, or 800x1333 for both; by default as it was trained
@@ -124,6 +124,7 @@ def deqdet_eval(
     layout:str=None, # coco, voc or yolo; by default it is recognised
     workers:int=0,   # processes that load pictures
     device:str=None, # cpu, cuda, mps, …; by default the accelerator if there is one
+    fast:bool=False, # compute the numbers by the package hotcoco
     out:str=None     # file for the detections, in COCO's format of results
 ):
     "COCO's numbers of a detector on a set: deqdet_eval runs/shapes shapes --steps 8"
@@ -134,7 +135,8 @@ def deqdet_eval(
     options = solver_options(detector, steps, tol)
     dl = eval_loader(data, detector, split, bs, layout, workers)
     preds = predict_dl(detector, bar(dl), max_dets=max_dets, **options)
-    result = coco_ap(preds, dl.dataset, max_dets=max_dets)
+    with blame('--fast', ImportError):
+        result = coco_ap(preds, dl.dataset, max_dets=max_dets, fast=fast)
     print(result)
     columns = ['AP','AP50','AP75','objects','detections']
     if len(result.per_class) > 1: print(result.per_class[columns].round(3).to_string())
@@ -218,20 +220,6 @@ def deqdet_train(
     train_command(given, out or Path('runs')/Path(data).resolve().name, resume, begun)
 
 # %% ../nbs/21_cli.ipynb #45913bff
-def _drawing(folder, file, taken):
-    "Where to draw a picture: its own name, or a numbered one when another picture has it"
-    name = f'{file.stem}.png'
-    n = 1
-    while name in taken:
-        n += 1
-        name = f'{file.stem}_{n}.png'
-    taken.add(name)
-    return folder/name
-
-def _counted(names):
-    "Names with how often each occurs"
-    return ', '.join(f'{names.count(o)} {o}' for o in dict.fromkeys(names)) or 'nothing'
-
 def _tell_end(done, bad, folder, min_score):
     "What a user wants to know after many pictures"
     pictures = 'picture' if len(done)==1 else 'pictures'
@@ -244,39 +232,53 @@ def _tell_end(done, bad, folder, min_score):
 # %% ../nbs/21_cli.ipynb #8fdb809e
 @command
 def deqdet_predict(
-    model:str, # folder of a detector, or of a training, whose best one is taken
-    images:Annotated[str, 'picture files, folders, or patterns such as "photos/*.jpg"',
+    model:str, # folder of a detector or of a training, or a file that deqdet_export wrote
+    images:Annotated[str, 'pictures, folders, patterns such as "photos/*.jpg"; or films, cameras',
                      dict(nargs='+')],
-    out:str='predictions', # folder to write: a picture each, and predictions.json in COCO's form
+    out:str='predictions', # folder: a picture each, and predictions.json; for a film a film.mp4
     min_score:float=None, # leave out detections below; by default a training's choice, or .3
     max_dets:int=100,   # detections in a picture, at most
     size:str=None,      # pixels of the long side, or 800x1333 for both; by default as trained
     steps:int=None,     # refinement steps; by default those of the detector
     tol:float=None,     # relative residual at which a picture is done; by default all steps
     bs:int=8,           # pictures in a batch
+    tiles:str=None,     # look at tiles of large pictures: side, or side,overlap, as 640,64
+    nms:float=None,     # remove what overlaps a better one of its class by this, 0..1
     device:str=None,    # cpu, cuda, mps, …; by default the accelerator if there is one
-    json_only:bool=False # write predictions.json, and no pictures
+    layout:Annotated[str, 'coco, voc or yolo: write a set too, to correct and to train on',
+                     dict(choices=('coco','voc','yolo'))]=None,
+    json_only:bool=False # write no pictures and no films, only what was found
 ) -> int:
     "Detections in pictures: deqdet_predict runs/shapes photos --out found"
-    from deqdet.predict import class_names, detect, draw_detections, find_pictures, to_coco
+    from deqdet.commands.pictures import counted, drawing, look_options, set_folder
+    from deqdet.predict import (class_names, count_classes, detect, draw_detections,
+                                find_pictures, save_as, to_coco)
+    from deqdet.using.video import films_in, predict_films
+    look = look_options(tiles, nms)
+    films = films_in(images)
     detector = open_detector(model, size, device)
     vocab = detector.vocab
-    files = find_pictures(images)
+    files = [] if films else find_pictures(images)
     options = solver_options(detector, steps, tol)
+    kept = dict(min_score=min_score, drawn=not json_only)
+    if films: return predict_films(detector, films, out, say, **kept, **options)
     folder = make_folder(out)
+    place = set_folder(folder, layout)
     done = []
     bad = 0
     taken = set()
-    for o in detect(detector, files, bs, min_score=min_score, max_dets=max_dets, **options):
+    for o in detect(detector, files, bs, min_score=min_score, max_dets=max_dets, **look,
+                    **options):
         if o.error:
             say(o.error)
             bad += 1
             continue
         done.append(o)
-        print(f"{o.picture}: {_counted(class_names(detector, o.dets['labels']))}")
+        print(f"{o.picture}: {counted(class_names(detector, o.dets['labels']))}")
         if json_only: continue
-        draw_detections(o.picture, o.dets, _drawing(folder, o.picture, taken), vocab)
-    write_json(to_coco(done, vocab, detector.hyper.n_classes), folder/'predictions.json')
+        draw_detections(o.picture, o.dets, drawing(folder, o.picture, taken), vocab)
+    write_json(to_coco(done, vocab, count_classes(detector)), folder/'predictions.json')
+    if place: save_as(done, place, layout, vocab)
     _tell_end(done, bad, folder, min_score)
     return 2 if bad else 0
 

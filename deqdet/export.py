@@ -45,7 +45,8 @@ class Fixed(nn.Module):
     ):
         super().__init__()
         self.model = model.eval()
-        self.steps,self.max_dets = steps,max_dets
+        self.steps = steps
+        self.max_dets = max_dets
 
     def forward(self,
         images, # (B,3,H,W) RGB, bytes 0..255, padded right and at the bottom
@@ -76,7 +77,7 @@ def _about(model):
     "What a program needs to know about a detector, as text"
     thresholds = getattr(model, 'thresholds', None)
     known = dict(classes=list(model.vocab) if model.vocab else None,
-                 feed=asdict(model.feed) if model.feed else None,
+                 n_classes=model.hyper.n_classes, feed=asdict(model.feed) if model.feed else None,
                  thresholds=None if thresholds is None else list(thresholds))
     return {k: json.dumps(v) for k,v in known.items()}
 
@@ -125,9 +126,12 @@ class Exported:
         self.about = about
         self.vocab = known('classes')
         self.thresholds = known('thresholds')
+        self.n_classes = known('n_classes') or len(self.vocab or ())
         self.feed = Feed(**known('feed')) if known('feed') else None
 
     def parameters(self): return iter(()) # it says nothing about its device
+    def modules(self): return iter(())
+    def eval(self): return self # it has no other mode
 
     def predict(self,
         images,     # a batch (B,3,H,W), or what the function `predict` takes
@@ -138,7 +142,9 @@ class Exported:
         if is_batch(images, sizes): return self._in_batch(images, sizes, **kwargs)
         return predict(self, images, **kwargs)
 
-    def _in_batch(self, images, sizes=None, orig=None, scale=None, max_dets=100, min_score=0.):
+    def _in_batch(self, images, sizes=None, orig=None, scale=None, max_dets=100, min_score=0.,
+                  steps=None):
+        if steps is not None: raise TypeError(f'steps={steps}: an exported file has fixed steps')
         if images.is_floating_point(): images = (images*255).round().to(torch.uint8)
         if sizes is None: sizes = torch.tensor([images.shape[-2:]]*len(images))
         missing = [max(0, LEAST - o) for o in images.shape[-2:]] # rows, columns

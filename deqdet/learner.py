@@ -186,8 +186,6 @@ def _published_rates(self:DetLearner, rates):
     published = [self.recipe.lr*m for m in self.opt.mults['lr']]
     return 'lr' not in self.given and np.allclose(rates, published)
 
-DetLearner.plan = DetLearner.describe_update # its older name
-
 # %% ../nbs/14_learner.ipynb #33593c0c
 @patch
 def fit(self:DetLearner,

@@ -51,7 +51,8 @@ class MixerStep(nn.Module):
         return self.attn_norm(x + self.attn(x, bias))
 
     def forward(self, state, feats):
-        xyzr,boxes = state.xyzr.detach(),state.boxes.detach()
+        xyzr = state.xyzr.detach()                                  # (B,N,4)
+        boxes = state.boxes.detach()                                # (B,N,4)
         q = self.talk(state.content, xyzr, boxes)                   # (B,N,D)
         q = self.mix_norm(q + self.mixing(q, self.sampler(q, xyzr, feats)))
         q = self.ffn_norm(q + self.ffn(q))

@@ -22,7 +22,7 @@ NUMBERS = {
     'a number from 0': (lambda v: v >= 0, 'workers steps seed wd tol'),
     'a number above 0': (lambda v: v > 0, 'lr minutes'),
     'a number between 0 and 1': (lambda v: 0 < v < 1, 'valid_pct ema rare'),
-    'a number from 0 to 1': (lambda v: 0 <= v <= 1, 'min_score mosaic')}
+    'a number from 0 to 1': (lambda v: 0 <= v <= 1, 'min_score mosaic nms')}
 
 def check_numbers(
     options # dict of what was given
@@ -43,7 +43,8 @@ def in_options(
     words = {r"layout='(.*?)'": r'--layout \1', 'layout=': '--layout',
              'valid_pct=': '--valid_pct' if divides else "--split ''",
              'splits=': '--train and --valid' if divides else '--split',
-             r"pretrained='(.*?)'": r'--pretrained \1',
+             r"pretrained='(.*?)'": r'--pretrained \1', r"tiles='(.*?)'": r'--tiles \1',
+             r"by='(.*?)'": r'--by \1', 'providers:': '--device:',
              r'list_detectors\(\)': 'deqdet_models'}
     for argument,option in words.items(): text = re.sub(argument, option, text)
     return text
@@ -123,29 +124,42 @@ def _run(f, args, kwargs):
 
 # %% ../nbs/20_shell.ipynb #a1e7ffdf
 def open_detector(
-    folder, # of a detector or a training
-    size,   # as in `Feed.parse`, or None
-    device  # name, or None
-):          # `Detector`
+    path,  # folder of a detector or a training, or an exported file
+    size,  # as in `Feed.parse`, or None
+    device # name, or None
+):         # `Detector`, or `Exported`
     "The detector that the options name; an error names the wrong option"
     from deqdet.model import Feed
     from deqdet.ops.devices import pick_device
     from deqdet.predict import load_detector
     if size:
         with blame(f'--size {size}', ValueError): Feed.parse(size)
+    if os.path.isfile(path): return _open_exported(path, size, device)
     with blame(f'--device {device}', ValueError): device = pick_device(device)
-    return load_detector(folder, size, device)
+    return load_detector(path, size, device)
+
+def _open_exported(file, size, device):
+    "An exported file; a device other than the processor is a provider of onnxruntime"
+    from deqdet.export import load_exported
+    providers = None
+    if device not in (None, 'cpu'): providers = [f'{device.upper()}ExecutionProvider']
+    with blame(file, ImportError): return load_exported(file, size, providers)
 
 def solver_options(
-    model,      # `Detector`
+    model,      # `Detector`, or `Exported`
     steps=None, # refinement steps
     tol=None    # relative residual at which a picture is done
 ) -> dict:      # for the decoder
     "The given solver options; an error if the decoder has no solver"
     from deqdet.equilibrium import Equilibrium
-    if tol is not None and not isinstance(model.decoder, Equilibrium):
+    given = {k: v for k,v in dict(steps=steps, tol=tol).items() if v is not None}
+    decoder = getattr(model, 'decoder', None)
+    if given and decoder is None:
+        k,v = next(iter(given.items()))
+        raise CommandError(f'--{k} {v}: an exported file has a fixed number of steps')
+    if tol is not None and not isinstance(decoder, Equilibrium):
         raise CommandError(f'--tol {tol}: the decoder is no equilibrium')
-    return {k: v for k,v in dict(steps=steps, tol=tol).items() if v is not None}
+    return given
 
 def bar(
     items # with a length

@@ -6,8 +6,8 @@ Docs: https://deqdet.github.io/deqdet/solver.html.md"""
 
 # %% auto #0
 __all__ = ['picard', 'Residual', 'per_part', 'per_image', 'Status', 'Solution', 'Picard', 'solve', 'per_query', 'Anderson',
-           'Broyden', 'anderson', 'broyden', 'by_autograd', 'by_differences', 'jac_penalty', 'parts', 'pullback', 'put',
-           'rebuild', 'spectral_radius', 'take']
+           'Broyden', 'by_autograd', 'by_differences', 'jac_penalty', 'parts', 'pullback', 'put', 'rebuild',
+           'spectral_radius', 'take']
 
 # %% ../nbs/07_solver.ipynb #c5f7419e
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from .ops.states import by_autograd, by_differences, flat, jac_penalty, part_nor
 from .ops.states import parts, pullback, put, rebuild, spectral_radius, take, wide
 
 # %% ../nbs/07_solver.ipynb #2a8a9750
-_all_ = ['Anderson', 'Broyden', 'anderson', 'broyden', 'by_autograd', 'by_differences',
-         'jac_penalty', 'parts', 'pullback', 'put', 'rebuild', 'spectral_radius', 'take']
+_all_ = ['Anderson', 'Broyden', 'by_autograd', 'by_differences', 'jac_penalty', 'parts', 'pullback',
+         'put', 'rebuild', 'spectral_radius', 'take']
 
 # %% ../nbs/07_solver.ipynb #67184d52
 class Residual(NamedTuple):
@@ -84,7 +84,7 @@ class Picard:
         part_way = [a + self.damp*(b-a) for a,b in zip(parts(z), parts(fz))]
         return memory, rebuild(fz, part_way)
 
-picard = Picard # its former name
+picard = Picard # the name in detectors that were saved before
 
 # %% ../nbs/07_solver.ipynb #095986c4
 def _finite_images(z):

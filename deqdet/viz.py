@@ -10,6 +10,7 @@ __all__ = ['show_image', 'draw_boxes', 'show_pairs', 'show_predictions', 'show_r
 
 # %% ../nbs/15_viz.ipynb #3fe2ed9a
 import math
+from functools import wraps
 from itertools import cycle
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -33,22 +34,15 @@ def show_image(
     "An image without ticks"
     return draw.show_image(load_image(image), ax, title)
 
+@wraps(draw.draw_boxes, assigned=()) # its arguments
 def draw_boxes(
-    image,              # path, PIL image, array or tensor; None: draw on `ax` as it is
-    boxes,              # (n,4) corners in pixels of the image
-    labels=None,        # (n,) classes from 0
-    scores=None,        # (n,) in 0..1
-    vocab=None,         # (K,) names
-    ax=None,            # matplotlib axes; None: new ones
-    min_score: float=0, # boxes below are left out
-    title='',           # above the image
-    color=None,         # one colour for all; None: by class
-    **kwargs            # `width`, `style`, `alpha` of the lines
-):                      # the axes
+    image,   # path, PIL image, array or tensor; None: draw on `ax` as it is
+    *args,   # as for `ops.draw.draw_boxes`
+    **kwargs
+):           # the axes
     "An image with boxes, names and scores; the best box is drawn last"
     if image is not None: image = load_image(image)
-    return draw.draw_boxes(image, boxes, labels, scores, vocab, ax, min_score, title, color,
-                           **kwargs)
+    return draw.draw_boxes(image, *args, **kwargs)
 
 # %% ../nbs/15_viz.ipynb #e1211dab
 def _fields(x):
@@ -80,7 +74,7 @@ def show_pairs(
     "A figure of truth and prediction side by side"
     images = [load_image(o) for o in images]
     fig, axs = _grid(2*len(images), 2*min(pairs, len(images)), size, images)
-    titles = titles or ['prediction']*len(images)
+    if not titles: titles = ['prediction']*len(images)
     for img,t,p,title,left,right in zip(images, truths, preds, titles, axs[::2], axs[1::2]):
         boxes, labels, _ = _fields(t)
         keep = slice(None) if labels is None else torch.as_tensor(labels) >= 0 # no padding

@@ -22,6 +22,7 @@ from .decoder import Stacked
 from .families.deformable import DeformableDETR
 from .equilibrium import RAG, Settled, Perturb
 from .families.adamixer import AdaMixer
+from .families.shared import Shared
 from .families.start import load_start, start_file
 from .families.sparse_rcnn import SparseRCNN
 from .model import Feed
@@ -118,6 +119,7 @@ tiny_zoo = {k: Published(hyper, 'tiny') for k,hyper in {
     'deqdet_tiny': deqdet_tiny,
     'deqdet_small': deqdet_small,
     'adamixer_tiny': replace(deqdet_tiny, strategy=Stacked(6)),
+    'shared_tiny': replace(deqdet_tiny, strategy=Shared(4)),
     'sqr_adamixer_tiny': replace(deqdet_tiny, strategy=Recollected()),
     'sparse_rcnn_tiny': sparse_rcnn_tiny,
     'deq_sparse_rcnn_tiny': replace(sparse_rcnn_tiny, strategy=_sparse_equilibrium),
@@ -128,11 +130,14 @@ tiny_zoo = {k: Published(hyper, 'tiny') for k,hyper in {
 }.items()}
 
 _lite_stack = replace(deqdet_lite, strategy=Stacked(6))
+_lite_shared = replace(deqdet_lite, strategy=Shared(4))
 lite_zoo = {
     'deqdet_lite':
         Published(deqdet_lite, 'finetune', start='deqdet_lite', feed=Feed(320, 320)),
     'adamixer_lite':
-        Published(_lite_stack, 'finetune', start='deqdet_lite', feed=Feed(320, 320))}
+        Published(_lite_stack, 'finetune', start='deqdet_lite', feed=Feed(320, 320)),
+    'shared_lite':
+        Published(_lite_shared, 'finetune', start='deqdet_lite', feed=Feed(320, 320))}
 
 zoo = {**deqdet_zoo, **adamixer_zoo, **sparse_rcnn_zoo, **deformable_zoo, **tiny_zoo, **lite_zoo}
 

@@ -9,11 +9,13 @@ from deqdet import cli
 from deqdet.data import Target, synth_coco
 from deqdet.decoder import Pred, Stacked, State, class_tower, linear, tower
 from deqdet.equilibrium import Perturb, Settled
+from deqdet.families.shared import Shared
 from deqdet.loss import SetLoss
 from deqdet.model import Family
 from deqdet.predict import load_detector
 from deqdet.sqr import Recollected, windows
-from deqdet.zoo import list_detectors, published
+from deqdet.families.start import load_start, start_file
+from deqdet.zoo import create_detector, list_detectors, published
 
 
 class GlanceStep(nn.Module):
@@ -42,7 +44,7 @@ class Levels(nn.Module):
     def forward(self, feats): return tuple(feats)
 
 
-PLANS = {Stacked(3): 3, Recollected(*windows(3)): 6, Settled(steps=3, supervise=(1, 3), perturb=Perturb(position=2.)): 5}
+PLANS = {Stacked(3): 3, Shared(3): 4, Recollected(*windows(3)): 6, Settled(steps=3, supervise=(1, 3), perturb=Perturb(position=2.)): 5}
 
 
 @pytest.mark.parametrize('strategy, n', PLANS.items())
@@ -88,3 +90,27 @@ def test_windows_lie_in_what_exists(stages, reach):
         assert b == made and 0 <= a < b
         made += b - a
     assert replace(plan, recompute=True).ends == plan.ends
+
+
+def test_a_shared_stack_sends_gradient_through_every_application():
+    "Against the same steps written out, in float64"
+    torch.manual_seed(0)
+    model = Glance(n_classes=2, body='', channels=(5,), n_queries=4, grid=(2, 2, .5), width=16, strategy=Shared(3)).build().double()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=.3)
+    feats = [torch.randn(2, 5, 8, 8).double()]
+    sizes = torch.tensor([[32, 32], [28, 30]])
+    model(feats, sizes)[-1].logits.sum().backward()
+    got = [p.grad.clone() for p in model.decoder.step.parameters() if p.grad is not None]
+    model.zero_grad()
+    state = model.decoder.init(model.queries(sizes, feats), feats)
+    for _ in range(3): state = model.decoder.step(state, feats)
+    model.decoder.step.read(state).logits.sum().backward()
+    want = [p.grad for p in model.decoder.step.parameters() if p.grad is not None]
+    assert len(got)==len(want) > 0 and all(torch.allclose(a, b) for a,b in zip(got, want))
+
+
+def test_a_shared_stack_starts_from_the_trained_start():
+    model = create_detector('shared_lite', n_classes=3)
+    done = load_start(model, start_file('deqdet_lite'))
+    fresh = [k for k in done.fresh if '.cls.3.' not in k]
+    assert not fresh and len(done.kept) > 50

@@ -2,7 +2,7 @@
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
-from deqdet.mixing import (CACHED, AdaptiveMixing, Rows, Sampler, corners, ends, four_cells, gather, grid_offsets, level_weights, per_picture,
+from deqdet.mixing import (CACHED, AdaptiveMixing, Rows, Sampler, ends, four_cells, gather, grid_offsets, level_weights, per_picture,
     sample, sampling_points)
 
 STRIDES = (4, 8, 16, 32)
@@ -44,7 +44,6 @@ def test_four_cells_and_their_bilinear_weights():
     assert torch.equal(cells[:, 0], torch.tensor([1, 2, 5, 6]))
     assert close(weights[:, 0], torch.tensor([.375, .125, .375, .125]))
     assert close(weights[:, 1].sum(), torch.tensor(.5))
-    assert corners is four_cells   # the older name
 
 def test_sets_of_queries_of_a_picture_lie_in_one_row():
     assert torch.equal(per_picture(torch.arange(8).view(4, 2), 2), torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]))

@@ -155,8 +155,19 @@ def too_wide(file):
         for l in src.splitlines():
             if len(l) > COLUMNS: yield f'{file.name}: {len(l)} columns, of {COLUMNS}: {l.strip()[:60]}'
 
+def is_swap(target, value): return sorted(map(ast.unparse, target.elts))==sorted(map(ast.unparse, value.elts))
+
+def bound_at_once(file):
+    "`a,b = 1,2`: several things that one statement names. A swap, and unpacking one thing, are fine"
+    for src in code(file):
+        for t in ast.walk(ast.parse(python(src))):
+            for o in getattr(t, 'targets', []):
+                both = isinstance(o, ast.Tuple) and isinstance(getattr(t, 'value', None), ast.Tuple)
+                if both and not is_swap(o, t.value): yield f'{file.name} binds at once: {ast.unparse(t)[:60]}'
+
 RULES = [(upwards, lambda: pages().values()), (shown_too_early, lambda: pages().values()), (too_long, lambda: pages().values()),
-         (too_many_cells, notebooks), (too_wide, notebooks)]
+         (too_many_cells, notebooks), (too_wide, notebooks),
+         (bound_at_once, notebooks)]
 
 @pytest.mark.parametrize('rule,things', RULES, ids=[f.__name__ for f,_ in RULES])
 def test_rule(rule, things):
@@ -186,6 +197,12 @@ def test_table_is_read():
     ('from ..boxes import iou', {'boxes'}), ('from .optim import f', {'training.optim'}), ('from . import optim', {'training.optim'}),
     ('def f():\n    from deqdet.boxes import iou', {'boxes'}), ('import boxes', set()), ('x = 1', set())])
 def test_imports_are_found(src, found): assert imported(src, 'training.of_this_folder')==found
+
+@pytest.mark.parametrize('src,n', [('a,b = 1,2', 1), ('self.a,(b,c) = 1,x', 1), ('a,b = b,a', 0), ('a,b = f()', 0), ('a = b = 1', 0), ('a = 1,2', 0)])
+def test_names_bound_at_once_are_found(src, n, tmp_path):
+    file = tmp_path/'x.ipynb'
+    file.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=src)])))
+    assert len(list(bound_at_once(file)))==n
 
 def test_upward_import_is_caught(monkeypatch, tmp_path):
     "A module of the paper that imports the command line, written into a copy"

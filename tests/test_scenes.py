@@ -1,6 +1,7 @@
 "Generated scenes: the same state draws the same scene, and boxes fit what is seen"
 import numpy as np, pytest
 from deqdet.sets.scenes import KINDS, KIND_NAMES, put, scene, sizes_in
+from deqdet.sets.siblings import SIBLING_NAMES, letters, sibling_scene, siblings
 from deqdet.sets.silhouettes import SILHOUETTES, mask_of, patch, textures
 
 
@@ -61,12 +62,41 @@ def test_an_object_is_never_hidden_beyond_the_limit():
     style = dict(upright=False, cut=False, hide=.4, hues=[rng.uniform(0, 255, 3)]*3, shadow=0, areas={})
     number = 0
     for _ in range(200):
-        k = int(rng.integers(len(KINDS)))
+        kind = KINDS[rng.integers(len(KINDS))]
         before = {i: (owner==i).sum() for i in style['areas']}
-        if not put(rng, img, owner, k, 30, number+1, style): continue
+        if not put(rng, img, owner, kind, 30, number+1, style): continue
         number += 1
         for i,n in before.items(): assert n - (owner==i).sum() <= .4*style['areas'][i] + 1
     assert number > 10
 
 
 def test_names_are_distinct(): assert len(set(KIND_NAMES))==len(KINDS)==60
+
+
+def test_siblings_share_a_look_and_differ_in_their_marks():
+    every = siblings()
+    assert len(every)==len(SIBLING_NAMES) and len(set(SIBLING_NAMES))==len(every)
+    assert [k.number for k in every]==list(range(60, 60 + len(every)))
+    for first in range(0, len(every), 4):
+        family = every[first:first + 4]
+        looks = {(k.make, k.seed, k.stretch, k.texture, *k.hue) for k in family}
+        assert len(looks)==1
+        drawn = [tuple(np.concatenate([*m.polygons, m.rgb[None, :2], m.at[None]]).tobytes() for m in k.marks()) for k in family]
+        assert len(set(drawn))==4, 'two of a family cannot be told apart'
+
+
+def test_sibling_scenes_repeat_and_name_their_families():
+    seen = set()
+    for seed in range(12):
+        a = sibling_scene(np.random.default_rng(seed), 160, 128)
+        b = sibling_scene(np.random.default_rng(seed), 160, 128)
+        assert all(np.array_equal(x, y) for x,y in zip(a, b))
+        seen |= set(a[2].tolist())
+    assert any(k >= 60 for k in seen) and any(k < 60 for k in seen)
+
+
+def test_a_letter_keeps_its_hole():
+    mask = np.asarray(mask_of(letters('O'), 80, 0., 1.))
+    middle = mask[mask.shape[0]//2 - 4:mask.shape[0]//2 + 4]
+    assert middle[:, 4:12].max() > 200, 'no ring'
+    assert np.median(middle[:, middle.shape[1]//2 - 6:middle.shape[1]//2 + 6]) < 30, 'no hole'

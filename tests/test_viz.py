@@ -11,7 +11,7 @@ from deqdet.decoder import Pred
 from deqdet.equilibrium import Settled
 from deqdet.evaluate import predict_dl
 from deqdet.families.adamixer import AdaMixer
-from deqdet.solver import picard, solve
+from deqdet.solver import Picard, solve
 from deqdet.viz import (_draw_state, _queries, _truth_of, class_color, draw_boxes, draw_points, plot_residuals, plot_training,
                         read_log, save_refinement, show_image, show_pairs, show_predictions, show_refinement, show_trails)
 
@@ -105,7 +105,7 @@ def test_a_figure_is_as_high_as_its_pictures(dls):
 
 
 def test_residuals_of_a_solution():
-    s = solve(lambda z, b: .5*z + b, torch.zeros(3, 4), (torch.ones(3, 4),), method=picard(), max_iter=10, record=True)
+    s = solve(lambda z, b: .5*z + b, torch.zeros(3, 4), (torch.ones(3, 4),), method=Picard(), max_iter=10, record=True)
     line = plot_residuals(dict(picard=s.trace.rel[..., 0])).lines[0]
     assert len(line.get_xdata()) == 10 and np.all(np.diff(line.get_ydata()) < 0)
 

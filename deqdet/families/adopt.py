@@ -67,7 +67,8 @@ def _class_rows(old, new):
     if old.vocab is None and not _names(old, new)[1]: return {}
     place = {c: i for i,c in enumerate(old.vocab or ())}
     known = [(i, place[c]) for i,c in enumerate(new.vocab) if c in place]
-    theirs,mine = old.state_dict(),new.state_dict()
+    theirs = old.state_dict()
+    mine = new.state_dict()
     rows = {}
     for k in _per_class(new):
         if k not in theirs or theirs[k].shape[1:] != mine[k].shape[1:]: continue

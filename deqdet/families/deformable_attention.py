@@ -14,7 +14,7 @@ from functools import partial
 from torch import nn, Tensor
 from ..backbone import inside
 from ..decoder import linear
-from ..mixing import corners, gather, map_sizes
+from ..mixing import four_cells, gather, map_sizes
 
 # %% ../../nbs/families/03_deformable_attention.ipynb #435b4570
 class LevelNeck(nn.Module):
@@ -156,7 +156,7 @@ class DeformableAttention(nn.Module):
         size = size[..., None, None, None]                                # (3,L,B,1,1,1)
         xy = torch.stack(self.places(q, ref, masks).unbind(-1))           # (2,B,N,G,L,P)
         xy = xy.movedim(4, 1)                                             # (2,L,B,N,G,P)
-        found = corners(xy, size[:2], share, size[2])                     # both (4L,B,N,G,P)
+        found = four_cells(xy, size[:2], share, size[2])                  # both (4L,B,N,G,P)
         return [t.permute(2, 3, 4, 0, 1, 5).flatten(3) for t in found]
 
     def forward(self,

@@ -63,7 +63,7 @@ class Anderson:
         gamma = torch.linalg.solve_ex(gram/(size*size.mT) + ridge, right)[0]
         return (gamma/size).mT
 
-anderson = Anderson # its former name
+anderson = Anderson # the name in detectors that were saved before
 
 # %% ../../nbs/ops/07_acceleration.ipynb #b16b93c1
 @dataclass(frozen=True)
@@ -97,4 +97,4 @@ class Broyden:
         u = torch.where(size==0, 0., u/torch.where(size==0, 1., size))
         return _push(U, u, self.m), _push(V, v, self.m)
 
-broyden = Broyden # its former name
+broyden = Broyden # the name in detectors that were saved before

@@ -21,7 +21,8 @@ def _by_class(preds, truth, cat_ids, iou):
     "For each class its name, [(score, right?)] of its detections, and its number of objects"
     names, ids, objs, dets, _ = _prepared(preds, truth, cat_ids)
     for c,name in sorted(names.items()):
-        judged, n = [], 0
+        judged = []
+        n = 0
         for im in ids:
             there = objs.get((im, c), [])
             judged += _judged(dets.get((im, c), []), there, iou)
@@ -84,7 +85,8 @@ class Fault(NamedTuple):
 
 def _matched(dets, objs, over, iou):
     "COCO's matches of one image: for each detection its object, or None; crowds come last"
-    taken, match = set(), []
+    taken = set()
+    match = []
     for d,row in zip(dets, over):
         free = [(not o['iscrowd'], v, j) for j,(o,v) in enumerate(zip(objs, row))
                 if v >= iou and o['category_id']==d['category_id'] and j not in taken]

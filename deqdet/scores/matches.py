@@ -49,7 +49,8 @@ def _pair(dets, objs, t):
     if not (dets and objs): return [(None, 0.)]*len(dets)
     crowd = [o['iscrowd'] for o in objs]
     overlaps = mask.iou([d['bbox'] for d in dets], [o['bbox'] for o in objs], crowd)
-    taken, out = set(), []
+    taken = set()
+    out = []
     for row in overlaps: # (objects,)
         j = _partner(row, crowd, taken, t)
         if j is None: out.append((None, 0.))
@@ -150,7 +151,8 @@ def _f1_curve(judged, n):
 # %% ../../nbs/scores/02_matches.ipynb #1d4d2199
 def _class_curve(c, ids, dets, objs, iou):
     "The F1 curve of category `c` over some images"
-    judged, n = [], 0
+    judged = []
+    n = 0
     for im in ids:
         there = objs.get((im, c), [])
         judged += _judged(dets.get((im, c), []), there, iou)

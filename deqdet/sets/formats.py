@@ -199,9 +199,8 @@ def _yolo_fractions(v):
     if len(v)==4:
         cx,cy,w,h = v
         return cx-w/2, cy-h/2, w, h
-    if len(v)>=6 and len(v)%2==0:
-        xs,ys = v[::2],v[1::2]
-        return min(xs), min(ys), np.ptp(xs).item(), np.ptp(ys).item()
+    if len(v)>=6 and len(v)%2==0: # x, y, x, y, ...
+        return min(v[::2]), min(v[1::2]), np.ptp(v[::2]).item(), np.ptp(v[1::2]).item()
 
 def _yolo_box(text, hw):
     "Class and x, y, w, h in pixels of a label line; the text itself for a box that cannot be read"

@@ -50,9 +50,11 @@ def four_in_one(
     "A mosaic with the size and the id of the first image"
     image,first = samples[0]
     h,w = image.shape[1:]
-    y,x = round(h*_between(.3, .7)),round(w*_between(.3, .7))
+    y = round(h*_between(.3, .7))
+    x = round(w*_between(.3, .7))
     canvas = torch.empty_like(image)
-    boxes,labels = [],[]
+    boxes = []
+    labels = []
     places = (0,0,y,x), (0,x,y,w-x), (y,0,h-y,x), (y,x,h-y,w-x) # top, left, height, width
     for (img,t),(top,left,height,width) in zip(samples, places):
         window = _window(img.shape[1:], (height, width))
@@ -91,7 +93,8 @@ class Mosaic(Callback):
 
     def before_batch(self):
         if self.done() >= 1 - self.last or torch.rand(()) >= self.part: return
-        (images,sizes),target = self.xb,self.yb[0]
+        images,sizes = self.xb
+        target = self.yb[0]
         new = mosaic((images.cpu(), sizes.cpu(), Target(*(o.cpu() for o in target))))
         self.learn.xb = tuple(o.to(images.device) for o in new[:2])
         self.learn.yb = Target(*(o.to(images.device) for o in new[2])),

@@ -169,7 +169,8 @@ class _Painter:
     def __init__(self, rng, side):
         self.rng = rng
         rows,cols = np.meshgrid(np.arange(side), np.arange(side), indexing='ij')
-        self.y,self.x = rows/side,cols/side
+        self.y = rows/side # (side,side)
+        self.x = cols/side # (side,side)
         f = np.fft.fftfreq(side)
         self.frequency = np.hypot(f[:, None], f[None]) + 1/side
     def noise(self, power):

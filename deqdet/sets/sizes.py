@@ -20,7 +20,8 @@ def fed_sides(
     "How large objects are when a detector sees them"
     sides = []
     for i,o in enumerate(ds.images):
-        h,w = o.get('height'),o.get('width')
+        h = o.get('height')
+        w = o.get('width')
         if not (h and w): continue
         scale = min(feed.short/min(h, w), feed.long/max(h, w))
         boxes = ds.boxes[ds.ends[i]:ds.ends[i+1]] # (n,4) corners

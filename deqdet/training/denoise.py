@@ -111,7 +111,8 @@ def can_denoise(model):
 
 class Denoise(Callback):
     "Add the denoising loss to the learner's"
-    order,run_valid = GradientClip.order-1,False
+    order = GradientClip.order-1
+    run_valid = False
     def __init__(self,
         groups=12, # noisy copies of each object, at most
         weight=1.  # of this loss
@@ -124,7 +125,8 @@ class Denoise(Callback):
     def keep(self, module, args, feats): self.feats = feats if module.training else None
     def after_loss(self):
         if not self.training: return
-        sizes,target = self.xb[1],self.yb[0]
+        sizes = self.xb[1]
+        target = self.yb[0]
         loss = self.loss_func if isinstance(self.loss_func, SetLoss) else None
         model = get_model(self.model)
         extra = denoising_loss(model, self.feats, sizes, target, self.groups, loss)

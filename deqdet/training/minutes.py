@@ -47,7 +47,10 @@ class TimeBudget(Callback):
         warmup_batches=None # until the full learning rate, at most
     ):
         self.seconds = 60*minutes
-        self.evaluations,self.warmup,self.reserve,self.clock = evaluations,warmup,reserve,clock
+        self.evaluations = evaluations
+        self.warmup = warmup
+        self.reserve = reserve
+        self.clock = clock
         self.warmup_batches = warmup_batches
         self.begun = clock()
         self.before = 0. # seconds of earlier runs

@@ -33,7 +33,7 @@ def draw_results(
     figsize = figsize or (2.4*ncols, 2.4*nrows)
     axs = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False)[1]
     for ax in axs.flat: ax.axis('off')
-    titles = titles or ['']*len(samples)
+    if not titles: titles = ['']*len(samples)
     for ax,(img,t),title,scores,labels,boxes in zip(axs.flat, samples, titles, *found):
         k = scores >= min_score
         shown = t._replace(boxes=boxes[k], labels=labels[k])

@@ -85,7 +85,8 @@ class Found(dict):
     def __eq__(self, other):
         "The same detections, or the same error"
         if not isinstance(other, Found): return NotImplemented
-        mine, theirs = (self.hw, self.error, self.names), (other.hw, other.error, other.names)
+        mine = self.hw,self.error,self.names
+        theirs = other.hw,other.error,other.names
         return mine==theirs and all(torch.equal(self[k], other[k]) for k in self.dets)
 
     def __ne__(self, other): return not self==other
@@ -125,7 +126,8 @@ def _lines(found, most=8):
     for name,score,box in best:
         corners = ', '.join(f'{v:.0f}' for v in box)
         lines.append(f'  {name:{wide}}  {score:.2f}  ({corners})')
-    return lines + [f'  … {n-most} more']*(n > most)
+    if n > most: lines.append(f'  … {n-most} more')
+    return lines
 
 # %% ../../nbs/using/02_found.ipynb #897fe83d
 def to_frame(
@@ -188,7 +190,8 @@ def _placed(picture, folder, i):
     "Copy a picture into a folder under a stem that is free there; its name"
     name = Path(_file_name(picture, i))
     taken = {o.stem for o in folder.iterdir()}
-    stem,n = name.stem,1
+    stem = name.stem
+    n = 1
     while stem in taken:
         n += 1
         stem = f'{name.stem}_{n}'

@@ -84,7 +84,10 @@ class _View:
 class _Opened:
     "A picture whose views wait for their batches"
     def __init__(self, picture, tfm, tiles=None):
-        self.picture,self.hw,self.error,self.views = picture,None,None,[]
+        self.picture = picture
+        self.hw = None
+        self.error = None
+        self.views = []
         try: img = load_image(picture) # (3,h,w)
         except DataError as e: self.error = one_line(e)
         else:
@@ -99,7 +102,8 @@ AHEAD = 4 # batches that may wait
 class _Waiting:
     "Views that wait until a batch of one shape is full"
     def __init__(self, run, bs):
-        self.run,self.bs = run,bs
+        self.run = run
+        self.bs = bs
         self.by_shape = defaultdict(list)
     def add(self, view):
         mine = self.by_shape[view.shape]
@@ -165,7 +169,8 @@ def detect(
 # %% ../../nbs/using/04_stream.ipynb #a267d1ff
 def _summed_up(found):
     "The same; at the end a warning on what could not be read"
-    n,bad = 0,[]
+    n = 0
+    bad = []
     for o in found:
         n += 1
         if o.error: bad.append(o.error)

@@ -19,13 +19,13 @@ def _starts(length, size, overlap):
     return [round(i*(length - size)/(n - 1)) for i in range(n)]
 
 def tile_size(
-    tiles # side of the tiles in pixels, (side, overlap), or text: '640', '640x64'
+    tiles # side of the tiles in pixels, (side, overlap), or text: '640', '640,64'
 ) -> tuple: # side, overlap; by default a fifth of the side
     "What `tiles=` says, checked"
     wanted = f'tiles={tiles!r}: (side, overlap) was expected, 0 <= overlap < side'
     if isinstance(tiles, str):
-        if not re.fullmatch(r'\d+(x\d+)?', tiles): raise ValueError(wanted)
-        tiles = [int(o) for o in tiles.split('x')]
+        if not re.fullmatch(r'\d+([x,]\d+)?', tiles): raise ValueError(wanted)
+        tiles = [int(o) for o in re.split('[x,]', tiles)]
     numbers = list(tiles) if isinstance(tiles, (tuple, list)) else [tiles]
     size,overlap = numbers if len(numbers)==2 else (numbers[0], numbers[0]//5)
     if not 0 <= overlap < size: raise ValueError(wanted)
@@ -54,8 +54,10 @@ def is_cut(
     x,y,w,h = window
     H,W = hw
     near = .02*max(w, h)
-    left, top = boxes[:, 0] < x+near, boxes[:, 1] < y+near
-    right, bottom = boxes[:, 2] > x+w-near, boxes[:, 3] > y+h-near
+    left = boxes[:, 0] < x+near     # (n,)
+    top = boxes[:, 1] < y+near
+    right = boxes[:, 2] > x+w-near
+    bottom = boxes[:, 3] > y+h-near
     return left & (x > 0) | top & (y > 0) | right & (x+w < W) | bottom & (y+h < H)
 
 # %% ../../nbs/using/03_tiles.ipynb #ffaff91e
@@ -80,7 +82,8 @@ def without_doubles(
     order = torch.argsort(scores - 2*cut.float(), descending=True, stable=True)
     kept = []
     while len(order):
-        i,rest = order[0],order[1:]
+        i = order[0]
+        rest = order[1:]
         kept.append(i)
         rival = (labels[rest]==labels[i]) & (tile[rest]!=tile[i])
         double = rival & (_covered(boxes[i], boxes[rest], cut[rest]) >= share)

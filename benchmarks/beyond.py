@@ -1,0 +1,76 @@
+"""Ideas beyond the paper, one at a time on the recipe of `deqdet_lite`, after the same number of updates.
+
+    export DEQDET_DATA=...   # holds bccd, cards, deeppcb, raccoon
+    python benchmarks/beyond.py --all --updates 120 --sets cards --out nbs/results/beyond.json
+
+Cells, sets and options are those of own_data.py; the same command goes on where it was stopped."""
+from dataclasses import replace
+from functools import partial
+import torch
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOS, FCOSHead
+from torchvision.models.detection.image_list import ImageList
+import own_data
+from deqdet.equilibrium import RAG
+from deqdet.zoo import published
+from own_data import KINDS, LITE, Ours
+
+STRATEGY = published('deqdet_lite').hyper.strategy
+
+
+class RandomSteps(Ours):
+    "The path has between 1 and 8 applications, drawn for each batch"
+    def loss(self, images, sizes, target):
+        decoder = self.net.decoder
+        steps = int(torch.randint(1, 9, ()))
+        trained = decoder.plan
+        decoder.plan = replace(trained, steps=steps, supervise=(steps,))
+        loss = super().loss(images, sizes, target)
+        decoder.plan = trained
+        return loss
+
+
+class Width(nn.Module):
+    "All that torchvision's FCOS asks of a backbone whose features are computed elsewhere"
+    out_channels = 128
+
+
+class DenseHead(Ours):
+    "A dense head of torchvision's FCOS on the neck, whose loss is added"
+    STRIDES = 8, 16, 32
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        n_classes = len(self.net.vocab)
+        anchors = AnchorGenerator(tuple((s,) for s in self.STRIDES), ((1.,),)*3)
+        head = FCOSHead(128, 1, n_classes, num_convs=1)
+        self.net.dense = FCOS(Width(), n_classes, anchor_generator=anchors, head=head)
+
+    def loss(self, images, sizes, target):
+        state, feats = self.net.start(images, sizes)
+        own = self.criterion(self.net.decoder(state, feats), target)
+        noisy = own_data.denoising_loss(self.net, feats, sizes, target, loss=self.criterion)
+        return own + noisy + self.dense_loss(feats[1:], images, target)
+
+    def dense_loss(self, feats, images, target):
+        "torchvision's loss of the dense head"
+        dense = self.net.dense
+        shape = tuple(images.shape[-2:])
+        anchors = dense.anchor_generator(ImageList(images, [shape]*len(images)), list(feats))
+        keep = [l >= 0 for l in target.labels]
+        truth = [dict(boxes=b[k], labels=l[k]) for b,l,k in zip(target.boxes, target.labels, keep)]
+        counts = [f.shape[2]*f.shape[3] for f in feats]
+        return sum(dense.compute_loss(truth, dense.head(list(feats)), anchors, counts).values())
+
+
+own_data.KINDS = {
+    **{k: KINDS[k] for k in ('deqdet_lite', 'deqdet_lite_plain', 'deqdet_lite_focal', 'shared_lite', 'adamixer_lite')},
+    'rag2': partial(LITE, strategy=replace(STRATEGY, grad=RAG(2))),                   # two applications behind each gradient
+    'two_states': partial(LITE, strategy=replace(STRATEGY, supervise=(2, 4))),        # two supervised states of the path
+    'no_noise': partial(LITE, strategy=replace(STRATEGY, perturb=None)),              # without RAP
+    'random_steps': partial(RandomSteps, 'deqdet_lite'),
+    'dense_head': partial(DenseHead, 'deqdet_lite')}
+
+
+if __name__=='__main__': own_data.main(kinds=','.join(own_data.KINDS), class_lr=4.)
