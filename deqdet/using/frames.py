@@ -159,7 +159,8 @@ class FilmWriter:
         codec = 'libvpx-vp9' if self.file.suffix.lower()=='.webm' else 'libx264'
         rate = Fraction(self.rate).limit_denominator(1001)
         self.stream = self.container.add_stream(codec, rate=rate)
-        self.stream.width,self.stream.height = w,h
+        self.stream.width = w
+        self.stream.height = h
         self.stream.pix_fmt = 'yuv420p'
         self.stream.codec_context.time_base = Fraction(1, CLOCK)
 
