@@ -1,4 +1,4 @@
-# Each target makes its environment, .venv, itself when it is missing; plain `make` says what there is.
+# Each target makes its environment, .venv, itself when it is missing; plain `make` lists the targets.
 MIN     := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 PYTHON  ?= python3 python3.13 python3.12 python3.11
 # Which pair of torch and torchvision: the tested one of constraints.txt, or with TORCH=oldest the least that settings.ini allows
@@ -15,7 +15,7 @@ FAILED  := { echo "pip could not install it, for the reason above. It needs a ne
 DECLARE := settings.ini setup.py pyproject.toml $(PAIR)
 QUARTO  := 1.6.42
 
-.PHONY: help demo test docs export readme bench lab clean quarto quarto-version
+.PHONY: help demo test docs playground export readme bench lab clean quarto quarto-version
 .DELETE_ON_ERROR:
 $(if $(filter-out tested oldest,$(TORCH)),$(error TORCH is `tested` or `oldest`, not `$(TORCH)`))
 
@@ -25,13 +25,14 @@ help:
 	@echo "make test     install the dev extra, then everything that CI checks; TORCH=oldest: with the oldest torch"
 	@echo "make export   notebooks -> deqdet/*.py and README.md, and clean the notebooks"
 	@echo "make docs     the documentation site into _docs/ (needs Quarto)"
+	@echo "make playground   the files of the page on which a detector runs in the browser, minutes (needs npm)"
 	@echo "make bench    how fast it is, a quarter of an hour on two cores: JSON into bench/"
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make clean    remove what the other targets wrote, environments and training runs excepted"
 
 # The interpreter: the first of $(PYTHON) that is new enough.
 $(BIN)/python:
-	@[ -w . ] || { echo "$(CURDIR) cannot be written to, and $(VENV) goes there: copy the folder, and say make in the copy."; exit 1; }
+	@[ -w . ] || { echo "$(CURDIR) cannot be written to, and $(VENV) goes there: copy the folder, and run make in the copy."; exit 1; }
 	@for p in $(PYTHON); do \
 	  if $$p -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN)".split("."))))' 2>/dev/null; \
 	  then echo "Making $(VENV) with $$($$p --version)"; $$p -m venv $(VENV) && exit; \
@@ -75,10 +76,15 @@ readme: $(DEV)
 
 # README.md is written first, so that nbdev-docs finds it newer than index.ipynb and leaves it alone.
 docs: quarto $(DEV)
+	-$(BIN)/python -W ignore benchmarks/playground.py nbs/playground
 	$(BIN)/nbdev-export
 	$(BIN)/python tests/readme.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-docs
 	@echo "The site is in _docs/: open _docs/index.html"
+
+# What the page "Playground" loads: a detector in three parts, and the runtime of the browser, by npm. It writes what is missing.
+playground: $(DEV)
+	@$(BIN)/python -W ignore benchmarks/playground.py nbs/playground
 
 quarto:
 	@command -v quarto >/dev/null || { \

@@ -129,7 +129,7 @@ class Body(nn.Module):
         return self
 
     def level(self, f, norm):
-        "One level, normalised where asked, channels first"
+        "One level, channels first, normalised if it has a norm"
         f = f if self.channels_last else f.movedim(1, -1)
         return norm(f).movedim(-1, 1)
 

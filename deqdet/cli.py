@@ -233,9 +233,9 @@ def _tell_end(done, bad, folder, min_score):
 @command
 def deqdet_predict(
     model:str, # folder of a detector or of a training, or a file that deqdet_export wrote
-    images:Annotated[str, 'picture files, folders, or patterns such as "photos/*.jpg"',
+    images:Annotated[str, 'pictures, folders, patterns such as "photos/*.jpg"; or films, cameras',
                      dict(nargs='+')],
-    out:str='predictions', # folder to write: a picture each, and predictions.json in COCO's form
+    out:str='predictions', # folder: a picture each, and predictions.json; for a film a film.mp4
     min_score:float=None, # leave out detections below; by default a training's choice, or .3
     max_dets:int=100,   # detections in a picture, at most
     size:str=None,      # pixels of the long side, or 800x1333 for both; by default as trained
@@ -247,17 +247,21 @@ def deqdet_predict(
     device:str=None,    # cpu, cuda, mps, …; by default the accelerator if there is one
     layout:Annotated[str, 'coco, voc or yolo: write a set too, to correct and to train on',
                      dict(choices=('coco','voc','yolo'))]=None,
-    json_only:bool=False # write predictions.json, and no pictures
+    json_only:bool=False # write no pictures and no films, only what was found
 ) -> int:
     "Detections in pictures: deqdet_predict runs/shapes photos --out found"
     from deqdet.commands.pictures import counted, drawing, look_options, set_folder
     from deqdet.predict import (class_names, count_classes, detect, draw_detections,
                                 find_pictures, save_as, to_coco)
+    from deqdet.using.video import films_in, predict_films
     look = look_options(tiles, nms)
+    films = films_in(images)
     detector = open_detector(model, size, device)
     vocab = detector.vocab
-    files = find_pictures(images)
+    files = [] if films else find_pictures(images)
     options = solver_options(detector, steps, tol)
+    kept = dict(min_score=min_score, drawn=not json_only)
+    if films: return predict_films(detector, films, out, say, **kept, **options)
     folder = make_folder(out)
     place = set_folder(folder, layout)
     done = []

@@ -61,7 +61,7 @@ def _rows(coco):
     return list(rows.values())
 
 def _pack(coco):
-    "Boxes (T,4) cut at the frame, labels (T,), and where each image's begin and end, (n+1,)"
+    "Boxes (T,4) cut at the image, labels (T,), and the first row of each image (n+1,)"
     rows = _rows(coco)
     ends = torch.tensor([0, *(len(r) for r in rows)]).cumsum(0)
     flat = torch.tensor([o for r in rows for o in r], dtype=torch.float64).reshape(-1,5)
@@ -135,7 +135,7 @@ class DetDataset:
         return res
 
     def new_empty(self):
-        "The same dataset without images: what is exported with a model"
+        "The same dataset without images, for export with a model"
         empty = Source(dict(self.coco, images=[], annotations=[]))
         return type(self)(empty, self.vocab, self.tfm, self.on_error)
 
@@ -209,7 +209,7 @@ class DetDL(TfmdDL):
         epoch,  # of the next pass, 0, 1, …
         start=0 # samples of it that are used already
     ):
-        "Say which pass comes next"
+        "Set the epoch and first sample of the next pass"
         self.epoch = epoch
         self.start = start
 

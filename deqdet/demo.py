@@ -23,7 +23,7 @@ def new_scenes(
     side=256, # pixels
     seed=2026 # of the scenes
 ) -> list:  # of (side,side,3) arrays, uint8
-    "Scenes with a few objects each, that nobody trained on"
+    "Scenes with a few objects each, not used in training"
     import numpy as np
     from deqdet.sets.scenes import scene
     found = []
@@ -59,7 +59,7 @@ def first_detections(
     folder, # to write to
     n=3     # scenes
 ) -> dict:  # how many were found, and how long it took
-    "`first.png`: what the shipped detector finds in new scenes"
+    "`first.png`: detections of the shipped detector in new scenes"
     begun = time.perf_counter()
     import torch
     from deqdet.ops.errors import CommandError, one_line
@@ -79,7 +79,7 @@ def crowded(
     ds,  # `DetDataset`
     n=8  # how many
 ) -> list: # numbers of pictures, most objects first
-    "The pictures with most objects"
+    "The images with most objects"
     return sorted(range(len(ds)), key=lambda i: -int(ds.ends[i+1] - ds.ends[i]))[:n]
 
 def draw_found(model, batch, ds, folder):
@@ -93,7 +93,7 @@ def draw_found(model, batch, ds, folder):
 
 # %% ../nbs/22_demo.ipynb #b8cba86e
 def draw_refinement(model, batch, vocab, folder, films=3):
-    "`refinement.png` and `refinement1.gif`, …: boxes step by step; how many films there are"
+    "Number of films `refinement1.gif`, …; they and `refinement.png` show boxes step by step"
     from deqdet.predict import save_figure
     from deqdet.viz import save_refinement, show_refinement
     images,sizes = batch[:2]
@@ -105,7 +105,7 @@ def draw_refinement(model, batch, vocab, folder, films=3):
     return films
 
 def draw_truth(batch, vocab, folder, n=3):
-    "`truth1.png`, …: the true boxes of the pictures that are filmed"
+    "`truth1.png`, …: the true boxes of the filmed images"
     from deqdet.viz import draw_boxes
     import matplotlib.pyplot as plt
     images,_,t = batch
@@ -256,7 +256,7 @@ def demo_options(
     n_valid, # likewise, to validate on
     seed     # of pictures, weights and order
 ) -> dict:   # for `train`, without minutes
-    "What to train on: a folder, or shapes that are drawn now"
+    "Options for training on a folder, or on new generated shapes"
     from deqdet.data import synth_coco
     if data: return dict(data=data, seed=seed)
     shapes = folder/'shapes'

@@ -69,6 +69,10 @@ class Shown(BasicMarkdownRenderer):
         code = declaration(published(sym)) or str(self.dm)
         self.dm = _tidy(code, isclass(sym))
 
+    def _repr_markdown_(self):
+        text = super()._repr_markdown_()
+        return re.sub('^### (.*)$', r'## \1 {.api}', text, count=1, flags=re.M)
+
 # %% ../nbs/23_docs.ipynb #f8636c83
 _re_outer = re.compile(r'\[((?:[^][]|\[`[^`]*`\]\([^()]*\))+)\]\(')
 _re_inner = re.compile(r'\[(`[^`]*`)\]\([^()]*\)')

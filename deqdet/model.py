@@ -134,7 +134,7 @@ def predict(self:Detector,
 
 @patch
 def _reach(self:Detector, found, min_score):
-    "(B,n) which detections have the score that is asked for"
+    "(B,n) True for detections with at least the wanted score"
     if min_score is None: min_score = .3 if self.thresholds is None else self.thresholds
     bars = torch.as_tensor(min_score, device=found.scores.device) # () or (K,)
     return found.scores >= (bars[found.labels] if bars.ndim else bars)
@@ -232,13 +232,13 @@ class Blueprint:
 # %% ../nbs/10_model.ipynb #b50a1a7f
 @dataclass(frozen=True)
 class Family(Blueprint):
-    "What families share whose queries start at boxes; one adds `neck` and `step`"
+    "Base of families whose queries start at boxes; a family adds `neck` and `step`"
     feat_width: int=256          # channels of the pyramid
     grid: tuple=()               # (rows, cols, side) of the first boxes; (): the whole image
     strides: tuple=(4,8,16,32)   # of the pyramid
 
     def queries(self, **kwargs):
-        "Where queries start; keywords go to `Queries`"
+        "The module of the first state; keywords go to `Queries`"
         boxes = grid_boxes(*self.grid) if self.grid else None
         return Queries(self.n_queries, self.width, boxes=boxes, **kwargs)
 
@@ -261,7 +261,7 @@ MOVED = {'deqdet.model.AdaMixer': 'deqdet.families.adamixer.AdaMixer',
 def from_dict(
     x # what `to_dict` gave
 ):    # the record
-    "A record from what JSON held"
+    "The record of a parsed JSON value"
     if isinstance(x, list): return tuple(from_dict(o) for o in x)
     if not isinstance(x, dict): return x
     kind = _record(x['is'])

@@ -81,7 +81,7 @@ class RunResume(Resume):
 
 # %% ../nbs/19_runs.ipynb #bdf770d6
 def _callbacks(o, resume):
-    "What a run adds to the learner"
+    "The callbacks of a run"
     going_on = RunResume('resume.pt', o['every'], resume)
     cbs = [Keep(), CSVLog('log.csv'), NonFinite(skip=5), going_on, Stop()]
     asked = dict(ema=EMA, patience=Patience, mosaic=Mosaic)
@@ -124,7 +124,7 @@ PROCESSES = int(os.environ.get('WORLD_SIZE', 1)) # that were started together
 FIRST = os.environ.get('RANK', '0')=='0'         # is it this one that writes and prints?
 
 def _amount(learn, o):
-    "How long a training was, in epochs or minutes, and in pictures"
+    "The length of a training in epochs or minutes, and in images"
     dls = learn.dls
     if 'minutes' in o:
         seen = learn.train_iter*PROCESSES*dls.train.bs
@@ -171,7 +171,7 @@ def check_classes(
     folder, # of a training
     vocab   # class names of the data
 ):
-    "A training that goes on has the classes that it began with"
+    "Raises an error if a resumed training has other classes than before"
     file = Path(folder)/'config.json'
     if not file.exists(): return
     then = json.loads(file.read_text())['vocab']
@@ -215,7 +215,7 @@ def train(
     return learn
 
 def _configure(learn, o, folder, resume):
-    "Write `config.json`; a training that goes on writes it once its file is read"
+    "Write `config.json`; a resumed training does so after reading its file"
     if resume: check_classes(folder, learn.dls.vocab)
     config = dict(options=o, vocab=list(learn.dls.vocab), machine=machine())
     def write():

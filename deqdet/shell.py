@@ -27,7 +27,7 @@ NUMBERS = {
 def check_numbers(
     options # dict of what was given
 ):
-    "Numbers that make no sense are refused"
+    "Raises an error for numbers out of range"
     for wanted,(ok,names) in NUMBERS.items():
         for k in names.split():
             v = options.get(k)
@@ -38,7 +38,7 @@ def in_options(
     text, # a message
     names # of the command's options
 ) -> str:
-    "What is said of arguments, said of options"
+    "A message with argument names written as options"
     divides = 'valid_pct' in names
     words = {r"layout='(.*?)'": r'--layout \1', 'layout=': '--layout',
              'valid_pct=': '--valid_pct' if divides else "--split ''",
@@ -53,7 +53,7 @@ def in_options(
 def is_script(
     frame # of a call
 ) -> bool:
-    "Is it the top of a file that is being run, as the programs are that pip makes of commands?"
+    "True in the top frame of a script, such as pip's commands"
     names = frame.f_globals
     is_top = frame.f_locals is names
     return is_top and names.get('__name__')=='__main__' and '__file__' in names
@@ -61,7 +61,7 @@ def is_script(
 def read_options(
     f # function
 ):    # arguments, keywords
-    "What the shell said; `--min-score` and `--min_score` are the same"
+    "Options from the command line; `--min-score` and `--min_score` are the same"
     def hyphens(name): return name[0].replace('_', '-')
     sys.argv[1:] = [re.sub(r'^--[^=]+', hyphens, o) for o in sys.argv[1:]]
     args,kwargs,_ = parse_cli(f)
@@ -73,13 +73,13 @@ def say(*text): print(*text, file=sys.stderr, flush=True)
 def is_users(
     e # exception
 ) -> bool:
-    "Can the user put it right?"
+    "True if the user can correct the error"
     from deqdet.data import DataError
     if isinstance(e, OSError): return e.errno in FILE_FAULTS
     return isinstance(e, (CommandError, DataError)) or is_out_of_memory(e)
 
-def _nobody_reads():
-    "Has standard output been closed by its reader, as `head` does it?"
+def _output_closed():
+    "True if the reader of standard output, such as `head`, has closed it"
     file = sys.stdout.fileno()
     poll = select.poll()
     poll.register(file, select.POLLOUT)
@@ -104,7 +104,7 @@ def command(
     return _f
 
 def _run(f, args, kwargs):
-    "Call a function; what goes wrong becomes a line and a status"
+    "Call a function; an error of the user prints a line and sets the status"
     try:
         check_numbers(signature(f).bind(*args, **kwargs).arguments)
         res = f(*args, **kwargs)
@@ -114,7 +114,7 @@ def _run(f, args, kwargs):
         status = 130
         said = 'stopped'
     except Exception as e:
-        closed = isinstance(e, BrokenPipeError) and _nobody_reads()
+        closed = isinstance(e, BrokenPipeError) and _output_closed()
         if closed: raise SystemExit(128 + signal.SIGPIPE) from None
         if os.environ.get('DEQDET_TRACEBACK') or not is_users(e): raise
         status = 2
@@ -128,7 +128,7 @@ def open_detector(
     size,  # as in `Feed.parse`, or None
     device # name, or None
 ):         # `Detector`, or `Exported`
-    "A detector as the options ask for it; an option that is wrong is named"
+    "The detector that the options name; an error names the wrong option"
     from deqdet.model import Feed
     from deqdet.ops.devices import pick_device
     from deqdet.predict import load_detector
@@ -150,7 +150,7 @@ def solver_options(
     steps=None, # refinement steps
     tol=None    # relative residual at which a picture is done
 ) -> dict:      # for the decoder
-    "What was asked of the solver, if the decoder has one"
+    "The given solver options; an error if the decoder has no solver"
     from deqdet.equilibrium import Equilibrium
     given = {k: v for k,v in dict(steps=steps, tol=tol).items() if v is not None}
     decoder = getattr(model, 'decoder', None)
@@ -164,6 +164,6 @@ def solver_options(
 def bar(
     items # with a length
 ):        # the same
-    "With a progress bar if somebody watches"
+    "The same items, with a progress bar in a terminal"
     from fastprogress import progress_bar
     return progress_bar(items, leave=False) if sys.stdout.isatty() else items

@@ -83,7 +83,7 @@ def show_pairs(
     return fig
 
 def _say_none(ax, min_score):
-    "Write on an image without boxes what the lowest score is"
+    "Write the lowest score on an image without boxes"
     ax.text(.5, .03, f'none above {min_score:g}', transform=ax.transAxes, ha='center',
             fontsize=7, color='w', bbox=dict(facecolor='k', lw=0, pad=1.5, alpha=.6))
 

@@ -9,6 +9,8 @@ from nbdev.processors import FilterDefaults
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = '<!-- Written from nbs/index.ipynb by `make readme`: change that, not this. -->'
+SITE = 'https://deqdet.github.io/deqdet'
+re_page = re.compile(r'\]\((\w+)\.qmd\)') # a page that is no notebook: on the site only
 re_link = re.compile(r'(\]\()(?![a-z]+:|#|/)([^)\s]+)')
 
 KEPT = 'strip_ansi','hide_line','filter_stream_','rm_header_dash','rm_export','clean_magics','hide_'
@@ -26,7 +28,8 @@ def as_md(cell):
     "One cell as markdown"
     if cell.cell_type=='markdown':
         lines = [l for l in cell.source.splitlines() if not l.startswith(':::')] # divisions of the site
-        return re_link.sub(r'\1nbs/\2', '\n'.join(lines))
+        text = re_page.sub(rf']({SITE}/\1.html)', '\n'.join(lines))
+        return re_link.sub(r'\1nbs/\2', text)
     if cell.cell_type!='code' or not cell.source.strip(): return ''
     src = '\n'.join(l for l in cell.source.splitlines() if not l.startswith('#|')).strip()
     if re.search(r'^#\|\s*echo:\s*false', cell.source, re.M): src = ''

@@ -10,7 +10,8 @@ from fastcore.nbio import read_nb
 BASE = """*{box-sizing:border-box} body{margin:0;font:17px/1.5 system-ui,sans-serif} main{padding:0 12px;max-width:800px;margin:auto}
 code{font-size:.875em} pre{font-size:.875em;padding:.4em;background:#80808020} table{width:100%;border-collapse:collapse}
 th,td{padding:.5rem;border-bottom:1px solid #8884} h1{font-size:2rem} h3{font-size:1.4rem} figure{margin:1em 0}
-body.quarto-dark{background:#171b20;color:#d6dce3}"""
+a{color:#1f64a0}
+body.quarto-dark{background:#171b20;color:#d6dce3} body.quarto-dark a{color:#7fb6e8} td,th,select,input,button{font:inherit}"""
 
 def pandoc():
     "The command pandoc, or None"
@@ -57,13 +58,21 @@ def as_markdown(nb):
         elif cell.cell_type=='code' and option(cell, 'include')!='false': res += code(cell)
     return '\n\n'.join(res)
 
-def as_html(nb, css, dark=False):
-    "A processed notebook as a page"
+def to_html(text, css, dark=False):
+    "Markdown as a page"
     cmd = [pandoc(), '-f', 'markdown-smart', '-t', 'html5', '--mathml', '--wrap=preserve']
-    res = subprocess.run(cmd, input=as_markdown(nb), capture_output=True, text=True, check=True)
+    res = subprocess.run(cmd, input=text, capture_output=True, text=True, check=True)
     theme = 'quarto-dark' if dark else 'quarto-light'
-    return (f'<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{BASE}{css}</style>'
+    return (f'<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>{BASE}{css}</style>'
             f'<body class="{theme}"><main>{res.stdout}</main></body>')
+
+def as_html(nb, css, dark=False): return to_html(as_markdown(nb), css, dark)
+
+def qmd_as_html(text, css, dark=False):
+    "A page that is written as Markdown with a head of its own"
+    _,head,body = re.split(r'^---\n', text, maxsplit=2, flags=re.M)
+    title = re.search(r'^title: (.*)$', head, re.M)[1]
+    return to_html(f'# {title}\n\n{body}', css, dark)
 
 MEASURE = """<script>addEventListener('load', () => { const d = document.documentElement
   const wide = [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth &&

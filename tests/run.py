@@ -96,7 +96,7 @@ def redirect(out):
 
 def in_fork(root, nb, out, fresh=None):
     "In a new process: run nbdev-test on a notebook, write what it prints to a file, and the notebook to `fresh`; end"
-    os.setsid() # whoever stops it stops what it started
+    os.setsid() # so that what it started can be stopped with it
     redirect(out)
     os.chdir(root)
     os.environ['PYTHONPATH'] = root

@@ -107,7 +107,7 @@ def test_a_bug_is_no_fault_of_the_user(capsys):
 
 
 @pytest.mark.parametrize('buffered', ['', '1'])
-def test_output_that_nobody_reads(buffered):
+def test_output_without_a_reader(buffered):
     "As in `deqdet_models | head -1`"
     p = subprocess.Popen([Path(sys.executable).parent/'deqdet_models'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                          env=os.environ | dict(PYTHONUNBUFFERED=buffered))
@@ -193,7 +193,7 @@ def test_zero_is_a_number(world, tmp_path):
     assert config['options'].items() >= dict(wd=0., workers=0).items()
 
 
-def test_weights_of_a_body_that_nobody_would_read(world, tmp_path, capsys):
+def test_weights_of_a_body_that_would_not_be_read(world, tmp_path, capsys):
     for model in (str(world/'start'), 'deqdet_tiny'):
         bad(capsys, '--pretrained nowhere.pth', train, world, tmp_path/'out', model=model, pretrained='nowhere.pth')
     assert 'did you mean' not in bad(capsys, '--model no/where', train, world, tmp_path/'out', model='no/where')

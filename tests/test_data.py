@@ -82,7 +82,7 @@ def photo():
     ('LA','png',{}), ('P','png',{}), ('1','png',{}), ('RGB','webp',dict(lossless=True)), ('P','gif',{}),
     ('RGB','bmp',{}), ('RGB','tiff',{})])
 def test_decoding_is_exact(photo, tmp_path, mode, fmt, kw):
-    "Whoever decodes, the bytes are Pillow's"
+    "All decoders give Pillow's bytes"
     f = tmp_path/'a'
     f.write_bytes(encode(photo.convert(mode), fmt, **kw))
     with Image.open(f) as im: want = np.array(im.convert('RGB'))

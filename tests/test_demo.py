@@ -31,7 +31,7 @@ def test_a_set_of_ones_own(shapes, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_scenes_are_new_and_the_same_for_everybody():
+def test_scenes_are_new_and_the_same_on_every_machine():
     a, b = demo.new_scenes(2, 64), demo.new_scenes(2, 64)
     assert all((x == y).all() for x, y in zip(a, b)) and (a[0] != a[1]).any() and a[0].shape == (64, 64, 3)
 

@@ -289,7 +289,7 @@ def test_average_of_checkpoints(path, tmp_path):
 
 @pytest.mark.parametrize('n, bs, world', [(n, bs, w) for n in (1,2,5,8,13) for bs in (1,2,4) for w in (1,2,3,8)])
 def test_deal(n, bs, world):
-    "Everybody gets as many batches; together they have all pictures; successive rounds are successive batches"
+    "Processes get equally many batches; together these have all pictures; successive rounds are successive batches"
     parts = [deal(range(n), bs, r, world) for r in range(world)]
     batches = [[p[i:i+bs] for i in range(0, len(p), bs)] for p in parts]
     assert len({len(b) for b in batches})==1

@@ -215,7 +215,7 @@ def cheapest(cost):
 
 
 def test_assign_equals_trying_everything():
-    "Several states and images at once, padded columns that would attract everyone, an image without objects"
+    "Several states and images at once, padded columns that would attract every query, an image without objects"
     torch.manual_seed(0)
     cost = torch.randn(3, 4, 4, 3)
     labels = torch.tensor([[0, 1, 2], [0, -1, 5], [-1, 3, -1], [-1, -1, -1]])
@@ -280,7 +280,7 @@ def flat(target):
     return altered(target, boxes=boxes)
 
 
-EDGES = dict(nobody=lambda l, b, t: (l, b, empty(t)),
+EDGES = dict(no_object=lambda l, b, t: (l, b, empty(t)),
              no_column=lambda l, b, t: (l, b, altered(t, boxes=t.boxes[:, :0], labels=t.labels[:, :0])),
              one_query=lambda l, b, t: (l[:, :, :1], b[:, :, :1], t),
              one_way=lambda l, b, t: (l, b[..., [2, 1, 0, 3]], t),

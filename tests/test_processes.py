@@ -1,4 +1,4 @@
-"Two processes on a CPU: the same gradients, weights and AP as one, and nobody waits forever"
+"Two processes on a CPU: the same gradients, weights and AP as one, and no process waits forever"
 import os, signal, subprocess, sys
 from contextlib import nullcontext
 from dataclasses import replace

@@ -114,7 +114,7 @@ def test_a_notebook_that_dies(project, few_libraries):
     assert tried('1').status=='passed'
 
 def alive(pid):
-    "Does a process run? One that has ended and that nobody waited for does not."
+    "True if a process runs; one that has ended, but was not waited for, does not"
     try: return Path(f'/proc/{pid}/stat').read_text().split(') ')[1][0]!='Z'
     except FileNotFoundError: return False
 

@@ -209,7 +209,7 @@ def test_args_may_be_nested():
     a,c = [solve(g, torch.zeros_like(b), x, tol=1e-6, max_iter=300) for g,x in ((f, nested), (lin, (A,b)))]
     assert torch.equal(a.z, c.z) and torch.equal(a.n, c.n)
 
-def test_nothing_beyond_the_loop_when_nobody_asks():
+def test_nothing_beyond_the_loop_by_default():
     from torch.utils._python_dispatch import TorchDispatchMode
     class Count(TorchDispatchMode):
         n = 0

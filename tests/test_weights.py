@@ -176,7 +176,7 @@ def test_a_hub_that_answers_with_an_error_was_reached(monkeypatch):
     assert hub_answers('timm/resnet50.tv_in1k')
 
 def test_downloaded_weights_need_no_hub(monkeypatch, tmp_path):
-    "What is in the cache is timm's to load, and nobody is asked before"
+    "timm loads cached weights, and no hub is asked before"
     monkeypatch.setattr(weights, 'try_to_load_from_cache', lambda repo, name, cache_dir: str(tmp_path/name))
     def ask(*args, **kwargs): raise AssertionError('asked the hub')
     monkeypatch.setattr(weights, 'hub_answers', ask)

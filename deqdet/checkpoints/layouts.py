@@ -71,7 +71,7 @@ def infer_resnet(
 # %% ../../nbs/checkpoints/01_layouts.ipynb #052fe7ea
 @dataclass(frozen=True)
 class Layout:
-    "How published code names what we have"
+    "Published names of our tensors"
     names: tuple    # (pattern, replacement) from our keys to theirs, applied in order
     drop: tuple=()  # patterns of keys that we have no use for
 
@@ -107,7 +107,7 @@ def with_body(layout, body):
 def merge_to_timm(
     w # (...,4C) published: channel, row, column
 ):    # (...,4C) timm: column, row, channel
-    "Reorder what a patch merging reads"
+    "The inputs of a patch merging in timm's order"
     return w.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
 
 def merge_to_published(

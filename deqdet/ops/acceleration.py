@@ -41,7 +41,7 @@ class Anderson:
     def init(self, z): return None
 
     def step(self, memory, z, fz):
-        "The new memory, and the state at which `f` is asked next"
+        "The new memory, and the state to which `f` is applied next"
         unit,x,g = _packed(memory, z, fz)
         if memory is None: dX = dG = _no_past(x) # (B,0,K)
         else:
@@ -75,7 +75,7 @@ class Broyden:
     def init(self, z): return None
 
     def step(self, memory, z, fz):
-        "The new memory, and the state at which `f` is asked next"
+        "The new memory, and the state to which `f` is applied next"
         unit,x,g = _packed(memory, z, fz)
         if memory is None: U = V = _no_past(x)                     # (B,0,K)
         else:

@@ -14,7 +14,7 @@ import torch
 
 # %% ../../nbs/ops/05_devices.ipynb #04931957
 def accelerator() -> torch.device|None: # None: there is no accelerator
-    "The accelerator that PyTorch reports and that is there"
+    "The accelerator that PyTorch reports, if the machine has it"
     if not torch.accelerator.is_available(): return None
     return torch.accelerator.current_accelerator()
 

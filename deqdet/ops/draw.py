@@ -15,7 +15,7 @@ from matplotlib import patheffects
 def class_color(
     label: int # class number, from 0
 ) -> tuple:    # r, g, b in 0..1
-    "A colour for a class: ten that are easily told apart, then ten darker, ten paler, and again"
+    "A colour for a class: ten distinct ones, then ten darker, ten paler, and again"
     rgb = plt.get_cmap('tab10')(label % 10)[:3]
     strength = (1, .65, 1.35)[label//10 % 3]
     return tuple(min(1., c*strength) for c in rgb)
@@ -78,7 +78,7 @@ def show_image(
 
 # %% ../../nbs/ops/04_draw.ipynb #cfbb4a1c
 def _text(i, labels, scores, vocab):
-    "What is written on box `i`: its class and score, as far as they are known"
+    "The text of box `i`: its class and score, where known"
     name = ''
     if labels is not None: name = vocab[labels[i]] if vocab else str(labels[i])
     return name if scores is None else f'{name} {scores[i]:.2f}'.strip()
@@ -116,7 +116,7 @@ STYLE = {'figure.dpi': 80, 'font.size': 9, 'axes.titlesize': 9, 'legend.fontsize
 def style(
     photos: bool=False # in a notebook, keep figures as JPEG?
 ):
-    "From here on figures look as they do everywhere in this package"
+    "Set the style of all figures of this package"
     plt.rcParams.update(STYLE)
     if 'inline' not in plt.get_backend(): return
     from matplotlib_inline.backend_inline import set_matplotlib_formats

@@ -14,7 +14,7 @@ from pathlib import Path
 
 # %% ../../nbs/ops/03_errors.ipynb #17857e08
 class CommandError(Exception):
-    "What the user can put right; the message says what is wrong, and where"
+    "An error that the user can correct; the message names the fault and its place"
 
 FILE_FAULTS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
                errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
@@ -23,7 +23,7 @@ FILE_FAULTS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSP
 def is_out_of_memory(
     e # exception
 ) -> bool:
-    "Is there no more memory, of a GPU, of the processor, or in NumPy?"
+    "True for out-of-memory errors of a GPU, the CPU or NumPy"
     if isinstance(e, MemoryError) or type(e).__name__=='OutOfMemoryError': return True
     return "can't allocate memory" in str(e)
 
@@ -31,7 +31,7 @@ def is_out_of_memory(
 def one_line(
     e # exception
 ) -> str:
-    "What an exception says, on one line"
+    "The message of an exception on one line"
     if isinstance(e, OSError) and e.errno:
         return ': '.join(str(o) for o in (e.filename, e.strerror) if o)
     text = str(e)
@@ -56,7 +56,7 @@ def blame(
     where, # what the message begins with: file, folder or option
     *kinds # exceptions
 ):
-    "Exceptions of these kinds are the fault of `where`: a `CommandError` says so"
+    "Turns exceptions of these kinds into a `CommandError` that names `where`"
     try: yield
     except kinds as e:
         said = getattr(e, 'strerror', None) or one_line(e)
@@ -79,6 +79,6 @@ def make_folder(
 def check_writable(
     file # to be written later
 ):
-    "A file that cannot be written is refused before the work, not after it"
+    "Raises an error before the work if a file cannot be written"
     if Path(file).is_dir(): raise CommandError(f'{file}: a folder; a file to write was expected')
     make_folder(Path(file).parent)

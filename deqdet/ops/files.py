@@ -22,7 +22,7 @@ def write_atomic(
     write, # function of an open binary file
     file   # path to write to
 ):         # the path
-    "Write a file so that its name never leads to half of it"
+    "Write a file completely or not at all"
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f'.{file.name}.tmp')
@@ -53,6 +53,6 @@ def write_json(
     x,   # what JSON can hold
     file # to write
 ):       # the path
-    "Write a JSON file that is there whole or not at all"
+    "Write a JSON file completely or not at all"
     text = json.dumps(x, indent=1)
     return write_atomic(lambda f: f.write(text.encode()), file)

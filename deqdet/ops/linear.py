@@ -50,7 +50,7 @@ def by_onednn(
     x: Tensor, # (...,k)
     w: Tensor  # (m,k)
 ) -> bool:
-    "Is `x @ w.T` a matmul for oneDNN?"
+    "True if `x @ w.T` should run on oneDNN"
     if _onednn is None or torch.compiler.is_compiling(): return False
     if torch.is_autocast_enabled('cpu'): return False
     return x.is_cpu and x.dtype==w.dtype==torch.float32 and x.numel()*len(w) >= LARGE

@@ -38,7 +38,7 @@ def accelerators():
     return [name(i) for i in range(module.device_count())]
 
 def machine() -> dict:
-    "What this runs on"
+    "The machine, versions and commit"
     cpus = Path('/proc/cpuinfo')
     name = re.search(r'model name\s*: (.*)', cpus.read_text()) if cpus.exists() else None
     return dict(deqdet=__version__, commit=commit(), python=platform.python_version(),
@@ -50,6 +50,6 @@ def machine() -> dict:
 def duration(
     s # seconds
 ) -> str:
-    "Time as people say it"
+    "A rounded time with its unit"
     if s < 120: return f'{s:.0f} s'
     return f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'

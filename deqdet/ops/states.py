@@ -59,7 +59,7 @@ def flat(
     x: Tensor, # (B,...)
     dim: int=1 # first of the axes that become one
 ) -> Tensor:   # `dim`+1 axes
-    "All axes from `dim` on as one, of length 1 where there is none"
+    "All axes from `dim` on as one; of length 1 if there is none"
     return x.flatten(dim) if x.ndim > dim else x[..., None]
 
 # %% ../../nbs/ops/06_states.ipynb #d6386108

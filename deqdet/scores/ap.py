@@ -134,7 +134,7 @@ def _detections(results, cats, ids, subset=False):
 
 # %% ../../nbs/scores/01_ap.ipynb #8b0fc9b0
 def _mean(x):
-    "The mean of what is defined"
+    "The mean of the defined entries"
     x = x[x > -1]
     return x.mean().item() if x.size else math.nan
 
@@ -148,7 +148,7 @@ def _summary(precision, recall, max_dets):
 
 # %% ../../nbs/scores/01_ap.ipynb #67ca2982
 def _limits(name, all_dets):
-    "What a number of the table counts: overlaps, area, detections kept"
+    "Overlaps, area and number of detections of a row of the table"
     overlaps = dict(AP50='0.50', AP75='0.75').get(name, '0.50:0.95')
     area = dict(s='small', m='medium', l='large').get(name[2:], 'all')
     counts_fewer = name.startswith('AR') and name[2:].isdigit()
@@ -258,13 +258,13 @@ def coco_ap(
     return Result(numbers, _per_class(e, names, gts, dts), e, counts)
 
 def _count(groups):
-    "How many there are of each category"
+    "Counts by category"
     n = Counter()
     for (_,c),v in groups.items(): n[c] += len(v)
     return n
 
 def _per_class(e, names, gts, dts):
-    "The same numbers class by class, with how many objects and detections there are"
+    "The same numbers by class, with counts of objects and detections"
     rows = {}
     objects = _count(gts)
     detections = _count(dts)

@@ -78,11 +78,11 @@ def match_table(
     return pd.DataFrame(rows, columns=['image_id', 'truth', 'pred', 'score', 'iou'])
 
 def _named(groups, im, names):
-    "What there is in one image, each with the name of its class"
+    "Entries of one image, each with the name of its class"
     return [dict(o, name=names[c]) for c in names for o in groups.get((im, c), ())]
 
 def _rows(dets, objs, t):
-    "Pairs of one image, and what is left over on either side"
+    "Pairs of one image, and the unpaired of both sides"
     partners = _pair(dets, objs, t)
     for d,(j,v) in zip(dets, partners):
         there = 'background' if j is None else objs[j]['name']
@@ -142,7 +142,7 @@ def _judged(dets, objs, t):
     return [(d['score'], j is not None) for d,(j,_) in zip(dets, _pair(dets, objs, t)) if j != -1]
 
 def _f1_curve(judged, n):
-    "Distinct scores, falling, and F1 of all detections from there upwards; `n` objects"
+    "Distinct scores, falling, and F1 of all detections with at least each; `n` objects"
     scores, right = np.array(sorted(judged, reverse=True), dtype=float).reshape(-1, 2).T
     f1 = 2*right.cumsum() / (np.arange(1, len(scores)+1) + n)
     last = np.append(np.diff(scores) < 0, True)[:len(scores)] # equal scores count together

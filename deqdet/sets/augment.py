@@ -152,7 +152,7 @@ def feed_tfm(
     feed,          # anything with `short` and `long`, the most pixels of the sides
     augment='none' # one of `AUGMENT`
 ) -> Augment:      # (image, target) -> (image, target)
-    "The transform, with what varies a training image"
+    "The transform to an input size, with the named augmentation"
     if augment not in AUGMENT:
         raise ValueError(f"augment={augment!r}: one of {', '.join(AUGMENT)} was expected")
     if augment=='small': return recipe_small(feed.long)

@@ -23,12 +23,12 @@ from .images import DataError, load_image
 KEPT = {'box cut', 'duplicate id'} # problems that cost no object
 
 def _is_box(b):
-    "Four finite numbers?"
+    "True for four finite numbers"
     if not is_listy(b) or len(b)!=4: return False
     return all(isinstance(o, (int,float)) and math.isfinite(o) for o in b)
 
 def _fault(a, image, categories):
-    "Kind, field and detail of what is wrong with an annotation, or None"
+    "Kind, field and detail of an annotation's fault, or None"
     if image is None: return 'unknown picture', 'image_id', repr(a.get('image_id'))
     k = a.get('category_id')
     if k not in categories: return 'unknown category', 'category_id', repr(a.get('name', k))
@@ -123,7 +123,7 @@ def look_alikes(
     valid, # likewise
     same=SAME # least correlation
 ) -> list: # of (file of `valid`, file of `train`, correlation)
-    "For each image of one split the image of another that is nearly the same, if there is one"
+    "Pairs of nearly equal images of two splits"
     if not train or not valid: return []
     known = torch.stack(list(train.values())) # (n,576)
     res = []
@@ -163,7 +163,7 @@ def _count(coco):
 # %% ../../nbs/sets/04_check.ipynb #734e0015
 @dataclass
 class Report:
-    "What `verify_data` found"
+    "The problems of a data set"
     path: Path     # folder of the set
     layout: str    # 'coco', 'voc' or 'yolo'
     splits: dict   # name -> a line on it

@@ -19,7 +19,7 @@ from .images import DataError, fill_sizes, image_size
 
 # %% ../../nbs/sets/03_formats.ipynb #3e085f17
 class Problem(NamedTuple):
-    "One thing that is wrong with a set"
+    "One fault of a data set"
     kind: str   # what it is, as 'empty box'
     file: str   # the file that holds it
     field: str  # the place in the file
@@ -289,7 +289,7 @@ def permutation(
 
 # %% ../../nbs/sets/03_formats.ipynb #b4a24ad6
 def _part(src, chosen):
-    "The images of a source with these numbers, and what belongs to them"
+    "A source with the images of these numbers and their annotations"
     images = [src.coco['images'][i] for i in chosen]
     ids = {o['id'] for o in images}
     mine = [(i,a) for i,a in enumerate(src.coco['annotations']) if a.get('image_id') in ids]

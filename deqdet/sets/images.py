@@ -148,7 +148,7 @@ def fill_sizes(
     images, # dicts with `file_name`, and maybe `width` and `height`, changed in place
     folder  # of the files
 ):
-    "Ask the files where annotations leave the size out; 0 where they do not know it"
+    "Image entries with missing sizes read from the files; 0 if a file cannot be read"
     for o in images:
         if not (o.get('width') and o.get('height')):
             o['height'],o['width'] = image_size(folder/o['file_name']) or (0,0)

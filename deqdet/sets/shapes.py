@@ -43,12 +43,12 @@ def _polygon_area(p):
     return abs(p[:,0]@np.roll(p[:,1],1) - p[:,1]@np.roll(p[:,0],1))/2
 
 def _all_in_sight(owner, areas):
-    "Does every object show at least 60% of its area?"
+    "True if at least 60% of every object is visible"
     shown = np.array(owner.histogram()[1:len(areas)+1]) # fine pixels of each object
     return np.all(shown >= .6*_FINE**2*np.array(areas))
 
 def _scene(rng, hw, names, n):
-    "Who owns each fine pixel (0: the ground), and the classes of the up to `n` objects"
+    "The object at each fine pixel (0: background), and classes of up to `n` objects"
     owner = Image.new('L', (hw[1]*_FINE, hw[0]*_FINE))
     labels = []
     areas = []
@@ -124,7 +124,7 @@ def _write_image(path, rng, i, hw, names, empty, max_objects):
 
 # %% ../../nbs/sets/02_shapes.ipynb #18913e83
 def _write_split(path, split, n, size, seed, classes, empty, max_objects):
-    "Images and annotation file of one split, unless they are there"
+    "Write images and annotations of one split, unless they exist"
     file = path/f'annotations/instances_{split}.json'
     info = dict(generator='synth_coco', n=n, size=size, seed=seed, classes=classes, empty=empty,
                 max_objects=max_objects)

@@ -25,7 +25,7 @@ from ..ops.files import write_atomic
 
 # %% ../../nbs/training/03_callbacks.ipynb #a7e296f5
 class FitLoop(Learner):
-    "A Learner that can begin in the middle, and whose callbacks know whether it is in a fit"
+    "A Learner that can start at any batch, and tells callbacks whether it is in a fit"
     fitting = False         # in `fit`, but not in `lr_find` or `validate`
     first_epoch = 0         # where the fit begins
     accumulate = 1          # batches per update
@@ -46,7 +46,7 @@ class FitLoop(Learner):
 
     @staticmethod
     def is_search(cbs):
-        "Is it `lr_find` that fits, with these callbacks?"
+        "True if these callbacks are those of `lr_find`"
         return any(isinstance(c, LRFinder) for c in L(cbs))
 
     def _do_fit(self):
@@ -71,7 +71,7 @@ class FitLoop(Learner):
         with self.no_bar(), self.no_logging(): yield self
 
     def rows(self):
-        "What the recorder has logged so far"
+        "The rows logged so far"
         rec = vars(self.recorder)
         names = [n for n in rec.get('metric_names', ())[1:] if n != 'time']
         rows = [dict(zip(names, v)) for v in rec.get('values', ())]
@@ -79,7 +79,7 @@ class FitLoop(Learner):
 
     @property
     def history(self):
-        "What the last fit logged, one row for each epoch; validating does not change it"
+        "The log of the last fit, a row for each epoch; validating does not change it"
         return self.rows() if self.fitting else self.logged
 
 # %% ../../nbs/training/03_callbacks.ipynb #b11882fa
@@ -138,7 +138,7 @@ class Amp(MixedPrecision):
 
 # %% ../../nbs/training/03_callbacks.ipynb #00bc71b0
 class EMA(Callback):
-    "A moving average of weights: it is what is validated, and what remains after fitting"
+    "A moving average of weights, used in validation and kept after fitting"
     order = ParamScheduler.order+5
     def __init__(self,
         decay=.9998 # part of the average that stays at an update; less during the first ones

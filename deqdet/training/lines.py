@@ -16,13 +16,13 @@ from ..ops.machine import duration
 def budget_of(
     learn # a `Learner`, in a fit or after it
 ):        # its `TimeBudget`, or None: it counts epochs
-    "What ends a training by the clock"
+    "The callback that ends a training by the clock"
     return vars(learn).get('time_budget')
 
 def minutes_passed(
     budget # `TimeBudget`
 ) -> str:
-    "How much of the time is up"
+    "The minutes passed, of all"
     return f'{budget.elapsed()/60:.1f} of {budget.seconds/60:g} minutes'
 
 # %% ../../nbs/training/09_lines.ipynb #1f1a07f0
@@ -42,7 +42,7 @@ class EpochLines(ProgressCallback):
         if at: print(f'going on {self.place(at)}', flush=True)
 
     def place(self, at):
-        "Where a training goes on"
+        "The epoch at which a training resumes"
         budget = budget_of(self.learn)
         if budget: return f'after {minutes_passed(budget)}'
         done = f"after {at['iter']} of {at['n_iter']} batches"

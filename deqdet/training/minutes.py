@@ -36,7 +36,7 @@ class MaySkip:
 
 # %% ../../nbs/training/08_minutes.ipynb #bb47547b
 class TimeBudget(Callback):
-    "End training, evaluated and saved, when a number of minutes is up"
+    "Ends training after a number of minutes, evaluated and saved"
     order = ParamScheduler.order
     def __init__(self,
         minutes,       # from now on
@@ -66,11 +66,11 @@ class TimeBudget(Callback):
         return self.guess() if self.evaluation is None else self.evaluation
 
     def train_seconds(self):
-        "Seconds until training has to end"
+        "Seconds of training before the last evaluation"
         return max(self.seconds - self.reserve - 1.1*self.needed(), .05*self.seconds)
 
     def guess(self):
-        "Seconds for an evaluation: a batch of it costs about half as much as one of training"
+        "Estimated seconds of an evaluation: a batch costs half as much as one of training"
         if not self.batches: return .1*self.seconds
         each = (self.elapsed() - self.started)/self.batches
         images = len(self.dls.valid)*self.dls.valid.bs/self.dls.train.bs
@@ -138,12 +138,12 @@ def after_fit(self:TimeBudget): self.recorder.hps = self.hps
 
 @patch
 def everyone_stops(self:TimeBudget, flag):
-    "With several processes: the answer of any of them, so that all do the same"
+    "True in all processes if the flag is set in any"
     return anyone(flag, next(self.model.parameters()).device)
 
 @patch
 def time_is_up(self:TimeBudget):
-    "Does the last evaluation need what is left?"
+    "True if the rest of the time is needed for the last evaluation"
     return self.everyone_stops(self.elapsed() >= self.train_seconds())
 
 @patch

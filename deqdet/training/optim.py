@@ -34,7 +34,7 @@ def orthogonal(
 def is_matrix(
     p # a parameter
 ) -> bool:
-    "Does it get orthogonal updates? More than eight rows and columns are asked for"
+    "True if it gets orthogonal updates: more than eight rows and columns"
     return p.ndim > 1 and min(p.flatten(1).shape) > 8
 
 class Muon(torch.optim.AdamW):

@@ -22,7 +22,7 @@ def deal(
     world,  # how many there are
     drop_last=False # leave out a last batch that is shorter
 ) -> list:  # this process's numbers
-    "One process's batches, dealt in turn; everybody gets the same number"
+    "One process's batches, dealt in turn; all processes get the same number"
     batches = [list(idxs[i:i+bs]) for i in range(0, len(idxs), bs)]
     if drop_last and len(batches[-1]) < bs: batches.pop()
     n = math.ceil(len(batches)/world)*world

@@ -57,7 +57,7 @@ class Recipe:
     def epochs_for(self,
         n # updates in an epoch of the set
     ) -> int:
-        "Epochs over a set: the recipe's, or as many as its updates ask for, within 6 to 60"
+        "Epochs over a set: the recipe's, or those of its updates, within 6 to 60"
         if not self.updates: return self.epochs
         return min(60, max(6, round(self.updates/max(n, 1))))
 

@@ -43,7 +43,7 @@ def draw_results(
     return axs
 
 def _draw_result(ax, img, truth, shown, scores, vocab):
-    "One picture with its detections, their scores, and its truth"
+    "Draw one image with its detections, their scores, and its truth"
     show_sample(img, shown, vocab, ax)
     for text,score in zip(ax.texts, scores): text.set_text(f'{text.get_text()} {score:.2f}')
     for x1,y1,x2,y2 in truth.boxes.tolist():
@@ -63,7 +63,7 @@ def show_results(self:DetDL,
 
 # %% ../../nbs/training/07_results.ipynb #626d7127
 class Interpretation(interpret.Interpretation):
-    "fastai's, for detectors: pictures sorted by loss"
+    "fastai's, for detectors: images sorted by loss"
     @classmethod
     def from_learner(cls,
         learn,    # a `DetLearner`
@@ -71,7 +71,7 @@ class Interpretation(interpret.Interpretation):
         dl=None,  # or this one
         act=None  # activation instead of the loss's
     ):
-        "The loss of every picture, each a batch of its own"
+        "An interpretation with the loss of every image, each in a batch of its own"
         dl = learn.dls[ds_idx] if dl is None else dl
         single = dl.new(bs=1, shuffle=False, drop_last=False)
         return super().from_learner(learn, ds_idx, single, act)
@@ -88,7 +88,7 @@ class Interpretation(interpret.Interpretation):
         largest=True, # the worst? else the best
         **kwargs      # for `draw_results`
     ):
-        "Draw the pictures with the largest losses"
+        "Draw the images with the largest losses"
         inputs,_,target,found,losses = self[self.top_losses(k, largest)[1]]
         titles = [f'loss {o:.1f}' for o in losses]
         samples = self.dl.decode_batch((*inputs, target), k)

@@ -42,7 +42,7 @@ def _set_device_rng(states):
 
 # %% ../../nbs/training/04_resume.ipynb #7086c44c
 def _rng():
-    "States of all random generators, as what `torch.load` reads without unpickling"
+    "States of all random generators, in types that `torch.load` reads without unpickling"
     kind,keys,*rest = np.random.get_state()
     numpy = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
     return dict(torch=torch.get_rng_state(), device=_device_rng(), python=random.getstate(),
@@ -61,7 +61,7 @@ def anyone(
     flag,  # of this process
     device # that the processes exchange tensors on
 ) -> bool:
-    "Is it so in any process?"
+    "True if the flag is set in any process"
     if num_distrib() < 2: return bool(flag)
     flags = torch.tensor(float(bool(flag)), device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -79,26 +79,26 @@ def everyones(
 _MEMORY = ((GradientAccumulation, 'count'), (TrackerCallback, 'best'))
 
 def _cb_state(cb):
-    "What a callback must not forget"
+    "The state of a callback to save"
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
     found = {k: vars(cb)[k] for kind,k in _MEMORY if isinstance(cb, kind) and k in vars(cb)}
     return {k: v.item() if isinstance(v, np.generic) else v for k,v in found.items()}
 
 def _set_cb_state(cb, s):
-    "Put a callback into a state"
+    "Restore the state of a callback"
     if hasattr(type(cb), 'state_dict'): cb.load_state_dict(s)
     else: vars(cb).update(s)
 
 # %% ../../nbs/training/04_resume.ipynb #f749e2a5
 def _log_state(rec):
-    "What the recorder has seen, as plain numbers"
+    "The recorder's log as plain numbers"
     values = [[None if o is None else float(o) for o in row] for row in rec.values]
     smooth = [rec.smooth_loss.count, rec.smooth_loss.val]
     return dict(values=values, lrs=[float(o) for o in rec.lrs],
                 losses=[float(o) for o in rec.losses], iters=list(rec.iters), smooth=smooth)
 
 def _set_log_state(rec, s):
-    "Give a recorder its memory back, and print its rows again"
+    "Restore a recorder's log, and print its rows again"
     rec.values = [L(row) for row in s['values']]
     rec.lrs = s['lrs']
     rec.iters = s['iters']
@@ -109,7 +109,7 @@ def _set_log_state(rec, s):
 
 # %% ../../nbs/training/04_resume.ipynb #2588642f
 class Resume(Callback):
-    "Save all that training needs to go on, and go on from it"
+    "Save the whole state of a training, and resume from it"
     order = EMA.order+5
     def __init__(self,
         file,        # where to save; relative to the learner's `path`
@@ -185,7 +185,7 @@ def _go_on(self:Resume, s):
 # %% ../../nbs/training/04_resume.ipynb #dae782c8
 @patch
 def state(self:Resume):
-    "All that training needs to go on"
+    "The whole state of a training"
     model = get_model(self.model)
     scaled = 'mixed_precision' in vars(self.learn)
     place = dict(self.place, rng=everyones(self.place['rng']))
@@ -205,7 +205,7 @@ def save(self:Resume):
 
 # %% ../../nbs/training/04_resume.ipynb #14fe49f9
 def _read(file):
-    "What `Resume` wrote; never runs code from the file"
+    "The state in a file of `Resume`; never runs code from the file"
     try: s = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e:
         said = (str(e).splitlines() or [type(e).__name__])[0]
@@ -243,7 +243,7 @@ def _load(self:Resume):
 
 # %% ../../nbs/training/04_resume.ipynb #48c8a9c4
 def _ignore_signals():
-    "For a process that loads: signals are for the one that trains"
+    "Ignore signals in a loader process"
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 def _end_loaders():

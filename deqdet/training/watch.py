@@ -115,7 +115,7 @@ class CSVLog(Callback):
 
 # %% ../../nbs/training/06_watch.ipynb #2d4ebcb5
 class WatchSettling(Callback):
-    "By how much a refinement step moves the state, on a fixed batch, epoch by epoch"
+    "Movement of the state in each refinement step, on a fixed batch, by epoch"
     order = EMA.order+1
     def __init__(self,
         steps=20 # applications of the step

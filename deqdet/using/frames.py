@@ -7,15 +7,16 @@ Docs: https://deqdet.github.io/deqdet/using/frames.html.md"""
 # %% auto #0
 __all__ = ['FILMS', 'CLOCK', 'Shot', 'needs_av', 'is_camera', 'FilmReader', 'FilmWriter']
 
-# %% ../../nbs/using/06_frames.ipynb #fc2b0634
+# %% ../../nbs/using/06_frames.ipynb #1de5ab5f
 import math, sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
-from ..ops.errors import CommandError, make_folder, one_line
+from fastcore.basics import patch
+from ..ops.errors import CommandError, blame, make_folder, one_line
 
-# %% ../../nbs/using/06_frames.ipynb #f8b31aa7
+# %% ../../nbs/using/06_frames.ipynb #85896608
 @dataclass
 class Shot:
     "A frame as a film has it"
@@ -29,9 +30,9 @@ def needs_av():
         raise CommandError('films need PyAV: pip install "deqdet[film]"') from None
     return av
 
-def _upright(frame):
-    "Pixels (h,w,3) of a decoded frame"
-    image = frame.to_ndarray(format='rgb24')
+def _upright(frame, size):
+    "Pixels (h,w,3) of a decoded frame, as large as the first"
+    image = frame.to_ndarray(format='rgb24', width=size[0], height=size[1])
     turns = round(frame.rotation/90) % 4 # anticlockwise
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
 
@@ -89,9 +90,7 @@ class FilmReader:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-# %% ../../nbs/using/06_frames.ipynb #d58cd6de
-from fastcore.basics import patch
-
+# %% ../../nbs/using/06_frames.ipynb #cff65336
 @patch
 def _packets(self:FilmReader):
     "Packets of the video stream, until the end or the first fault of the file"
@@ -118,17 +117,19 @@ def __iter__(self:FilmReader):
     first = last = None
     for frame in self._frames():
         now = frame.time
-        if first is None: first = now or 0.
+        if first is None:
+            first = now or 0.
+            size = frame.width, frame.height
         time = last + 1/self.rate if last is not None else 0.
         if now is not None and (last is None or now - first > last): time = now - first
         last = time
         self.given += 1
-        yield Shot(_upright(frame), time)
+        yield Shot(_upright(frame, size), time)
     if not self.given: self.fault = self.fault or f'{self.name}: no frames in it'
     elif self.damaged and not self.fault:
         self.fault = f'{self.name}: {self.damaged} damaged packets were skipped'
 
-# %% ../../nbs/using/06_frames.ipynb #874f8a0e
+# %% ../../nbs/using/06_frames.ipynb #071812aa
 def _evened(image):
     "Pixels with even sides"
     h,w = image.shape[:2]
@@ -143,18 +144,18 @@ class FilmWriter:
         file,    # to write; its suffix says the format
         rate=25. # frames per second, about
     ):
-        av = needs_av()
         self.file = Path(file)
         if self.file.suffix.lower() not in FILMS:
             raise CommandError(f"{file}: one of {', '.join(sorted(FILMS))} was expected")
+        needs_av()
         make_folder(self.file.parent)
-        self.container = av.open(str(file), 'w')
         self.rate = rate
-        self.stream = self.hw = None
+        self.container = self.stream = self.hw = None
         self.ticks = -1
 
     def _start(self, h, w):
-        "The stream, once the size is known"
+        "The file and its stream, once the size is known"
+        with blame(self.file, OSError): self.container = needs_av().open(str(self.file), 'w')
         self.hw = h, w
         codec = 'libvpx-vp9' if self.file.suffix.lower()=='.webm' else 'libx264'
         rate = Fraction(self.rate).limit_denominator(1001)
@@ -183,7 +184,7 @@ class FilmWriter:
     def close(self):
         "Write what is left"
         if self.container is None: return
-        if self.stream is not None: self.container.mux(self.stream.encode(None))
+        self.container.mux(self.stream.encode(None))
         self.container.close()
         self.container = None
 

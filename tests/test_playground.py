@@ -1,0 +1,166 @@
+"The page on which a detector runs in a browser: its boxes are PyTorch's, and nothing leaves the machine"
+import json, os, shutil, sys
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+import browser, render
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'benchmarks'))
+import playground
+
+pytestmark = [
+    pytest.mark.skipif(not render.chromium(), reason='Chromium is not here (apt install chromium)'),
+    pytest.mark.skipif(not render.pandoc(), reason='pandoc is not here (pip install pypandoc_binary)'),
+    pytest.mark.skipif(not browser.websocket(), reason='the browser cannot be driven (pip install websocket-client)'),
+    pytest.mark.skipif(torch.__version__ < '2.7', reason='ONNX needs torch 2.7')]
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "Folder with the detector's parts, scenes and runtime: what `make playground` left, else made anew"
+    made = ROOT/'nbs/playground'
+    names = [*playground.SCENES, *playground.FILES, *playground.PARTS]
+    if playground.is_there(made, names) and playground.is_there(made, playground.PARTS, playground.sources()): return made
+    folder = tmp_path_factory.mktemp('made')
+    try: playground.write_all(folder)
+    except playground.Missing as e: pytest.skip(str(e))
+    return folder
+
+def page(folder):
+    "The page and its scripts, as a site has them"
+    folder.mkdir(parents=True, exist_ok=True)
+    css = (ROOT/'nbs/styles.css').read_text(encoding='utf-8')
+    text = (ROOT/'nbs/playground.qmd').read_text(encoding='utf-8')
+    (folder/'playground.html').write_text(render.qmd_as_html(text, css), encoding='utf-8')
+    (folder/'playground').mkdir()
+    for f in (ROOT/'nbs/playground').glob('*.js'): shutil.copy2(f, folder/'playground')
+    return folder
+
+@pytest.fixture(scope='module')
+def site(files, tmp_path_factory):
+    folder = page(tmp_path_factory.mktemp('site'))
+    for name in [*playground.SCENES, *playground.FILES, *playground.PARTS]: shutil.copy2(files/name, folder/'playground')
+    return folder
+
+@pytest.fixture(scope='module')
+def address(site):
+    with browser.served(site) as address: yield address
+
+@pytest.fixture
+def window(tmp_path):
+    "A browser's page, which prints no error"
+    res = browser.Browser(tmp_path/'profile')
+    res.look(1280)
+    yield res
+    res.close()
+
+@pytest.fixture(scope='module')
+def model():
+    "The detector that the package ships, with its weights as the files have them"
+    from deqdet.using.parts import round_weights
+    return round_weights(playground.detector())
+
+RUN = '''(async () => {
+  const tools = await import('/playground/detector.js')
+  window.detector ??= await tools.openDetector()
+  const image = await tools.loadImage(URL_)
+  const fed = tools.feed(image.rgba, image.h, image.w, window.detector.feed)
+  const states = []
+  for await (const s of tools.settle(window.detector, fed, MOST, TOL)) states.push(s)
+  return {...fed, pixels: [...fed.pixels], states}
+})()'''
+
+def in_browser(window, url, most, tol=0):
+    code = RUN.replace('URL_', json.dumps(url)).replace('MOST', str(most)).replace('TOL', str(tol))
+    return window.js(code)
+
+def in_pytorch(model, file, most):
+    "The fed batch, and (boxes, scores) after 0..most applications"
+    from deqdet.sets.augment import feed_tfm
+    from deqdet.sets.images import Target, collate, load_image
+    image = load_image(file)
+    size = torch.tensor(image.shape[1:])
+    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), size, torch.tensor(0))
+    images,sizes,_ = collate([feed_tfm(model.feed)(image, nothing)])
+    path = model.trajectory(images, sizes, steps=most - 1)
+    trace = model.decoder.solve(*model.start(images, sizes), steps=most - 1, record=True).trace
+    return images[0], [(p.boxes[0], p.logits[0].sigmoid().max(-1).values) for _,p in path], trace.rel[:most, 0]
+
+def test_weights_are_small(files):
+    assert sum((files/o).stat().st_size for o in playground.PARTS) < 12e6
+
+@pytest.mark.parametrize('name', playground.SCENES)
+def test_boxes_are_those_of_pytorch(window, address, site, model, name):
+    "To a pixel, after each of the first ten steps, on images that are fed as they are, padded, and made smaller"
+    most = 10
+    window.open(f'{address}/playground.html')
+    got = in_browser(window, f'{address}/playground/{name}', most)
+    images,path,residuals = in_pytorch(model, site/'playground'/name, most)
+    assert got['padded']==list(images.shape[1:])
+    pixels = torch.tensor(got['pixels'], dtype=torch.int).view(images.shape)
+    assert (pixels - images.int()).abs().max() <= (1 if name=='scene3.png' else 0) # that one is resized
+    assert len(got['states'])==most + 1
+    for n,((boxes,scores),state) in enumerate(zip(path, got['states'])):
+        seen = scores >= .3
+        theirs = torch.tensor([q['box'] for q in state['found']])
+        assert (theirs - boxes)[seen].abs().max() < 1, f'boxes after {n} steps'
+        assert (torch.tensor([q['score'] for q in state['found']]) - scores)[seen].abs().max() < .02, f'scores after {n} steps'
+        if n: torch.testing.assert_close(torch.tensor(state['residual']), residuals[n-1], rtol=.02, atol=1e-3)
+    assert (scores >= .3).sum() >= 3 # there is something to compare
+    assert not window.errors, window.errors
+
+def test_tolerance_stops(window, address, model, site):
+    window.open(f'{address}/playground.html')
+    got = in_browser(window, f'{address}/playground/scene1.png', 20, .4)
+    *before,last = [max(s['residual']) for s in got['states'][1:]]
+    assert last <= .4 and all(r > .4 for r in before) and len(before) < 19
+
+def test_the_page_works(window, address, model, site, tmp_path):
+    "As a reader uses it: the first image, the sliders, an image of one's own"
+    window.open(f'{address}/playground.html')
+    ready = "document.getElementById('playground').dataset.state=='ready'"
+    status = lambda: window.js("document.querySelector('[data-part=status]').textContent")
+    def move(part, value):
+        window.js(f"(() => {{const o = document.querySelector('[data-part={part}]'); o.value = {value}; o.dispatchEvent(new Event('input'))}})()")
+        window.until(ready)
+    window.until(ready)
+    assert status().startswith('After 12 steps')
+    _,path,_ = in_pytorch(model, site/'playground/scene1.png', 12)
+    rows = window.js("document.querySelectorAll('.found tbody tr').length")
+    assert rows==(path[-1][1] >= .3).sum()
+    assert window.js("document.querySelectorAll('[data-part=curves] circle').length")==24 # two residuals for each step
+    move('steps', 3)
+    assert status().startswith('After 3 steps')
+    move('steps', 15)
+    assert status().startswith('After 15 steps')
+    move('tol', 3)
+    assert not status().startswith('After 15 steps') # it has settled before
+    move('score', .95)
+    assert window.js("document.querySelectorAll('.found tbody tr').length") < rows
+    own = tmp_path/'own.jpg'
+    Image.fromarray(np.full((500, 700, 3), 128, np.uint8)).save(own)
+    window.give('[data-part=file]', own)
+    window.until("document.querySelector('[data-part=canvas]').width==700")
+    window.until(ready)
+    not_an_image = tmp_path/'own.txt'
+    not_an_image.write_text('text')
+    window.give('[data-part=file]', not_an_image)
+    window.until("document.querySelector('[data-part=status]').textContent.includes('not an image')")
+    assert not window.errors, window.errors
+    outside = [u for u in window.requests if not u.startswith((address, 'data:', 'blob:', 'about:'))]
+    assert not outside, outside
+
+@pytest.mark.parametrize('dark', (False, True), ids=('light','dark'))
+def test_it_fits_a_phone(window, address, dark):
+    window.look(390, dark=dark)
+    window.open(f'{address}/playground.html')
+    window.until("document.getElementById('playground').dataset.state=='ready'")
+    assert window.excess() <= 0
+    if folder := os.environ.get('DEQDET_SHOTS'): window.screenshot(Path(folder)/f'playground_390_{dark}.png')
+
+def test_missing_files_are_said(window, tmp_path):
+    "A site that was built without `make playground`"
+    with browser.served(page(tmp_path/'bare')) as address:
+        window.open(f'{address}/playground.html')
+        window.until("document.getElementById('playground').dataset.state=='failed'")
+        assert 'make playground' in window.js("document.querySelector('[data-part=status]').textContent")
