@@ -1,6 +1,6 @@
 """DEQDet and AdaMixer of equal width on BCCD (blood cells, 205 pictures to train on, 87 to validate), from scratch.
 
-Each (model, seed) is a process of its own and one entry of the JSON; what stands there is not run again:
+Each (model, seed) runs in its own process and is one entry of the JSON; existing entries are not run again:
 
     export DEQDET_DATA=...   # holds bccd/ in VOC layout
     for s in 0 1; do for m in deqdet_tiny adamixer_tiny; do
@@ -23,7 +23,7 @@ QUERIES = dict(n_queries=48, grid=(6, 8, .2)) # up to 30 cells in a picture
 
 
 def loaders(args):
-    "Pictures of 256x192 (by default), flipped both ways"
+    "Loaders of images of 256x192 (by default), flipped both ways"
     flips = v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), Fit(args.size, args.size), v2.SanitizeBoundingBoxes()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # two empty boxes of the published set are left out

@@ -1,4 +1,4 @@
-"What every benchmark here shares: where it ran, at which commit, and times taken in turns"
+"Shared by all benchmarks: machine, commit, and times of alternating runs"
 import argparse, json, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
 import torch, torchvision

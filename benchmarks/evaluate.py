@@ -1,4 +1,4 @@
-"COCO evaluation of generated results: how long it takes, which part is COCO's arithmetic and which is conversion"
+"COCO evaluation of generated results: the time of COCO's arithmetic and of conversion"
 import contextlib, io, time
 import numpy as np, torch
 from pycocotools.coco import COCO
@@ -8,7 +8,7 @@ from common import alternate, parser, report
 
 
 def made(pictures, detections, classes, seed=0):
-    """A truth with about seven objects of up to three classes a picture, as COCO has, and predictions of up to fifteen
+    """A truth with about seven objects of up to three classes an image, as in COCO, and predictions of up to fifteen
     classes, of which two in five lie near an object"""
     rng, anns, preds = np.random.default_rng(seed), [], []
     for i in range(1, pictures + 1):
@@ -40,7 +40,7 @@ def by_the_book(preds, truth):
 
 
 def ours(preds, truth):
-    "The same, as `coco_ap` does it"
+    "The same by `coco_ap`"
     names, ids, gts, dts, _ = ev._prepared(preds, truth)
     return ev._Eval(gts, dts, sorted(ids), sorted(names), [1, 10, 100])
 
@@ -69,7 +69,7 @@ def by_hotcoco(preds, truth, r):
 
 
 def equal(preds, truth, n=100):
-    "Are the arrays those of COCO's program, on the first `n` pictures?"
+    "True if the arrays equal those of COCO's program on the first `n` images"
     part = dict(truth, images=truth['images'][:n], annotations=[a for a in truth['annotations'] if a['image_id'] <= n])
     e, r = by_the_book(preds[:n], part), ev.coco_ap(preds[:n], part)
     e.evaluate(); e.accumulate()

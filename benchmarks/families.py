@@ -1,7 +1,7 @@
-"""The grid: every family strung together in every way, at equal width and epochs, on generated pictures.
+"""The grid: every family with every strategy, at equal width and epochs, on generated images.
 
-Each (family, strategy, seed) is one row of the JSON; what stands there is not run again. A process of its own for each makes the peak of
-memory mean something:
+Each (family, strategy, seed) is one row of the JSON; existing rows are not run again. Each runs in its own process, so that the peak of
+memory is its own:
 
     for n in 0 1; do for s in stack recollection equilibrium; do for f in adamixer sparse_rcnn deformable; do
         python benchmarks/families.py --families $f --strategies $s --seeds $n --out nbs/results/families.json; done; done; done"""
@@ -39,7 +39,7 @@ def families(width, queries, grid):
 
 
 def strategies(stages, steps, noise):
-    "Ways to string steps together"
+    "Strategies by name"
     return dict(stack=Stacked(stages), recollection=Recollected(*windows(stages)),
                 equilibrium=Settled(steps=steps, supervise=(1, steps), perturb=Perturb(position=noise), recompute=False))
 
@@ -69,7 +69,7 @@ def by_applications(model, dl, counts):
 
 
 def measure(hyper, path, args, seed):
-    "What one detector reaches, weighs and costs"
+    "AP, size and cost of one detector"
     set_seed(seed, reproducible=True)
     dls = det_dls(path, bs=args.bs, size=args.size, num_workers=0)
     learn, cost = fit(hyper, dls, args)

@@ -33,7 +33,7 @@ def made(queries, points, size, batch, T, classes, objects):
 
 
 def timed(f, n):
-    "Peak MiB of the first call above what there was, and the median seconds of the others"
+    "Peak MiB that the first call adds, and the median seconds of the others"
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
     f()

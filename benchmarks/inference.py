@@ -1,4 +1,4 @@
-"""From a picture to boxes at 800x1333, random weights, ResNet-50: ours, the plain formula, other families, other libraries
+"""From an image to boxes at 800x1333, random weights, ResNet-50: ours, the plain formula, other families, other libraries
 
 `--trained FOLDER --data FOLDER` adds a detector written by `save_pretrained` on its validation set: AP and time of stopping
 by tolerance, against the plain formula at the full number of steps."""
@@ -11,7 +11,7 @@ from plain import plain
 
 
 def other_libraries(n):
-    "Callables of what else can be installed, each on a float picture batch (n,3,800,1344)"
+    "Detectors of other libraries, each on a batch of float images (n,3,800,1344)"
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
     rcnn = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
     fns = {'torchvision Faster R-CNN': lambda x: rcnn(list(x))}
@@ -23,7 +23,7 @@ def other_libraries(n):
 
 
 def made(name):
-    "A detector whose queries look at different places and mix by different weights, as trained ones do and fresh ones do not"
+    "A detector with random weights whose queries differ in sampling points and mixing, as in a trained one"
     model = create_detector(name, **({} if name.startswith('deformable') else dict(grid=(10, 10, .3)))).eval()
     for k, m in model.decoder.named_modules():
         if k.endswith(('sampler.offsets', 'mixing.params')): torch.nn.init.normal_(m.weight, std=.02)
@@ -46,7 +46,7 @@ STACKS = {'AdaMixer, six stages': 'adamixer_r50_1x', 'Sparse R-CNN, six stages':
 
 
 def decoders(rounds):
-    "Decoders alone, on features of one picture that are there; `T=11` is twelve applications, about what stopping by tolerance needs"
+    "Decoders on computed features of one image; `T=11` is twelve applications, about as many as a tolerance needs"
     x, sizes = torch.randint(0, 256, (1, 3, 800, 1344), dtype=torch.uint8), torch.tensor([[800, 1333]])
     deq = made('deqdet_r50_1x')
     one, start = plain(deq).eval(), deq.start(x, sizes)
@@ -100,7 +100,7 @@ def main():
     args = parser(__doc__.splitlines()[0], rounds=5, batches='1,4', others=1, trained='', data='', size=128, T=20, tols='.1,.07,.05,.03').parse_args()
     torch.set_num_threads(args.threads); torch.manual_seed(0)
     result = dict(decoder=decoders(args.rounds)) if args.batches else {}
-    for n in args.batches.split(','): # of several pictures: two rounds, and nothing of others
+    for n in args.batches.split(','): # several images: two rounds, without other libraries
         if n: result[f'batch of {n}'] = compare(int(n), args.rounds if n=='1' else 2, args.others and n=='1')
     if args.trained: result['trained'] = trained(args.trained, args.data, args.size, args.T, [float(t) for t in args.tols.split(',')], args.rounds)
     report(result, args.out, size=[800, 1333])

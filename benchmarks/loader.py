@@ -1,4 +1,4 @@
-"Pictures per second and core: decode and the 1x recipe at 1333x800, deqdet's loader against torchvision's own way"
+"Images per second and core: decode and the 1x recipe at 1333x800, deqdet's loader against torchvision's own way"
 import json, tempfile, time
 from contextlib import redirect_stdout
 from io import BytesIO, StringIO
@@ -20,7 +20,7 @@ SIZES = [(480, 640)]*5 + [(640, 480)]*2 + [(427, 640)]*2 + [(375, 500)] # about 
 
 
 def picture(rng, hw):
-    "A photograph as far as a JPEG decoder can tell: clouds at several scales, and grain"
+    "An image with the detail of a photograph: clouds at several scales, and grain"
     im = sum(np.asarray(Image.fromarray(rng.integers(0, 256, (hw[0]//s + 2, hw[1]//s + 2, 3), dtype=np.uint8))
              .resize(hw[::-1], Image.BICUBIC), np.float32)*w for s,w in ((80, .55), (16, .3), (4, .15)))
     return Image.fromarray((im + rng.normal(0, 6, im.shape)).clip(0, 255).astype(np.uint8))
@@ -43,7 +43,7 @@ def write(path, n, seed=0):
 
 
 def plain(path, bs, floats_first):
-    "torchvision's own way: CocoDetection, Pillow, v2 transforms, float pictures, batches as lists"
+    "torchvision's own way: CocoDetection, Pillow, v2 transforms, float images, batches as lists"
     to_float = v2.ToDtype(torch.float32, scale=True)
     resize = [v2.RandomHorizontalFlip(), v2.RandomShortestSize([800], max_size=1333)]
     steps = [to_float, *resize] if floats_first else [*resize, to_float]
@@ -89,7 +89,7 @@ def draft(rounds, hw=(3000, 4000)):
 
 
 def parts(path, rounds, n=20):
-    "Milliseconds a picture spends in each part of this package's way"
+    "Milliseconds for an image in each part of this package's loader"
     files = sorted((path/'images').glob('*.jpg'))[:n]
     n = len(files)
     ds = det_dls(path, bs=4, tfms=(None, None), num_workers=0).train.dataset

@@ -1,7 +1,6 @@
-"""The yardstick: DEQDet's decoder written operator for operator as the papers state it, on the weights of ours.
+"""The reference: DEQDet's decoder written operator for operator as the papers state it, on the weights of ours.
 
-Nothing here is clever on purpose, and nothing is slow on purpose: four `grid_sample`s on channels-first features, one after
-the other; an explicit softmax; training as the plain sum, every refinement-aware gradient through autograd's own graph."""
+Four `grid_sample`s on channels-first features, one after the other; an explicit softmax; training as the plain sum, every refinement-aware gradient through autograd's own graph."""
 import math
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"What `solve` adds to a plain loop of 20 steps, for a step that takes about five milliseconds"
+"The time that `solve` adds to a plain loop of 20 steps, for a step that takes about five milliseconds"
 import time, torch
 from deqdet.solver import Anderson, Broyden, solve
 from common import alternate, parser, report
@@ -24,7 +24,7 @@ def loop(f, z, steps):
 
 
 def ways(f, z, steps):
-    "What is timed, the plain loop first"
+    "The callables to time, the plain loop first"
     return {'loop': lambda: loop(f, z, steps),
             'solve': lambda: solve(f, z, max_iter=steps),
             'keep': lambda: solve(f, z, max_iter=steps, keep=(1,3,6,9,12,20)),

@@ -9,7 +9,7 @@ from common import alternate, parser, report
 
 
 def loop(steps, starts, ends, state, feats):
-    "Recollection as it is written down: one call for each new state"
+    "Recollection in a loop: one call for each new state"
     states, preds = [state], []
     for step, a, b in zip(steps, starts, ends):
         for z in states[a:b]:

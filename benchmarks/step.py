@@ -14,7 +14,7 @@ from plain import Step
 
 
 def made(n, size, width=256, points=64, classes=80, images=1, device='cpu'):
-    "A step whose generators are not constant, features, and a state of boxes spread over the picture"
+    "A step whose generators are not constant, features, and a state of boxes spread over the image"
     step = MixerStep(classes, width, width, points=points).eval()
     for p in (step.reg[-1].weight, step.sampler.offsets.weight, step.mixing.params.weight): nn.init.normal_(p, std=.02)
     feats = tuple(torch.randn(images, width, size[0]//s, size[1]//s) for s in (4, 8, 16, 32))
@@ -32,7 +32,7 @@ def run(step, z, feats, steps, device, half=False):
 
 
 def without(module, name, go):
-    "The same with a limit of ours out of reach: without oneDNN's products, or without blocks"
+    "The same without oneDNN's matmuls, or without blocks"
     def slower():
         kept = getattr(module, name)
         setattr(module, name, 1 << 60)
@@ -45,7 +45,7 @@ def fast(a, b): return onednn(a, b) if by_onednn(a, b) else F.linear(a, b)
 
 
 def products(step, z, half):
-    "The matrix products of the step's linear layers and of mixing, and nothing else, by the faster library for each"
+    "Only the matmuls of linear layers and mixing, each by the faster library"
     kind = torch.bfloat16 if half else torch.float32
     G, C, P, O = step.mixing.sizes
     n = z.content.shape[0]*z.content.shape[1]
@@ -67,7 +67,7 @@ def libraries(step, z, rounds):
 
 
 def compare(n, args, device):
-    "Times of a step, and how far its answer is from the formula's"
+    "Times of a step, and its difference to the formula"
     step, levels, z = made(n, (args.height, args.width), device=device)
     ours, plain = prepared(step, levels), Step(step)
     half = lambda feats: feats._replace(table=feats.table.bfloat16())

@@ -1,7 +1,7 @@
 """A training step of DEQDet's decoder (T=20, nine losses): time and peak memory, ours against the plain sum
 
-The plain sum is the formula's decoder with every application on autograd's graph. Peaks are of a process of their own
-each, above what it held before; glibc is told to give freed blocks back, so that the peak is that of the tensors."""
+The plain sum is the formula's decoder with every application on autograd's graph. Each peak is measured in its own
+process, above the memory held before; glibc returns freed blocks, so that the peak is that of the tensors."""
 import contextlib, json, os, resource, subprocess, sys
 import torch
 from deqdet.decoder import Queries

@@ -127,6 +127,7 @@ def draw_residuals(model, batch, folder):
     ax = plot_residuals(dict(content=rel[...,0], corners=rel[...,1]))
     save_figure(ax.figure, folder/'residuals.png')
 
+# %% ../nbs/22_demo.ipynb #f880a40a
 def demo_pictures(
     model,  # `Detector`, trained
     ds,     # validation set
@@ -225,6 +226,7 @@ def measured_steps(
         print(f"measuring {i+1} of {len(steps)}: {t} steps, AP {rows[-1]['AP']:.3f}", flush=True)
     return rows
 
+# %% ../nbs/22_demo.ipynb #910fd2bd
 def demo_metrics(
     learn,  # after the training
     folder, # of the demo
@@ -264,6 +266,7 @@ def demo_options(
     with blame(folder, OSError): synth_coco(shapes, n_train, n_valid, size=128, seed=seed)
     return dict(data=str(shapes), seed=seed, size='160', augment='flip')
 
+# %% ../nbs/22_demo.ipynb #d76c235d
 def demo_training(o, folder, minutes):
     "Train; an earlier demo's training is replaced"
     from deqdet.runs import train
@@ -271,6 +274,7 @@ def demo_training(o, folder, minutes):
     print(f"{minutes:g} minutes of learning on {o['data']}", flush=True)
     return train(o | dict(minutes=minutes), folder/'run')
 
+# %% ../nbs/22_demo.ipynb #de589a9b
 @command
 def deqdet_demo(
     out:str='demo',     # folder to write; the training of an earlier demo there is replaced

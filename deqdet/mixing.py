@@ -103,7 +103,7 @@ def four_cells(
     return cells.flatten(0,1).int(), weights.flatten(0,1)
 
 # %% ../nbs/04_mixing.ipynb #e793dd71
-# torch 2.6 does not tell exporting from compiling
+# torch 2.6 has one flag for exporting and compiling
 _exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 
 def gather(

@@ -253,7 +253,7 @@ def to_dict(
     values = {f.name: to_dict(getattr(x, f.name)) for f in fields(x) if f.init}
     return {'is': f'{kind.__module__}.{kind.__name__}', **values}
 
-# where records live today that older folders know by another name
+# names of records in older folders, and their present names
 MOVED = {'deqdet.model.AdaMixer': 'deqdet.families.adamixer.AdaMixer',
          'deqdet.sparse_rcnn.SparseRCNN': 'deqdet.families.sparse_rcnn.SparseRCNN',
          'deqdet.deformable.DeformableDETR': 'deqdet.families.deformable.DeformableDETR'}
@@ -297,6 +297,7 @@ def save_pretrained(self:Detector,
     (folder/'config.json').write_text(json.dumps(config, indent=1))
     return folder
 
+# %% ../nbs/10_model.ipynb #61ae21ce
 @patch(cls_method=True)
 def from_pretrained(cls:Detector,
     folder # what `save_pretrained` wrote

@@ -214,6 +214,7 @@ def train(
     if FIRST: finish(learn, o, folder)
     return learn
 
+# %% ../nbs/19_runs.ipynb #229b3f29
 def _configure(learn, o, folder, resume):
     "Write `config.json`; a resumed training does so after reading its file"
     if resume: check_classes(folder, learn.dls.vocab)

@@ -60,6 +60,7 @@ def _grid(n, ncols, size, images):
     for ax in axs.flat: ax.axis('off')
     return fig, list(axs.flat)
 
+# %% ../nbs/15_viz.ipynb #7c4088b6
 def show_pairs(
     images: list,         # images
     truths: list,         # for each: anything with `boxes` and `labels`, in pixels of the image

@@ -1,4 +1,4 @@
-"Train a small detector on a folder of pictures, in as many processes as were started"
+"Train a small detector on a folder of images, in one or several processes"
 import sys
 from deqdet.data import det_dls
 from deqdet.learner import det_learner

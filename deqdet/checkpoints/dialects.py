@@ -98,6 +98,7 @@ def deformable_keys(
             for theirs,entry in entries.items(): found.setdefault(theirs, entry)
     return found
 
+# %% ../../nbs/checkpoints/02_dialects.ipynb #32fdfe60
 def _original_names(ours, model):
     "All names that the original has for one of ours: it registers some heads twice"
     steps = len(model.decoder.steps)     # the heads of proposals come after those of the steps
@@ -145,6 +146,7 @@ def load_deformable(
     model.load_state_dict(state, strict=False)
     return model
 
+# %% ../../nbs/checkpoints/02_dialects.ipynb #81ec5ad7
 def _under_our_names(sd, names):
     "Published tensors under our names, thirds joined"
     pieces = {}
@@ -198,6 +200,7 @@ class _Sizes:
         "Layers in a stack"
         return next(i for i in range(99) if not self.has(f'{stack}.{i}.linear1.bias'))
 
+# %% ../../nbs/checkpoints/02_dialects.ipynb #b9c6437e
 def infer_deformable(
     sd: dict,   # published state dict
     **overrides # fields that no shape shows, such as `heads`

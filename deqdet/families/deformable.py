@@ -43,7 +43,7 @@ class RefState(NamedTuple):
 # %% ../../nbs/families/04_deformable.ipynb #343b9041
 def inverse_sigmoid(
     x: Tensor,      # (...) in 0..1; what lies beyond is clamped
-    eps: float=1e-5 # nearest to 0 and 1 that is told apart
+    eps: float=1e-5 # smallest distance from 0 and 1
 ) -> Tensor:        # (...) finite
     "The number whose sigmoid is `x`"
     x = x.clamp(0, 1)

@@ -94,6 +94,7 @@ def _without_classes(start):
     last = max(int(k.split('.')[-2]) for k in start if '.cls.' in k and k.split('.')[-2].isdigit())
     return {k: v for k,v in start.items() if f'.cls.{last}.' not in k}
 
+# %% ../../nbs/families/05_start.ipynb #cd36df82
 class Started(NamedTuple):
     "What `load_start` did"
     kept: list  # names of the tensors that came from the file

@@ -21,7 +21,7 @@ def accelerator() -> torch.device|None: # None: there is no accelerator
 # %% ../../nbs/ops/05_devices.ipynb #49f219a7
 def _trouble(
     device: str|torch.device
-) -> str|None: # what PyTorch says, in one line; None: the device works
+) -> str|None: # PyTorch's message, in one line; None: the device works
     "Why no tensor can be made on a device"
     try: torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as e: return str(e).split('\n')[0]

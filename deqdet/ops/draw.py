@@ -30,6 +30,7 @@ def rim(
     dark = patheffects.Stroke(linewidth=width+1.6, foreground='k', alpha=.55)
     return [dark, patheffects.Normal()]
 
+# %% ../../nbs/ops/04_draw.ipynb #fe65ddea
 def draw_box(
     ax,           # matplotlib axes with an image
     box,          # x1, y1, x2, y2 in pixels

@@ -35,7 +35,7 @@ def resize_long(
 class Augment:
     "Run torchvision-v2 transforms on an image and its `Target`"
     def __init__(self,
-        *tfms # v2 transforms; they see a dict of `image`, `boxes` (tv_tensors) and `labels`
+        *tfms # v2 transforms; they get a dict of `image`, `boxes` (tv_tensors) and `labels`
     ): self.tfms = v2.Compose(tfms)
 
     def __call__(self,

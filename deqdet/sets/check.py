@@ -195,7 +195,7 @@ def verify_data(
     splits=('train','valid'), # names of the splits
     valid_pct=None, # share 0..1 to validate on, for a set that is not divided
     vocab=None,     # class names; by default those of the training split
-    decode=True,    # decode every image, and not only ask whether it is there
+    decode=True,    # decode every image; False: only check that the file exists
     workers=4       # threads that decode
 ) -> Report:
     "A report on a detection set, by file and field"

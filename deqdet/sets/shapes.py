@@ -142,6 +142,7 @@ def _write_split(path, split, n, size, seed, classes, empty, max_objects):
     coco = dict(info=info, images=images, annotations=anns, categories=categories)
     file.write_text(json.dumps(coco))
 
+# %% ../../nbs/sets/02_shapes.ipynb #f249a1c3
 def synth_coco(
     path,         # folder to write
     n_train=400,  # images to train on

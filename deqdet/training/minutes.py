@@ -43,7 +43,7 @@ class TimeBudget(Callback):
         evaluations=8, # at most, the last one included
         warmup=.05,    # part of the time until the full learning rate
         reserve=2.,    # seconds for what comes after the fit
-        clock=time.monotonic, # what tells the time, in seconds
+        clock=time.monotonic, # returns the time in seconds
         warmup_batches=None # until the full learning rate, at most
     ):
         self.seconds = 60*minutes
@@ -136,6 +136,7 @@ def after_epoch(self:TimeBudget): self.learn.validate_now = True
 @patch
 def after_fit(self:TimeBudget): self.recorder.hps = self.hps
 
+# %% ../../nbs/training/08_minutes.ipynb #ddbd19ea
 @patch
 def everyone_stops(self:TimeBudget, flag):
     "True in all processes if the flag is set in any"

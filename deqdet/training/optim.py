@@ -37,6 +37,7 @@ def is_matrix(
     "True if it gets orthogonal updates: more than eight rows and columns"
     return p.ndim > 1 and min(p.flatten(1).shape) > 8
 
+# %% ../../nbs/training/02_optim.ipynb #67bd9ad9
 class Muon(torch.optim.AdamW):
     "Orthogonal updates for matrices and convolutions, AdamW for the rest"
     def __init__(self,

@@ -54,7 +54,7 @@ def _set_rng(s):
     torch.set_rng_state(s['torch'])
     random.setstate(s['python'])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    _set_device_rng(s['device'] if 'device' in s else s['cuda']) # older files say 'cuda'
+    _set_device_rng(s['device'] if 'device' in s else s['cuda']) # the key in older files is 'cuda'
 
 # %% ../../nbs/training/04_resume.ipynb #4efb0254
 def anyone(
@@ -123,7 +123,7 @@ class Resume(Callback):
     def before_fit(self):
         self.run = self.learn.fitting
         self.file = self.path/self.fname
-        self.at = None       # what the file said, until the first epoch begins
+        self.at = None       # the state read, until the first epoch begins
         self.rng = None      # generators to set before the next batch
         self.clean = False   # is the last update noted?
         self.trained = False # any update in this fit?
@@ -224,6 +224,7 @@ def _load_model(model, s, file):
     for n,p in model.named_parameters():
         p.grad = s['grads'][n].to(p.device) if n in s['grads'] else None
 
+# %% ../../nbs/training/04_resume.ipynb #5dd8af3e
 @patch
 def _load(self:Resume):
     "Read the file, and put everything where it was"
@@ -251,6 +252,7 @@ def _end_loaders():
     for p in multiprocessing.active_children():
         if p.daemon: p.kill()
 
+# %% ../../nbs/training/04_resume.ipynb #b8ce07a6
 class Stop(Callback):
     "End training between two iterations when a signal comes"
     order = Resume.order-1

@@ -63,6 +63,7 @@ def _finite_images(
 ):    # (B,)
     return x.flatten(1).isfinite().all(1)
 
+# %% ../../nbs/training/06_watch.ipynb #60509476
 class NonFinite(Callback):
     "Leave out batches with predictions or gradients that are not finite, or stop"
     order = MixedPrecision.order+.5
