@@ -7,9 +7,8 @@ Docs: https://deqdet.github.io/deqdet/using/parts.html.md"""
 # %% auto #0
 __all__ = ['LARGE', 'SMALL', 'STATE', 'ROWS', 'Start', 'Step', 'Read', 'in_bytes', 'round_weights', 'lighten', 'export_parts']
 
-# %% ../../nbs/using/06_parts.ipynb #f6614802
+# %% ../../nbs/using/06_parts.ipynb #e591f352
 import json
-from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from ..equilibrium import Equilibrium, measure_boxes
 from ..mixer import MixerStep
 from ..mixing import Rows
 
-# %% ../../nbs/using/06_parts.ipynb #003aba9a
+# %% ../../nbs/using/06_parts.ipynb #a9d55402
 class Start(nn.Module):
     "From an image to the first guess, and to the features that the step reads"
     def __init__(self,
@@ -29,16 +28,16 @@ class Start(nn.Module):
         self.model = model
 
     def forward(self,
-        images, # (1,3,H,W) RGB, bytes 0..255, padded right and at the bottom
+        images, # (1,3,S,S) RGB, bytes 0..255, padded right and at the bottom
         sizes   # (1,2) height and width without padding
-    ):          # content (1,N,D), xyzr (1,N,4), table (1,S,D), levels (1,L,3)
+    ):          # content (1,N,D), xyzr (1,N,4), table (1,cells,D), levels (1,L,3)
         state,feats = self.model.start(images, sizes)
         decoder = self.model.decoder
         rows = prepared(decoder.step, feats)
         guess = decoder.init(state, rows)
         return *guess, *rows
 
-# %% ../../nbs/using/06_parts.ipynb #708fc350
+# %% ../../nbs/using/06_parts.ipynb #49dd53b8
 class Step(nn.Module):
     "From a state to the next one, and how much it changed"
     def __init__(self,
@@ -50,7 +49,7 @@ class Step(nn.Module):
     def forward(self,
         content, # (1,N,D) of the state
         xyzr,    # (1,N,4) likewise
-        table,   # (1,S,D) features, as `Start` returns them
+        table,   # (1,cells,D) features, as `Start` returns them
         levels   # (1,L,3) likewise
     ):           # content, xyzr, residual (1,2) of contents and of corners
         z = State(content, xyzr)
@@ -137,45 +136,49 @@ def lighten(
     proto.graph.node.extend(nodes)
     return proto
 
-# %% ../../nbs/using/06_parts.ipynb #29f87958
+# %% ../../nbs/using/06_parts.ipynb #189b1eab
 STATE = ['content','xyzr']
 ROWS = ['table','levels']
 
-def _recordings(model):
-    "name -> (module, example, which axes are open, names of inputs, names of outputs)"
-    images = torch.zeros(1, 3, 96, 128, dtype=torch.uint8)
-    sizes = torch.tensor([[96,128]])
+def _recordings(model, side):
+    "name -> (module, example, names of inputs, names of outputs)"
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    sizes = torch.tensor([[side,side]])
     start = Start(model)
     with torch.no_grad(): content,xyzr,table,levels = start(images, sizes)
-    open_ = torch.export.Dim.DYNAMIC
-    free = dict(images={2: open_, 3: open_}, sizes=None)
-    cells = dict(content=None, xyzr=None, table={1: open_}, levels=None)
-    step = Step(model),(content, xyzr, table, levels),cells
-    return {'start': (start, (images, sizes), free, ['images','sizes'], STATE + ROWS),
-            'step': (*step, STATE + ROWS, ['next_content','next_xyzr','residual']),
-            'read': (Read(model), (content, xyzr), None, STATE, ['boxes','scores','labels'])}
+    state = (content, xyzr)
+    return {'start': (start, (images, sizes), ['images','sizes'], STATE + ROWS),
+            'step': (Step(model), (*state, table, levels), STATE + ROWS,
+                     ['next_content','next_xyzr','residual']),
+            'read': (Read(model), state, STATE, ['boxes','scores','labels'])}
 
-def _translated(module, example, free, inputs, outputs):
+def _translated(module, example, inputs, outputs):
     "A recorded module as an ONNX model"
     with torch.no_grad():
-        program = torch.export.export(module, example, dynamic_shapes=free, strict=False)
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False,
-                                 input_names=inputs, output_names=outputs)
+        program = torch.export.export(module, example, strict=False)
+        names = dict(input_names=inputs, output_names=outputs)
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     return onnx.model_proto
 
+def _check_parts(model):
+    if torch.__version__ < '2.7': raise ImportError('ONNX needs torch 2.7')
+    decoder = model.decoder
+    if not isinstance(decoder, Equilibrium) or not isinstance(decoder.step, MixerStep):
+        raise TypeError("three parts need an equilibrium of AdaMixer's step, such as deqdet_lite")
+
 def export_parts(
-    model, # `Detector`: an equilibrium of AdaMixer's step; its weights are rounded in place
-    folder # where to write; made if missing
+    model,  # `Detector`: an equilibrium of AdaMixer's step; its weights are rounded in place
+    folder, # where to write; made if missing
+    side=320 # pixels of the square that is fed
 ) -> Path: # the folder
     "Write start.onnx, step.onnx, read.onnx and about.json"
-    if not isinstance(model.decoder, Equilibrium) or not isinstance(model.decoder.step, MixerStep):
-        raise TypeError("three parts need an equilibrium of AdaMixer's step, such as deqdet_lite")
+    _check_parts(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     round_weights(model.eval())
-    for name,recording in _recordings(model).items():
+    for name,recording in _recordings(model, side).items():
         proto = lighten(_translated(*recording))
         (folder/f'{name}.onnx').write_bytes(proto.SerializeToString())
-    about = dict(classes=list(model.vocab or []), feed=asdict(model.feed) if model.feed else None)
-    (folder/'about.json').write_text(json.dumps(about), encoding='utf-8')
+    about = json.dumps(dict(classes=list(model.vocab or []), side=side))
+    (folder/'about.json').write_text(about, encoding='utf-8')
     return folder

@@ -1,5 +1,5 @@
 // The page "Playground": choose an image, move the sliders, and watch boxes settle. detector.js computes.
-const root = document.getElementById('playground')
+const root = document.getElementById('in-browser')
 const part = name => root.querySelector(`[data-part="${name}"]`)
 const canvas = part('canvas'), curves = part('curves'), status = part('status'), list = part('list')
 const TOLERANCES = [0, .5, .4, .3, .2, .15, .1, .05]
@@ -157,7 +157,7 @@ async function look(source) {
   let picture
   try { picture = await tools.loadImage(source) }
   catch { root.dataset.state = 'ready'; return say('This file is not an image that the browser can read.') }
-  const input = tools.feed(picture.rgba, picture.h, picture.w, detector.feed)
+  const input = tools.feed(picture.rgba, picture.h, picture.w, detector.side)
   const {state, rows} = await detector.start(input)
   const found = await detector.read(state)
   if (mine!==turn) return
