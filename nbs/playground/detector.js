@@ -12,6 +12,12 @@ async function fetched(name) {
   return answer
 }
 
+// Of every query: corners in pixels of the fed image, score, class
+function queries({boxes, scores, labels}) {
+  return [...scores.data].map((score, i) =>
+    ({box: [...boxes.data.subarray(4*i, 4*i + 4)], score, label: Number(labels.data[i])}))
+}
+
 // The detector as three functions, with the names of its classes
 export async function openDetector() {
   const about = await (await fetched('about.json')).json()
@@ -24,12 +30,12 @@ export async function openDetector() {
     classes: about.classes,
     side: about.side,
 
-    // An image as `feed` returns it -> the first guess, and the features that every step reads
+    // An image as `feed` returns it -> the first guess, what it says, and the features that every step reads
     async start({pixels, height, width, side}) {
       const images = new ort.Tensor('uint8', pixels, [1, 3, side, side])
       const sizes = new ort.Tensor('int64', BigInt64Array.from([BigInt(height), BigInt(width)]), [1, 2])
-      const {content, xyzr, table, levels} = await parts.start.run({images, sizes})
-      return {state: {content, xyzr}, rows: {table, levels}}
+      const {content, xyzr, table, levels, ...said} = await parts.start.run({images, sizes})
+      return {state: {content, xyzr}, rows: {table, levels}, found: queries(said)}
     },
 
     // The next state, and the residuals of contents and of corners
@@ -39,19 +45,15 @@ export async function openDetector() {
       return {state: next, residual: [...found.residual.data]}
     },
 
-    // Of every query: corners in pixels of the fed image, score, class
-    async read(state) {
-      const {boxes, scores, labels} = await parts.read.run(state)
-      return [...scores.data].map((score, i) =>
-        ({box: [...boxes.data.subarray(4*i, 4*i + 4)], score, label: Number(labels.data[i])}))
-    }
+    // What a later state says
+    async read(state) { return queries(await parts.read.run(state)) }
   }
 }
 
 // States after 0, 1, 2, ... applications, until all residuals are at most `tol` (0: never) or `most` applications are made
 export async function* settle(detector, image, most, tol) {
-  let {state, rows} = await detector.start(image)
-  yield {found: await detector.read(state), residual: null}
+  let {state, rows, found} = await detector.start(image)
+  yield {found, residual: null}
   for (let n = 1; n <= most; n++) {
     const next = await detector.step(state, rows)
     state = next.state
