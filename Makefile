@@ -105,5 +105,6 @@ lab: $(DEV)
 
 clean:
 	rm -rf _proc _docs demo bench build dist *.egg-info .pytest_cache nbs/nbdev.yml
+	rm -f $(foreach o,onnx json png wasm mjs,nbs/playground/*.$(o))
 	find nbs deqdet tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

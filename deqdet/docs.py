@@ -55,6 +55,7 @@ def _tidy(
 ):
     "The declaration without links, types guessed from None, and `def` before a class"
     code = re.sub(r'`([^`\n]+)`', r'\1', code).replace(':NoneType=', '=')
+    code = code.replace('__main__.', '') # the module of what a page itself defines
     return re.sub('^def ', 'class ', code) if is_class else code
 
 class Shown(BasicMarkdownRenderer):

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 from torch.nn.functional import pad
+from zipfile import is_zipfile
 from .decoder import prepared
 from .equilibrium import Equilibrium
 from .loss import decode
@@ -175,6 +176,7 @@ def _open_onnx(file, providers):
 def _open_torch(file, providers):
     "A torch.export program as a function of tensors, and what is known about it"
     if providers: raise CommandError(f'{file}: providers are for .onnx files')
+    if not is_zipfile(file): raise CommandError(f'{file}: no exported detector (not an archive)')
     extra = {'about.json': ''}
     run = torch.export.load(file, extra_files=extra).module()
     return torch.no_grad()(run), json.loads(extra['about.json'] or '{}')

@@ -31,6 +31,7 @@ def folded(
 ) -> str:      # Markdown and HTML
     "The source in a box that opens with a click"
     names = [n for t in ast.parse(source).body for n in _defined(t)]
+    if names==['_all_']: names = ['names of other modules that this one exports']
     title = ', '.join(dict.fromkeys(names)) or 'imports'
     title = title.replace('_', '&#95;')
     fence = '`'*3

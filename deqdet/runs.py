@@ -18,6 +18,7 @@ from fastai.torch_core import get_model, rank_distrib
 from .commands.options import (
     DIETS, MAY_CHANGE, Diet, complete_options, has_start, loaders, recipe_and_feed,
     resumed_options, saved_options, start_detector, with_epochs) # some are imported from here
+from .commands.tracking import trackers
 from .learner import (CSVLog, EMA, MANY, NonFinite, Resume, Stop, TimeBudget, det_learner)
 from .model import Feed
 from .ops.errors import CommandError, FILE_FAULTS, blame, make_folder, one_line
@@ -80,12 +81,13 @@ class RunResume(Resume):
         self.loaded()
 
 # %% ../nbs/19_runs.ipynb #bdf770d6
-def _callbacks(o, resume):
+def _callbacks(o, folder, resume):
     "The callbacks of a run"
     going_on = RunResume('resume.pt', o['every'], resume)
     cbs = [Keep(), CSVLog('log.csv'), NonFinite(skip=5), going_on, Stop()]
     asked = dict(ema=EMA, patience=Patience, mosaic=Mosaic)
-    return cbs + [cb(o[k]) for k,cb in asked.items() if o.get(k)]
+    cbs += [cb(o[k]) for k,cb in asked.items() if o.get(k)]
+    return cbs + trackers(o.get('track'), folder, o)
 
 def make_learner(
     o,      # options, complete
@@ -100,7 +102,7 @@ def make_learner(
     model = start_detector(o['model'], dls.vocab, o.get('pretrained'), o.get('queries'))
     model.feed = feed
     learn = det_learner(dls, model, o['recipe'], o.get('lr'), o.get('wd'), path=folder,
-                        cbs=_callbacks(o, resume), accumulate=o['accumulate'], amp=o.get('amp'))
+                        cbs=_callbacks(o, folder, resume), accumulate=o['accumulate'], amp=o.get('amp'))
     if sys.stdout.isatty() and 'minutes' not in o: return learn
     return learn.remove_cb(ProgressCallback).add_cb(EpochLines())
 

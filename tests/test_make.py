@@ -57,7 +57,8 @@ def jobs(log): return [o for o in log if 'pip install' not in o]
     ('demo', '.[lite]', ['deqdet_demo --out demo']),
     ('test', '.[dev]', ['python tests/run.py']),
     ('export', '.[dev]', ['nbdev-export ', 'nbdev-clean ', 'python tests/readme.py']),
-    ('docs', '.[dev]', ['nbdev-export ', 'python tests/readme.py', 'nbdev-docs ']),
+    ('playground', '.[dev]', ['python -W ignore benchmarks/playground.py nbs/playground']),
+    ('docs', '.[dev]', ['python -W ignore benchmarks/playground.py nbs/playground', 'nbdev-export ', 'python tests/readme.py', 'nbdev-docs ']),
     ('lab', '.[dev]', ['jupyter lab --notebook-dir=nbs'])])
 def test_target_sets_itself_up(checkout, target, extra, calls):
     "In a fresh clone each makes .venv, installs once and does its job"
@@ -151,8 +152,8 @@ def test_clean(checkout):
     "What targets wrote goes; .venv, training runs and sources stay"
     checkout.make('test')
     wrote = '_proc/x','_docs/x','demo/x','bench/x','build/x','dist/x','deqdet.egg-info/x','.pytest_cache/x','tests/__pycache__/x',\
-            'nbs/.ipynb_checkpoints/x','nbs/nbdev.yml'
-    kept = '.venv/.installed-dev','.venv-oldest/x','runs/x','nbs/01_boxes.ipynb','deqdet/boxes.py'
+            'nbs/.ipynb_checkpoints/x','nbs/nbdev.yml','nbs/playground/start.onnx','nbs/playground/scene1.png'
+    kept = 'nbs/playground/playground.js','.venv/.installed-dev','.venv-oldest/x','runs/x','nbs/01_boxes.ipynb','deqdet/boxes.py'
     for o in wrote + kept:
         (checkout.path/o).parent.mkdir(parents=True, exist_ok=True)
         (checkout.path/o).touch()
@@ -163,7 +164,7 @@ def test_clean(checkout):
 
 def test_plain_make_lists_targets(checkout):
     out = checkout.make()[1]
-    for o in 'demo','test','export','docs','bench','lab','clean': assert f'make {o} ' in out
+    for o in 'demo','test','export','docs','playground','bench','lab','clean': assert f'make {o} ' in out
 
 # ---- what CI calls
 

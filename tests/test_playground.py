@@ -3,6 +3,7 @@ import json, os, shutil, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
+from deqdet.model import residual_trace
 import browser, render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,7 @@ RUN = '''(async () => {
   const tools = await import('/playground/detector.js')
   window.detector ??= await tools.openDetector()
   const image = await tools.loadImage(URL_)
-  const fed = tools.feed(image.rgba, image.h, image.w, window.detector.feed)
+  const fed = tools.feed(image.rgba, image.h, image.w, window.detector.side)
   const states = []
   for await (const s of tools.settle(window.detector, fed, MOST, TOL)) states.push(s)
   return {...fed, pixels: [...fed.pixels], states}
@@ -75,16 +76,19 @@ def in_browser(window, url, most, tol=0):
     return window.js(code)
 
 def in_pytorch(model, file, most):
-    "The fed batch, and (boxes, scores) after 0..most applications"
+    "The fed square (3,S,S), what the model says after 0..most applications, and the residuals of each"
     from deqdet.sets.augment import feed_tfm
-    from deqdet.sets.images import Target, collate, load_image
+    from deqdet.sets.images import Target, load_image
     image = load_image(file)
-    size = torch.tensor(image.shape[1:])
-    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), size, torch.tensor(0))
-    images,sizes,_ = collate([feed_tfm(model.feed)(image, nothing)])
-    path = model.trajectory(images, sizes, steps=most - 1)
-    trace = model.decoder.solve(*model.start(images, sizes), steps=most - 1, record=True).trace
-    return images[0], [(p.boxes[0], p.logits[0].sigmoid().max(-1).values) for _,p in path], trace.rel[:most, 0]
+    hw = torch.tensor(image.shape[1:])
+    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), hw, torch.tensor(0))
+    small,_ = feed_tfm(model.feed)(image, nothing)
+    h,w = small.shape[1:]
+    square = torch.zeros(1, 3, model.feed.long, model.feed.long, dtype=torch.uint8)
+    square[0, :, :h, :w] = small
+    sizes = torch.tensor([[h, w]])
+    said = [(p.boxes[0], p.logits[0].sigmoid().max(-1).values) for _,p in model.trajectory(square, sizes, steps=most - 1)]
+    return square[0], said, residual_trace(model, (square, sizes), most - 1).rel[:, 0]
 
 def test_weights_are_small(files):
     assert sum((files/o).stat().st_size for o in playground.PARTS) < 12e6
@@ -95,10 +99,9 @@ def test_boxes_are_those_of_pytorch(window, address, site, model, name):
     most = 10
     window.open(f'{address}/playground.html')
     got = in_browser(window, f'{address}/playground/{name}', most)
-    images,path,residuals = in_pytorch(model, site/'playground'/name, most)
-    assert got['padded']==list(images.shape[1:])
-    pixels = torch.tensor(got['pixels'], dtype=torch.int).view(images.shape)
-    assert (pixels - images.int()).abs().max() <= (1 if name=='scene3.png' else 0) # that one is resized
+    image,path,residuals = in_pytorch(model, site/'playground'/name, most)
+    pixels = torch.tensor(got['pixels'], dtype=torch.int).view(image.shape)
+    assert (pixels - image.int()).abs().max() <= (1 if name=='scene3.png' else 0) # that one is resized
     assert len(got['states'])==most + 1
     for n,((boxes,scores),state) in enumerate(zip(path, got['states'])):
         seen = scores >= .3
@@ -118,7 +121,7 @@ def test_tolerance_stops(window, address, model, site):
 def test_the_page_works(window, address, model, site, tmp_path):
     "As a reader uses it: the first image, the sliders, an image of one's own"
     window.open(f'{address}/playground.html')
-    ready = "document.getElementById('playground').dataset.state=='ready'"
+    ready = "document.getElementById('in-browser').dataset.state=='ready'"
     status = lambda: window.js("document.querySelector('[data-part=status]').textContent")
     def move(part, value):
         window.js(f"(() => {{const o = document.querySelector('[data-part={part}]'); o.value = {value}; o.dispatchEvent(new Event('input'))}})()")
@@ -154,7 +157,7 @@ def test_the_page_works(window, address, model, site, tmp_path):
 def test_it_fits_a_phone(window, address, dark):
     window.look(390, dark=dark)
     window.open(f'{address}/playground.html')
-    window.until("document.getElementById('playground').dataset.state=='ready'")
+    window.until("document.getElementById('in-browser').dataset.state=='ready'")
     assert window.excess() <= 0
     if folder := os.environ.get('DEQDET_SHOTS'): window.screenshot(Path(folder)/f'playground_390_{dark}.png')
 
@@ -162,5 +165,5 @@ def test_missing_files_are_said(window, tmp_path):
     "A site that was built without `make playground`"
     with browser.served(page(tmp_path/'bare')) as address:
         window.open(f'{address}/playground.html')
-        window.until("document.getElementById('playground').dataset.state=='failed'")
+        window.until("document.getElementById('in-browser').dataset.state=='failed'")
         assert 'make playground' in window.js("document.querySelector('[data-part=status]').textContent")

@@ -1,4 +1,4 @@
-"One image with the same two objects in three layouts, and the division of a set"
+"One image with the same two objects in four layouts, and the division of a set"
 import json, shutil
 import numpy as np, pytest, torch
 from PIL import Image
@@ -24,13 +24,13 @@ FILES = {'coco/annotations/instances_train.json': """
 train: images/train
 val: images/val
 names: [cat, dog]
-"""}
+""", 'hf/train/metadata.jsonl': '{"file_name": "a.jpg", "objects": {"bbox": [[10, 20, 30, 40], [64, 32, 32, 64]], "category": ["dog", "cat"]}}'}
 
 @pytest.fixture(scope='module')
 def tmp(tmp_path_factory):
-    "The three layouts in one folder"
+    "The four layouts in one folder"
     tmp = tmp_path_factory.mktemp('layouts')
-    for name in (*FILES, 'coco/images/a.jpg', 'voc/JPEGImages/a.jpg', 'yolo/images/train/a.jpg'):
+    for name in (*FILES, 'coco/images/a.jpg', 'voc/JPEGImages/a.jpg', 'yolo/images/train/a.jpg', 'hf/train/a.jpg'):
         (tmp/name).parent.mkdir(parents=True, exist_ok=True)
         if name in FILES: (tmp/name).write_text(FILES[name].strip())
         else: Image.new('RGB', (128,128)).save(tmp/name)
@@ -41,14 +41,14 @@ def test_layouts_are_recognised(tmp):
     with pytest.raises(DataError, match='no COCO'): find_layout(tmp/'coco/images')
     with pytest.raises(DataError, match='no such folder'): find_layout(tmp/'nowhere')
 
-def test_three_layouts_one_truth(tmp):
+def test_four_layouts_one_truth(tmp):
     "After cleaning, but for the ids"
     same = [clean(read(tmp/k, 'train'))[0] for k,read in LAYOUTS.items()]
     names = [{c['id']: c['name'] for c in o['categories']} for o in same]
     for o,n in zip(same, names):
         assert [a['bbox'] for a in o['annotations']]==[[10,20,30,40], [64,32,32,64]]
         assert [n[a['category_id']] for a in o['annotations']]==['dog','cat']
-    assert names==[{3: 'cat', 7: 'dog'}, {1: 'cat', 2: 'dog'}, {0: 'cat', 1: 'dog'}]
+    assert names==[{3: 'cat', 7: 'dog'}, {1: 'cat', 2: 'dog'}, {0: 'cat', 1: 'dog'}, {1: 'cat', 2: 'dog'}]
 
 def test_coco_reader(tmp):
     src = read_coco(tmp/'coco', 'train')

@@ -81,7 +81,7 @@ def with_epochs(
     return o | dict(epochs=recipes[o['recipe']].epochs_for(batches//o['accumulate']))
 
 # %% ../../nbs/commands/01_options.ipynb #48044262
-MAY_CHANGE = {'data','layout','epochs','minutes','every','workers','device','skip_bad'}
+MAY_CHANGE = {'data','layout','epochs','minutes','every','workers','device','skip_bad','track'}
 
 def resumed_options(
     given, # dict of options that were given now

@@ -89,11 +89,14 @@ def placed(
     "A sprite in a frame"
     w,h = sprite.size
     reach = np.hypot(w, h)/2/FINE*scale + 1
-    x0,y0 = max(0, int(x-reach)),max(0, int(y-reach))
-    x1,y1 = min(hw[1], int(x+reach)+1),min(hw[0], int(y+reach)+1)
+    x0 = max(0, int(x-reach))
+    y0 = max(0, int(y-reach))
+    x1 = min(hw[1], int(x+reach)+1)
+    y1 = min(hw[0], int(y+reach)+1)
     if x1 <= x0 or y1 <= y0: return None
     c,s = (f(turn)*FINE/scale for f in (np.cos, np.sin))
-    dx,dy = x0 - x,y0 - y
+    dx = x0 - x
+    dy = y0 - y
     coeffs = c, s, c*dx + s*dy + w/2, -s, c, -s*dx + c*dy + h/2
     window = sprite.transform((x1-x0, y1-y0), Image.Transform.AFFINE, coeffs,
                               Image.Resampling.BILINEAR)

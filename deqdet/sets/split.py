@@ -16,18 +16,26 @@ from .formats import LAYOUTS, find_layout, permutation
 from .images import DataError
 
 # %% ../../nbs/sets/11_split.ipynb #8ddbdf3c
+def _video_of(path):
+    "The film of a frame: without Roboflow's hash, the number, and the word before it"
+    stem = re.sub(r'_(jpe?g|png)\.rf\..*$', '', path.stem)
+    stem = re.sub(r'[\W_]*(frame|img|image|f|t)?[\W_]*\d+$', '', stem, flags=re.I)
+    return (path.parent/stem).as_posix()
+
 def group_of(
     name,       # of an image file
-    by='prefix' # 'folder', 'prefix', or a regular expression with one group
+    by='prefix' # 'folder', 'prefix', 'video', or a regular expression with one group
 ) -> str:
     "The group that an image belongs to"
     path = Path(name)
     if by=='folder': return path.parent.as_posix()
     if by=='prefix': return (path.parent/re.sub(r'[\W_]*\d+$', '', path.stem)).as_posix()
-    found = re.search(by, name)
+    if by=='video': return _video_of(path)
+    try: found = re.search(by, name)
+    except re.error as e: raise DataError(f'by={by!r}: no pattern ({e})') from None
     if not (found and found.groups()):
-        raise DataError(f"{name}: by={by!r}: 'folder', 'prefix' or a pattern with a group that "
-                        'the name fits was expected')
+        raise DataError(f"{name}: by={by!r}: 'folder', 'prefix', 'video' or a pattern with a group "
+                        'that the name fits was expected')
     return found[1]
 
 # %% ../../nbs/sets/11_split.ipynb #64971f52
@@ -53,13 +61,14 @@ def divide(
     return [i for i in range(len(names)) if i not in held], sorted(held)
 
 # %% ../../nbs/sets/11_split.ipynb #7854d0ea
-def _write_part(source, chosen, file):
+def _write_part(source, chosen, file, by):
     "The annotation file of some images of a source"
     images = [source.coco['images'][i] for i in chosen]
     ids = {o['id'] for o in images}
     def moved(o):
         where = os.path.relpath(source.folder/o['file_name'], file.parent)
-        return dict(o, file_name=Path(where).as_posix())
+        group = group_of(o['file_name'], by)
+        return dict(o, file_name=Path(where).as_posix(), group=group)
     anns = [a for a in source.coco['annotations'] if a.get('image_id') in ids]
     anns = [{k: v for k,v in dict(a, id=i).items() if k!='at'} for i,a in enumerate(anns, 1)]
     coco = dict(source.coco, images=[moved(o) for o in images], annotations=anns)
@@ -69,7 +78,7 @@ def split_data(
     path,          # folder of a set that is not divided
     out,           # folder to write
     valid_pct=.2,  # share 0..1 of the images to validate on
-    by='prefix',   # 'folder', 'prefix', or a regular expression with one group
+    by='prefix',   # 'folder', 'prefix', 'video', or a regular expression with one group
     layout=None,   # 'coco', 'voc' or 'yolo'; by default it is recognised
     seed=0         # of the division
 ) -> Path:         # the folder
@@ -78,5 +87,5 @@ def split_data(
     parts = divide([o['file_name'] for o in source.coco['images']], valid_pct, by, seed)
     folder = make_folder(Path(out)/'annotations')
     for name,chosen in zip(('train','valid'), parts):
-        _write_part(source, chosen, folder/f'instances_{name}.json')
+        _write_part(source, chosen, folder/f'instances_{name}.json', by)
     return Path(out)

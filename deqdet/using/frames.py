@@ -117,7 +117,9 @@ def __iter__(self:FilmReader):
     first = last = None
     for frame in self._frames():
         now = frame.time
-        if first is None: first,size = now or 0.,(frame.width, frame.height)
+        if first is None:
+            first = now or 0.
+            size = frame.width, frame.height
         time = last + 1/self.rate if last is not None else 0.
         if now is not None and (last is None or now - first > last): time = now - first
         last = time
@@ -158,7 +160,8 @@ class FilmWriter:
         codec = 'libvpx-vp9' if self.file.suffix.lower()=='.webm' else 'libx264'
         rate = Fraction(self.rate).limit_denominator(1001)
         self.stream = self.container.add_stream(codec, rate=rate)
-        self.stream.width,self.stream.height = w,h
+        self.stream.width = w
+        self.stream.height = h
         self.stream.pix_fmt = 'yuv420p'
         self.stream.codec_context.time_base = Fraction(1, CLOCK)
 

@@ -105,8 +105,8 @@ def regained(
     "Lost objects among those that fresh queries found"
     near = box_iou(expected[lost], look.boxes[new])
     near = near*(slots.labels[lost][:, None]==look.labels[new]) # (n,m)
-    rows,cols = linear_sum_assignment(near.cpu().numpy(), maximize=True)
-    rows,cols = torch.as_tensor(rows),torch.as_tensor(cols)
+    pairs = linear_sum_assignment(near.cpu().numpy(), maximize=True)
+    rows,cols = (torch.as_tensor(o) for o in pairs) # (k,) each
     good = near[rows, cols].cpu() >= hold.regain
     return lost[rows[good].to(lost.device)], new[cols[good].to(new.device)]
 
@@ -150,7 +150,7 @@ def _moved(slots, expected, now, seen, hold):
 
 def _freed(slots, hw, hold):
     "Slots without the objects that are given up"
-    x,y = slots.state.xyzr[:, 0],slots.state.xyzr[:, 1]
+    x,y = slots.state.xyzr[:, :2].unbind(1) # (N,) each
     outside = (x < 0) | (y < 0) | (x > hw[1]) | (y > hw[0])
     gone = (slots.age > 0) & (outside | (slots.age > hold.patience))
     return slots._replace(ids=torch.where(gone, -1, slots.ids))

@@ -40,9 +40,9 @@ def draw_seen(
         color = tuple(int(255*v) for v in class_color(max(i, 0)))
         draw.rectangle(box, outline=color, width=width)
         text = f'{name} {i}' if i >= 0 else name
-        x,y = box[0],max(0, box[1] - 12)
-        draw.rectangle(draw.textbbox((x+2, y), text), fill=color)
-        draw.text((x+2, y), text, fill='black' if sum(color) > 380 else 'white')
+        corner = box[0]+2, max(0, box[1] - 12)
+        draw.rectangle(draw.textbbox(corner, text), fill=color)
+        draw.text(corner, text, fill='black' if sum(color) > 380 else 'white')
     return picture
 
 class Seen(Found):
@@ -174,7 +174,8 @@ class FilmResult:
 
 def _write(seens, table, film, objects):
     "Write each frame's rows, and the frame; the number of frames"
-    n,known = 0,set()
+    n = 0
+    known = set()
     with open(table, 'w', newline='', buffering=1, encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)

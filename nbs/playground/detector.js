@@ -2,7 +2,7 @@
 import * as ort from './ort.wasm.bundle.min.mjs'
 
 const here = new URL('.', import.meta.url).href
-ort.env.wasm.wasmPaths = here
+ort.env.wasm.wasmPaths = {wasm: here + 'ort-wasm-simd-threaded.wasm'}
 ort.env.wasm.numThreads = 1 // several need headers that a plain web server does not send
 ort.env.logLevel = 'error'
 
@@ -10,6 +10,12 @@ async function fetched(name) {
   const answer = await fetch(here + name)
   if (!answer.ok) throw new Error(`${name}: ${answer.status}`)
   return answer
+}
+
+// Of every query: corners in pixels of the fed image, score, class
+function queries({boxes, scores, labels}) {
+  return [...scores.data].map((score, i) =>
+    ({box: [...boxes.data.subarray(4*i, 4*i + 4)], score, label: Number(labels.data[i])}))
 }
 
 // The detector as three functions, with the names of its classes
@@ -22,14 +28,14 @@ export async function openDetector() {
   }
   return {
     classes: about.classes,
-    feed: about.feed,
+    side: about.side,
 
-    // An image as `feed` returns it -> the first guess, and the features that every step reads
-    async start({pixels, height, width, padded}) {
-      const images = new ort.Tensor('uint8', pixels, [1, 3, ...padded])
+    // An image as `feed` returns it -> the first guess, what it says, and the features that every step reads
+    async start({pixels, height, width, side}) {
+      const images = new ort.Tensor('uint8', pixels, [1, 3, side, side])
       const sizes = new ort.Tensor('int64', BigInt64Array.from([BigInt(height), BigInt(width)]), [1, 2])
-      const {content, xyzr, table, levels} = await parts.start.run({images, sizes})
-      return {state: {content, xyzr}, rows: {table, levels}}
+      const {content, xyzr, table, levels, ...said} = await parts.start.run({images, sizes})
+      return {state: {content, xyzr}, rows: {table, levels}, found: queries(said)}
     },
 
     // The next state, and the residuals of contents and of corners
@@ -39,19 +45,15 @@ export async function openDetector() {
       return {state: next, residual: [...found.residual.data]}
     },
 
-    // Of every query: corners in pixels of the fed image, score, class
-    async read(state) {
-      const {boxes, scores, labels} = await parts.read.run(state)
-      return [...scores.data].map((score, i) =>
-        ({box: [...boxes.data.subarray(4*i, 4*i + 4)], score, label: Number(labels.data[i])}))
-    }
+    // What a later state says
+    async read(state) { return queries(await parts.read.run(state)) }
   }
 }
 
 // States after 0, 1, 2, ... applications, until all residuals are at most `tol` (0: never) or `most` applications are made
 export async function* settle(detector, image, most, tol) {
-  let {state, rows} = await detector.start(image)
-  yield {found: await detector.read(state), residual: null}
+  let {state, rows, found} = await detector.start(image)
+  yield {found, residual: null}
   for (let n = 1; n <= most; n++) {
     const next = await detector.step(state, rows)
     state = next.state
@@ -95,25 +97,24 @@ export function resize(channel, h, w, height, width) {
   return res
 }
 
-// Height and width within `short` and `long`, as deqdet.sets.augment.fit_hw has them
-export function fit(h, w, {short, long}) {
-  const scale = Math.min(long/Math.max(h, w), short/Math.min(h, w))
+// Height and width in a square, as deqdet.sets.augment.fit_hw has them
+export function fit(h, w, side) {
+  const scale = side/Math.max(h, w)
   return [h, w].map(o => Math.max(1, Math.floor(o*scale + .5)))
 }
 
-// What the detector is fed: bytes (3,H,W), channel after channel, padded to multiples of 32 and at least 64
-export function feed(rgba, h, w, size) {
-  const [height, width] = fit(h, w, size)
-  const padded = [height, width].map(o => Math.max(64, 32*Math.ceil(o/32)))
-  const pixels = new Uint8Array(3*padded[0]*padded[1])
+// What the detector is fed: bytes (3,side,side), channel after channel, padded right and at the bottom
+export function feed(rgba, h, w, side) {
+  const [height, width] = fit(h, w, side)
+  const pixels = new Uint8Array(3*side*side)
   for (let c = 0; c < 3; c++) {
     const channel = new Uint8Array(h*w)
     for (let i = 0; i < h*w; i++) channel[i] = rgba[4*i + c]
     const small = resize(channel, h, w, height, width)
     for (let y = 0; y < height; y++)
-      pixels.set(small.subarray(y*width, (y + 1)*width), (c*padded[0] + y)*padded[1])
+      pixels.set(small.subarray(y*width, (y + 1)*width), (c*side + y)*side)
   }
-  return {pixels, height, width, padded, scale: [width/w, height/h]}
+  return {pixels, height, width, side, scale: [width/w, height/h]}
 }
 
 // A file or an address: its pixels, and a canvas to show it on

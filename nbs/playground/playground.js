@@ -1,5 +1,5 @@
 // The page "Playground": choose an image, move the sliders, and watch boxes settle. detector.js computes.
-const root = document.getElementById('playground')
+const root = document.getElementById('in-browser')
 const part = name => root.querySelector(`[data-part="${name}"]`)
 const canvas = part('canvas'), curves = part('curves'), status = part('status'), list = part('list')
 const TOLERANCES = [0, .5, .4, .3, .2, .15, .1, .05]
@@ -60,7 +60,7 @@ function draw(a, b, way) {
 
 // Residuals on a log scale, up to state `n`
 function plot(n) {
-  const W = 420, H = 240, left = 46, right = 12, top = 12, bottom = 38, low = -2.5, high = .5
+  const W = 420, H = 240, left = 46, right = 12, top = 16, bottom = 38, low = -2.5, high = .5
   const steps = Math.max(4, most())
   const x = t => left + (W - left - right)*(t - 1)/(steps - 1)
   const y = r => top + (H - top - bottom)*(high - Math.min(high, Math.max(low, Math.log10(Math.max(r, 1e-9)))))/(high - low)
@@ -75,14 +75,15 @@ function plot(n) {
     return `<g class="${['content', 'corners'][k]}"><polyline points="${at.join(' ')}"/>${dots}</g>`
   }
   curves.innerHTML = grid + ticks + limit + line(0) + line(1) +
-    `<text x="${(left + W - right)/2}" y="${H - 4}" text-anchor="middle">applications of the step</text>`
+    `<text x="${(left + W - right)/2}" y="${H - 4}" text-anchor="middle">applications of the step</text>` +
+    `<text x="${left}" y="${top - 1}">residual</text>`
 }
 
 function tell(n) {
   const found = states[n].found.filter(q => q.score >= score()).sort((p, q) => q.score - p.score)
   const [sx, sy] = fed.scale
   list.innerHTML = found.map(q => {
-    const corners = q.box.map((v, k) => Math.round(v/(k % 2 ? sy : sx)))
+    const corners = q.box.map((v, k) => Math.round(Math.min(k % 2 ? image.h : image.w, Math.max(0, v/(k % 2 ? sy : sx)))))
     const colour = COLOURS[q.label % COLOURS.length]
     return `<tr><td><i style="background:${colour}"></i>${detector.classes[q.label]}</td><td>${q.score.toFixed(2)}</td>` +
       `<td>${corners.join(', ')}</td></tr>`
@@ -157,9 +158,8 @@ async function look(source) {
   let picture
   try { picture = await tools.loadImage(source) }
   catch { root.dataset.state = 'ready'; return say('This file is not an image that the browser can read.') }
-  const input = tools.feed(picture.rgba, picture.h, picture.w, detector.feed)
-  const {state, rows} = await detector.start(input)
-  const found = await detector.read(state)
+  const input = tools.feed(picture.rgba, picture.h, picture.w, detector.side)
+  const {state, rows, found} = await detector.start(input)
   if (mine!==turn) return
   image = picture
   fed = input

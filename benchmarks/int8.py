@@ -1,0 +1,81 @@
+"""An exported detector on a CPU: AP and time of PyTorch, of onnxruntime in float and in int8, and of OpenVINO
+
+`python benchmarks/int8.py DETECTOR DATA` takes a folder of a training and a detection set. int8 is made by onnxruntime's quantiser: `dynamic` keeps
+weights of products in 8 bits and measures activations as they come; `static` also does convolutions, with ranges from some pictures to train on.
+Times are of the processor, for one picture at a time, with what happens before and after the network."""
+import argparse, logging, tempfile, time
+from pathlib import Path
+import torch
+import deqdet.export
+from deqdet.evaluate import coco_ap, predict_dl
+from deqdet.export import load_exported
+from deqdet.predict import eval_loader, load_detector
+from common import report
+
+
+class Fed:
+    "Batches for the calibration of ranges"
+    def __init__(self, dl, n): self.batches = (dict(images=x.numpy(), sizes=s.numpy()) for (x, s, _), _ in zip(dl, range(n)))
+    def get_next(self): return next(self.batches, None)
+
+
+def quantised(file, dl, n, kinds):
+    "The files of a detector in int8, by name"
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    CalibrationDataReader.register(Fed)
+    ready, out = file.with_suffix('.ready.onnx'), {}
+    quant_pre_process(file, ready, skip_symbolic_shape=True)
+    for kind, ops in kinds.items():
+        out[kind] = file.with_suffix(f'.{kind}.onnx')
+        if kind == 'dynamic': quantize_dynamic(ready, out[kind], op_types_to_quantize=ops, weight_type=QuantType.QInt8)
+        else: quantize_static(ready, out[kind], Fed(dl, n), quant_format=QuantFormat.QDQ, op_types_to_quantize=ops, per_channel=True)
+    return out
+
+
+def by_openvino(file, like):
+    "The same file, run by OpenVINO"
+    import openvino
+    model = openvino.Core().compile_model(str(file), 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads()})
+    def run(images, sizes):
+        found = model(dict(images=images.contiguous().numpy(), sizes=sizes.numpy()))
+        return [torch.from_numpy(found[o].copy()) for o in model.outputs]
+    return deqdet.export.Exported(run, like.about)
+
+
+def measured(model, dl, **kwargs):
+    "AP, and processor milliseconds for a picture"
+    t = time.process_time()
+    with torch.no_grad(): preds = predict_dl(model, dl, **kwargs)
+    t = time.process_time() - t
+    r = coco_ap(preds, dl.dataset)
+    return dict(AP=r.AP, AP50=r.AP50, ms=1000*t/len(preds))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('model'); p.add_argument('data')
+    p.add_argument('--size'); p.add_argument('--steps', type=int); p.add_argument('--calibrate', type=int, default=32)
+    p.add_argument('--threads', type=int, default=1); p.add_argument('--out')
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.disable(logging.WARNING)
+    model = load_detector(args.model, args.size, 'cpu')
+    valid, train = (eval_loader(args.data, model, o, bs=1) for o in ('valid', 'train'))
+    with tempfile.TemporaryDirectory() as d:
+        file = model.export(Path(d)/'float.onnx', steps=args.steps)
+        plain = load_exported(file)
+        files = {'onnxruntime': file} | quantised(file, train, args.calibrate, dict(dynamic=['MatMul', 'Gemm'], convolutions=['Conv'], static=['Conv', 'MatMul', 'Gemm']))
+        ways = {k: load_exported(f) for k, f in files.items()}
+        size = {k: round(f.stat().st_size/1e6, 1) for k, f in files.items()}
+        try: ways['OpenVINO'] = by_openvino(file, plain)
+        except ImportError: pass
+        rows = {'PyTorch': measured(model, valid, steps=args.steps)}
+        for k, m in ways.items():
+            m.feed = model.feed
+            rows[k] = measured(m, valid) | dict(MB=size.get(k))
+            print(k, rows[k], flush=True)
+    report(rows, args.out, images=len(valid.dataset), size=str(model.feed), steps=args.steps, threads=args.threads)
+
+
+if __name__ == '__main__': main()
