@@ -58,7 +58,7 @@ def window(tmp_path):
 @pytest.fixture(scope='module')
 def model():
     "The detector that the package ships, with its weights as the files have them"
-    from deqdet.using.parts import round_weights
+    from deqdet.parts import round_weights
     return round_weights(playground.detector())
 
 RUN = '''(async () => {
