@@ -30,7 +30,8 @@ class BeginWandb(Callback):
         folder, # of the training
         options # of the training
     ):
-        self.folder,self.options = Path(folder),options
+        self.folder = Path(folder)
+        self.options = options
     def before_fit(self):
         import wandb
         if rank_distrib(): return
@@ -53,7 +54,8 @@ class MLflow(Callback):
         folder, # of the training
         options # of the training
     ):
-        self.folder,self.options = Path(folder),options
+        self.folder = Path(folder)
+        self.options = options
     def before_fit(self):
         import mlflow
         self.writes = not rank_distrib()

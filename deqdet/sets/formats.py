@@ -147,7 +147,8 @@ def read_voc(
     folder = next((path/o for o in ('JPEGImages','images') if (path/o).is_dir()), path)
     names = {o.stem: o.name for o in sorted(folder.iterdir())}
     src = Source({}, folder, path/'Annotations')
-    images,objects = [],[]
+    images = []
+    objects = []
     for stem in _voc_stems(path, split):
         file = path/f'Annotations/{stem}.xml'
         try: root = ElementTree.parse(file).getroot()
@@ -237,7 +238,8 @@ def read_yolo(
     if file is None: raise DataError(f"{path}: no yaml file with a list 'names'")
     names = cfg['names'] if isinstance(cfg['names'], dict) else dict(enumerate(cfg['names']))
     categories = [dict(id=k, name=str(v)) for k,v in names.items()]
-    images,objects = [],[]
+    images = []
+    objects = []
     for i,p in enumerate(_yolo_images(file, cfg, split), 1):
         h,w = image_size(p) or (0,0)
         name = p.relative_to(path).as_posix() if p.is_relative_to(path) else str(p.absolute())
