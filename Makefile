@@ -21,7 +21,7 @@ $(if $(filter-out tested oldest,$(TORCH)),$(error TORCH is `tested` or `oldest`,
 
 help:
 	@echo "make demo     install what running needs; first detections at once, then minutes of learning: a page in demo/"
-	@echo "              DATA=folder: on your own pictures; DEMO='--minutes 2': options"
+	@echo "              DATA=folder: on your own images; DEMO='--minutes 2': options"
 	@echo "make test     install the dev extra, then everything that CI checks; TORCH=oldest: with the oldest torch"
 	@echo "make export   notebooks -> deqdet/*.py and README.md, and clean the notebooks"
 	@echo "make docs     the documentation site into _docs/ (needs Quarto)"
@@ -59,7 +59,7 @@ $(DEV): $(DECLARE) | $(BIN)/python
 	@$(INSTALL) '.[dev]' || $(FAILED)
 	@touch $(RUN) $(LITE) $@
 
-# The main job; `make demo DATA=folder` does it on your own pictures; options as in `make demo DEMO='--minutes 2'`
+# The main job; `make demo DATA=folder` does it on your own images; options as in `make demo DEMO='--minutes 2'`
 demo: $(LITE)
 	@$(BIN)/deqdet_demo --out demo $(if $(DATA),--data '$(DATA)') $(DEMO)
 

@@ -1,4 +1,4 @@
-"""DEQDet and AdaMixer of equal width on BCCD (blood cells, 205 pictures to train on, 87 to validate), from scratch.
+"""DEQDet and AdaMixer of equal width on BCCD (blood cells, 205 images to train on, 87 to validate), from scratch.
 
 Each (model, seed) runs in its own process and is one entry of the JSON; existing entries are not run again:
 
@@ -19,7 +19,7 @@ from deqdet.zoo import create_detector
 from common import commit, machine, parser
 
 MODELS = 'deqdet_tiny', 'adamixer_tiny'
-QUERIES = dict(n_queries=48, grid=(6, 8, .2)) # up to 30 cells in a picture
+QUERIES = dict(n_queries=48, grid=(6, 8, .2)) # up to 30 cells in an image
 
 
 def loaders(args):

@@ -123,7 +123,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('file', type=Path, help='where to write, .svg')
     parser.add_argument('--seeds', type=int, nargs='+', default=[3, 4, 5], help='of the scenes')
-    parser.add_argument('--card', type=Path, help='where to write the picture that links to the site show, .jpg')
+    parser.add_argument('--card', type=Path, help='where to write the image that links to the site show, .jpg')
     args = parser.parse_args()
     images = scenes(args.seeds)
     boxes,scores,labels = settle(images)

@@ -1,8 +1,8 @@
 """An exported detector on a CPU: AP and time of PyTorch, of onnxruntime in float and in int8, and of OpenVINO
 
 `python benchmarks/int8.py DETECTOR DATA` takes a folder of a training and a detection set. int8 is made by onnxruntime's quantiser: `dynamic` keeps
-weights of products in 8 bits and measures activations as they come; `static` also does convolutions, with ranges from some pictures to train on.
-Times are of the processor, for one picture at a time, with what happens before and after the network."""
+weights of products in 8 bits and measures activations as they come; `static` also does convolutions, with ranges from some images to train on.
+Times are of the processor, for one image at a time, with what happens before and after the network."""
 import argparse, logging, tempfile, time
 from pathlib import Path
 import torch
@@ -44,7 +44,7 @@ def by_openvino(file, like):
 
 
 def measured(model, dl, **kwargs):
-    "AP, and processor milliseconds for a picture"
+    "AP, and processor milliseconds for an image"
     t = time.process_time()
     with torch.no_grad(): preds = predict_dl(model, dl, **kwargs)
     t = time.process_time() - t

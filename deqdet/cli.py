@@ -25,7 +25,7 @@ def deqdet_check(
     train:str='train', # name of the split to train on
     valid:str='valid', # name of the split to validate on
     valid_pct:float=None, # share 0..1 to validate on, for a set that is not divided
-    fast:bool=False    # only look whether pictures are there, do not decode them
+    fast:bool=False    # only look whether images are there, do not decode them
 ) -> int:              # 0: fine, 1: something is odd
     "What is odd about a detection set, file by file; status 1 if anything is: deqdet_check shapes"
     from deqdet.data import verify_data
@@ -50,14 +50,14 @@ def deqdet_split(
     split_data(data, out, valid_pct, by, layout, seed)
     for name,part in zip(('train','valid'), read_data(out)):
         groups = [o['group'] for o in part.coco['images']]
-        print(f'{name}: {len(groups)} pictures, {len(set(groups))} groups')
+        print(f'{name}: {len(groups)} images, {len(set(groups))} groups')
 
 # %% ../nbs/21_cli.ipynb #a11e67e7
 @command
 def deqdet_models(
     pattern:Annotated[str, "part of a name, or a pattern like 'deqdet_*1x'",
                       dict(nargs='?', opt=False)]='*',
-    cost:bool=False # parameters, and multiply-adds for a picture of 800x1280; some seconds for each
+    cost:bool=False # parameters, and multiply-adds for an image of 800x1280; some seconds for each
 ):
     "The detectors that have a name, with their authors' COCO AP: deqdet_models swin --cost"
     import pandas as pd
@@ -86,7 +86,7 @@ def deqdet_convert(
     checkpoint:str,   # file of the published code, .pth or .safetensors
     out:str,          # folder to write
     names:str=None,   # class names: a file with one on each line, or a COCO annotation file
-    size:str='800x1333' # bounds of the sides of its pictures, in pixels
+    size:str='800x1333' # bounds of the sides of its images, in pixels
 ):
     "A published checkpoint as a folder for the other commands: deqdet_convert r50.pth models/r50"
     from deqdet.model import Feed
@@ -109,11 +109,11 @@ def deqdet_eval(
     split:str='valid', # which part of it; '' for a set that is not divided
     size:str=None,   # pixels of the long side, or 800x1333 for both; by default as it was trained
     steps:int=None,  # refinement steps; by default those of the detector
-    tol:float=None,  # relative residual at which a picture is done; by default each takes all steps
-    max_dets:int=100, # detections in a picture
-    bs:int=8,        # pictures in a batch
+    tol:float=None,  # relative residual at which an image is done; by default each takes all steps
+    max_dets:int=100, # detections in an image
+    bs:int=8,        # images in a batch
     layout:str=None, # coco, voc, yolo or hf; by default it is recognised
-    workers:int=0,   # processes that load pictures
+    workers:int=0,   # processes that load images
     device:str=None, # cpu, cuda, mps, …; by default the accelerator if there is one
     fast:bool=False, # compute the numbers by the package hotcoco
     out:str=None     # file for the detections, in COCO's format of results
@@ -162,7 +162,7 @@ def train_command(
     print(f'{folder}: {best}, {after}, {duration(k.seconds)} of training')
     ds = learn.dls.valid_ds
     picture = ds.folder/ds.images[0]['file_name']
-    if push: print(f'shared: {push_training(folder, push, picture)}')
+    if push: print(f'shared: {push_training(folder, push, image)}')
 
 def _when(learn, keep):
     "At which point a training was best"
@@ -180,9 +180,9 @@ def deqdet_train(
     epochs:int=None,   # passes over the set; by default the recipe's
     queries:int=None,  # boxes to start from; by default the detector's
     size:str=None,     # pixels of the long side, or 800x1333 for both; by default the detector's
-    bs:int=None,       # pictures in a batch of each process; by default a share of the recipe's
+    bs:int=None,       # images in a batch of each process; by default a share of the recipe's
     accumulate:int=None, # batches in an update
-    lr:float=None,     # learning rate for as many pictures in an update as the recipe has
+    lr:float=None,     # learning rate for as many images in an update as the recipe has
     wd:float=None,     # weight decay; by default the recipe's
     recipe:str=None,   # rates and schedule: 1x, 2x, 3x, adamixer_1x, tiny, …; or the detector's
     augment:Annotated[
@@ -192,15 +192,15 @@ def deqdet_train(
     amp:Annotated[str, 'products in half precision', dict(choices=('bf16','fp16'))]=None,
     ema:float=None,    # of an average of weights this part stays at an update; or the recipe's
     patience:int=None, # end after so many evaluations without a better AP
-    mosaic:float=None, # of the batches, 0..1, are mosaics of four pictures; not near the end
-    rare:float=None,   # classes in a smaller part of the pictures, 0..1, come more often
+    mosaic:float=None, # of the batches, 0..1, are mosaics of four images; not near the end
+    rare:float=None,   # classes in a smaller part of the images, 0..1, come more often
     seed:int=None,     # of weights, order and augmentation; by default 0
     layout:str=None,   # coco, voc, yolo or hf; by default it is recognised
     train:str=None,    # name of the split to train on; by default train
     valid:str=None,    # name of the split to validate on; by default valid, or val
     valid_pct:float=None, # share 0..1 to validate on, for a set that is not divided
     skip_bad:bool=False, # replace an unreadable image by the next, with a warning
-    workers:int=None,  # processes that load pictures; by default 4, for small pictures 0
+    workers:int=None,  # processes that load images; by default 4, for small images 0
     device:str=None,   # cpu, cuda, mps, …; by default the accelerator if there is one
     track:Annotated[str, 'log for another program too: tensorboard, wandb (offline) or mlflow',
                     dict(choices=('tensorboard','wandb','mlflow'))]=None,
@@ -223,10 +223,10 @@ def deqdet_train(
 
 # %% ../nbs/21_cli.ipynb #45913bff
 def _tell_end(done, bad, folder, min_score):
-    "What a user wants to know after many pictures"
-    pictures = 'picture' if len(done)==1 else 'pictures'
+    "What a user wants to know after many images"
+    images = 'image' if len(done)==1 else 'images'
     unread = f', {bad} could not be read' if bad else ''
-    print(f'{len(done)} {pictures} in {folder}{unread}')
+    print(f'{len(done)} {images} in {folder}{unread}')
     if done and not any(len(o.dets['scores']) for o in done):
         bar = 'its bar' if min_score is None else f'{min_score:g}'
         say(f'no score reaches {bar}; --min_score lowers the bar')
@@ -235,23 +235,23 @@ def _tell_end(done, bad, folder, min_score):
 @command
 def deqdet_predict(
     model:str, # folder of a detector or of a training, or a file that deqdet_export wrote
-    images:Annotated[str, 'pictures, folders, patterns such as "photos/*.jpg"; or films, cameras',
+    images:Annotated[str, 'images, folders, patterns such as "photos/*.jpg"; or films, cameras',
                      dict(nargs='+')],
-    out:str='predictions', # folder: a picture each, and predictions.json; for a film a film.mp4
+    out:str='predictions', # folder: an image each, and predictions.json; for a film a film.mp4
     min_score:float=None, # leave out detections below; by default a training's choice, or .3
-    max_dets:int=100,   # detections in a picture, at most
+    max_dets:int=100,   # detections in an image, at most
     size:str=None,      # pixels of the long side, or 800x1333 for both; by default as trained
     steps:int=None,     # refinement steps; by default those of the detector
-    tol:float=None,     # relative residual at which a picture is done; by default all steps
-    bs:int=8,           # pictures in a batch
-    tiles:str=None,     # look at tiles of large pictures: side, or side,overlap, as 640,64
+    tol:float=None,     # relative residual at which an image is done; by default all steps
+    bs:int=8,           # images in a batch
+    tiles:str=None,     # look at tiles of large images: side, or side,overlap, as 640,64
     nms:float=None,     # remove what overlaps a better one of its class by this, 0..1
     device:str=None,    # cpu, cuda, mps, …; by default the accelerator if there is one
     layout:Annotated[str, 'coco, voc or yolo: write a set too, to correct and to train on',
                      dict(choices=('coco','voc','yolo'))]=None,
-    json_only:bool=False # write no pictures and no films, only what was found
+    json_only:bool=False # write no images and no films, only what was found
 ) -> int:
-    "Detections in pictures: deqdet_predict runs/shapes photos --out found"
+    "Detections in images: deqdet_predict runs/shapes photos --out found"
     from deqdet.commands.pictures import counted, drawing, look_options, set_folder
     from deqdet.predict import (class_names, count_classes, detect, draw_detections,
                                 find_pictures, save_as, to_coco)
@@ -292,7 +292,7 @@ def deqdet_export(
     format:Annotated[str, 'torch or onnx; by default by the name of the file',
                      dict(choices=('torch','onnx'))]=None,
     steps:int=None,   # applications of the step; by default as many as at inference
-    max_dets:int=100  # detections per picture
+    max_dets:int=100  # detections per image
 ):
     "A detector as a file that runs without this package: deqdet_export runs/shapes shapes.onnx"
     import deqdet.export # it gives a `Detector` the method
@@ -302,4 +302,4 @@ def deqdet_export(
     with blame(out, OSError, ImportError): file = detector.export(out, format, steps, max_dets)
     feed = detector.feed or Feed()
     size = f'{feed.short}x{feed.long}, padded to a multiple of 32'
-    print(f'{file}: {Path(file).stat().st_size/1e6:.1f} MB; feed pictures of {size}')
+    print(f'{file}: {Path(file).stat().st_size/1e6:.1f} MB; feed images of {size}')

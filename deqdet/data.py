@@ -105,8 +105,8 @@ class DetDataset:
             try: return self.sample((i+j) % n)
             except DataError as e:
                 if self.on_error=='raise': raise
-                warnings.warn(f'{e}: the next picture stands in for it')
-        raise DataError(f'{self.file}: not one of {n} pictures can be read')
+                warnings.warn(f'{e}: the next image stands in for it')
+        raise DataError(f'{self.file}: not one of {n} images can be read')
 
     def sample(self,
         i # number of the image, 0..len-1
@@ -281,7 +281,7 @@ def _datasets(train, valid, vocab, tfms, on_error):
     res = DetDataset(train, vocab, tfms[0], on_error)
     if not res.vocab:
         raise DataError(f'{train.file}: categories: at least one class was expected')
-    if not len(res): raise DataError(f'{train.file}: images: at least one picture was expected')
+    if not len(res): raise DataError(f'{train.file}: images: at least one image was expected')
     return res, DetDataset(valid, res.vocab, tfms[1], on_error)
 
 # %% ../nbs/02_data.ipynb #e9fd6c04

@@ -38,7 +38,7 @@ def draw_side_by_side(
     found,  # detections of each
     vocab,  # class names
     file,   # to write
-    zoom=2  # of the pictures
+    zoom=2  # of the images
 ):
     "Images in a row with boxes and names, without matplotlib, which is slow to start"
     from PIL import Image, ImageDraw
@@ -78,7 +78,7 @@ def first_detections(
 def crowded(
     ds,  # `DetDataset`
     n=8  # how many
-) -> list: # numbers of pictures, most objects first
+) -> list: # numbers of images, most objects first
     "The images with most objects"
     return sorted(range(len(ds)), key=lambda i: -int(ds.ends[i+1] - ds.ends[i]))[:n]
 
@@ -132,7 +132,7 @@ def demo_pictures(
     model,  # `Detector`, trained
     ds,     # validation set
     folder, # to write to
-    films=3 # how many pictures to film
+    films=3 # how many images to film
 ) -> int:   # how many were filmed
     "Detections, films of their refinement, residuals"
     from deqdet.data import DetDL
@@ -182,7 +182,7 @@ def demo_tables(
     steps = []
     for r in m['steps']:
         row = {k: r[k] for k in ('steps','AP','AP50','AP75')}
-        steps.append(row | {'ms a picture': f"{1000*r['seconds']:.1f}"})
+        steps.append(row | {'ms an image': f"{1000*r['seconds']:.1f}"})
     return dict(numbers=html_table(numbers), steps=html_table(steps))
 
 # %% ../nbs/22_demo.ipynb #aa3a39fa
@@ -254,15 +254,15 @@ def demo_metrics(
 def demo_options(
     folder,  # of the demo
     data,    # folder of a set, or None
-    n_train, # pictures to draw
+    n_train, # images to draw
     n_valid, # likewise, to validate on
-    seed     # of pictures, weights and order
+    seed     # of images, weights and order
 ) -> dict:   # for `train`, without minutes
     "Options for training on a folder, or on new generated shapes"
     from deqdet.data import synth_coco
     if data: return dict(data=data, seed=seed)
     shapes = folder/'shapes'
-    print(f'drawing {n_train} + {n_valid} pictures of shapes, which it has never seen', flush=True)
+    print(f'drawing {n_train} + {n_valid} images of shapes, which it has never seen', flush=True)
     with blame(folder, OSError): synth_coco(shapes, n_train, n_valid, size=128, seed=seed)
     return dict(data=str(shapes), seed=seed, size='160', augment='flip')
 
@@ -278,11 +278,11 @@ def demo_training(o, folder, minutes):
 @command
 def deqdet_demo(
     out:str='demo',     # folder to write; the training of an earlier demo there is replaced
-    data:str=None,      # folder of your own pictures with boxes; by default shapes are drawn
+    data:str=None,      # folder of your own images with boxes; by default shapes are drawn
     minutes:float=4.,   # to train, evaluations included
-    n_train:int=400,    # pictures of shapes to train on
-    n_valid:int=60,     # pictures of shapes to validate on
-    seed:int=0,         # of pictures, weights, and order
+    n_train:int=400,    # images of shapes to train on
+    n_valid:int=60,     # images of shapes to validate on
+    seed:int=0,         # of images, weights, and order
     quick:bool=False    # a few updates only, to see that everything runs
 ):
     "First detections in seconds, then a detector of your own, and a page: deqdet_demo --out demo"

@@ -108,7 +108,7 @@ def det_learner(
     amp=None,         # 'bf16' or 'fp16': products in half precision
     cbs=None,         # further callbacks
     metrics=('cls','l1','giou'), # terms of the loss to show as columns, or fastai metrics
-    max_dets=100,     # detections in a picture that AP looks at
+    max_dets=100,     # detections in an image that AP looks at
     **kwargs          # for `Learner`: `path`, `model_dir`, `opt_func`, …
 ) -> DetLearner:
     "A learner that is ready to fit"
@@ -169,14 +169,14 @@ def describe_update(self:DetLearner,
     bs = self.dls.train.bs
     world = max(num_distrib(), 1)
     n = bs*world*self.accumulate
-    lines = [f'{n} pictures per update: {bs} in a batch x {world} processes x '
+    lines = [f'{n} images per update: {bs} in a batch x {world} processes x '
              f'{self.accumulate} batches; gradient norm at most {self.recipe.clip:g}']
     groups = zip(self.opt.sections, rates, self.opt.mults['wd'], self.opt.param_lists)
     for section,rate,wd,params in groups:
         size = sum(p.numel() for p in params)
         lines.append(f'{section:8}{size:>10,} parameters, lr {rate:g}, decay {self.wd*wd:g}')
     if n != self.recipe.batch and self._published_rates(rates): lines.append(
-        f'lr {self.recipe.lr:g} was chosen for {self.recipe.batch} pictures per update, '
+        f'lr {self.recipe.lr:g} was chosen for {self.recipe.batch} images per update, '
         f'not for {n}; nothing is rescaled: pass lr=…')
     return '\n'.join(lines)
 
@@ -267,19 +267,19 @@ def get_preds(self:DetLearner,
     cbs=None, # further callbacks
     **kwargs  # for fastai's `get_preds`
 ):
-    "fastai's, of n pictures: scores (n,N,K) and boxes (n,N,4), targets, and what else is asked for"
+    "fastai's, of n images: scores (n,N,K) and boxes (n,N,4), targets, and what else is asked for"
     with self.removed_cbs(self._grab_cbs(APCallback)):
         return Learner.get_preds(self, ds_idx, dl, cbs=[_Answer(), *L(cbs)], **kwargs)
 
 # %% ../nbs/14_learner.ipynb #bda0984b
 @patch
 def predict(self:DetLearner,
-    items,        # a picture (path, PIL image, array or tensor), or a list of such
+    items,        # an image (path, PIL image, array or tensor), or a list of such
     min_score=None, # leave out detections below; None: the threshold of each class, or .3
-    max_dets=100, # detections in a picture, at most
+    max_dets=100, # detections in an image, at most
     **kwargs      # for the decoder, such as `steps`
-): # dict(boxes (n,4) xyxy in the picture's own pixels, scores (n,), labels (n,), names), or a list
-    "What is in a picture"
+): # dict(boxes (n,4) xyxy in the image's own pixels, scores (n,), labels (n,), names), or a list
+    "What is in an image"
     many = isinstance(items, (list,tuple,L))
     model = get_model(self.model)
     device = next(model.parameters()).device
@@ -292,7 +292,7 @@ def predict(self:DetLearner,
     return found if many else found[0]
 
 def _named(d, vocab):
-    "Detections of one picture on the CPU, with names of their classes"
+    "Detections of one image on the CPU, with names of their classes"
     return {k: v.cpu() for k,v in d.items()} | dict(names=[vocab[i] for i in d['labels'].tolist()])
 
 # %% ../nbs/14_learner.ipynb #715a8964

@@ -138,6 +138,6 @@ def eval_loader(
     source = read(data, split or None)
     _check_names(source, model)
     ds = DetDataset(source, model.vocab, feed_tfm(model.feed or Feed()))
-    if not len(ds): raise CommandError(f'{source.file}: images: at least one picture was expected')
+    if not len(ds): raise CommandError(f'{source.file}: images: at least one image was expected')
     device = next((o.device for o in model.parameters()), 'cpu') # an exported file has none
     return DetDL(ds, bs, num_workers=workers, device=device)

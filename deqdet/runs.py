@@ -110,7 +110,7 @@ def make_learner(
 def draw_training(
     folder, # of a training
     ds,     # its validation set
-    n=6     # pictures
+    n=6     # images
 ):
     "`curves.png` and `predictions.png`"
     log = read_log(folder/'log.csv')
@@ -140,7 +140,7 @@ def finish(
     o,      # options, complete
     folder  # of the training
 ) -> dict:  # what `metrics.json` holds
-    "Pictures and numbers at the end of a training"
+    "Images and numbers at the end of a training"
     keep = learn.keep
     dls = learn.dls
     draw_training(folder, dls.valid_ds)

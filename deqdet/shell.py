@@ -148,7 +148,7 @@ def _open_exported(file, size, device):
 def solver_options(
     model,      # `Detector`, or `Exported`
     steps=None, # refinement steps
-    tol=None    # relative residual at which a picture is done
+    tol=None    # relative residual at which an image is done
 ) -> dict:      # for the decoder
     "The given solver options; an error if the decoder has no solver"
     from deqdet.equilibrium import Equilibrium

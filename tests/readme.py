@@ -1,4 +1,4 @@
-"""README.md is what index.ipynb says: its text, code and printed text, with links and pictures that work on GitHub.
+"""README.md is what index.ipynb says: its text, code and printed text, with links and images that work on GitHub.
 
 `python tests/readme.py` writes it. nbdev-readme does the same through Quarto; this does it without."""
 import re, sys
@@ -18,10 +18,10 @@ KEPT = 'strip_ansi','hide_line','filter_stream_','rm_header_dash','rm_export','c
 def procs(): return [p for p in FilterDefaults().base_procs() if p.__name__ in KEPT]
 
 def printed(output):
-    "The text of one output; a picture belongs in nbs/images, with a markdown link to it"
+    "The text of one output; an image belongs in nbs/images, with a markdown link to it"
     if 'text' in output: return ''.join(output['text'])
     data = output['data']
-    if 'image/png' in data: raise ValueError('index.ipynb holds a picture as output: save it in nbs/images, link to it')
+    if 'image/png' in data: raise ValueError('index.ipynb holds an image as output: save it in nbs/images, link to it')
     return ''.join(data.get('text/markdown', data['text/plain']))
 
 def as_md(cell):

@@ -21,7 +21,7 @@ def noise(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator(
 
 @pytest.fixture(scope='module')
 def resnet():
-    "A small ResNet of which every layer matters, with BatchNorm statistics of the pictures that it will see"
+    "A small ResNet of which every layer matters, with BatchNorm statistics of the images that it will see"
     torch.manual_seed(1)
     net = ResNet(BasicBlock, [1, 1, 1, 1], channels=(32, 64, 128, 192), num_classes=0, zero_init_last=False)
     net = FeatureListNet(net, out_indices=(1, 2, 3, 4)).train()
@@ -148,7 +148,7 @@ def test_frozen_stages_are_what_does_not_learn(name, groups, k):
 
 @pytest.mark.parametrize('name,groups', CASES)
 def test_bodies_train_end_to_end_and_what_is_frozen_stays(name, groups):
-    "Pictures to levels, backward and a step: frozen weights and all statistics stay, the rest moves; frozen parts build no graph"
+    "Images to levels, backward and a step: frozen weights and all statistics stay, the rest moves; frozen parts build no graph"
     torch.manual_seed(0)
     body = create_body(name, frozen_stages=1)
     p = Pyramid(body, Neck(body.channels, width=32, groups=8)).train()
@@ -166,7 +166,7 @@ def test_bodies_train_end_to_end_and_what_is_frozen_stays(name, groups):
     assert moved == learns
     for i in (2, 3, 4): assert any(within(n, groups[i]) for n in moved)
 
-# how a body wants its pictures
+# how a body wants its images
 
 @pytest.mark.parametrize('name', [*BODIES.values(), 'swin_large_patch4_window12_384.ms_in22k', 'resnet18', 'convnext_atto'])
 def test_published_bodies_keep_imagenets_normalisation_bit_for_bit(name):
@@ -386,7 +386,7 @@ def test_initial_weights_of_the_neck_are_xaviers():
 
 @pytest.fixture
 def padded():
-    "Two pictures of different sizes in a batch, and the pictures"
+    "Two images of different sizes in a batch, and the images"
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=g) for h, w in ((64, 96), (48, 65)))
     return torch.stack([a, F.pad(b, (0, 31, 0, 16))]), torch.tensor([[64, 96], [48, 65]]), a, b

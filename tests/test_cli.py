@@ -136,9 +136,9 @@ def test_a_call_from_python_reads_no_options(monkeypatch):
 def test_warnings_are_one_line(capsys):
     def f():
         warnings.simplefilter('always')
-        warnings.warn('a picture\nstands in for another')
+        warnings.warn('an image\nstands in for another')
     shell.command(f)()
-    assert capsys.readouterr().err == 'warning: a picture stands in for another\n'
+    assert capsys.readouterr().err == 'warning: an image stands in for another\n'
 
 
 # --------------------------------------------------------------------------------------- bad options
@@ -207,7 +207,7 @@ def test_messages_speak_of_options(world, tmp_path, capsys):
     bad(capsys, '--layout foo', cli.deqdet_check, data, 'foo')
     bad(capsys, 'deqdet_models has all names', train, world, tmp_path/'out', model='deqdet_r50')
     shutil.copytree(world/'start', tmp_path/'it is')
-    (tmp_path/'text.jpg').write_text('no picture')
+    (tmp_path/'text.jpg').write_text('no image')
     assert cli.deqdet_predict(start, [str(tmp_path/'text.jpg')], str(tmp_path/'found'), device='cpu') == 2
     assert 'object at' not in capsys.readouterr().err
 
@@ -272,13 +272,13 @@ def test_nothing_to_learn_from(world, tmp_path, capsys):
     path = altered(world, tmp_path, annotations=[])
     bad(capsys, 'not one object', train, world, tmp_path/'out', path)
     (path/'annotations/instances_train.json').write_text(json.dumps(dict(images=[], annotations=[], categories=[dict(id=1, name='disc')])))
-    bad(capsys, 'at least one picture', train, world, tmp_path/'out', path)
+    bad(capsys, 'at least one image', train, world, tmp_path/'out', path)
     path2 = altered(world, tmp_path/'two', 'valid', images=[], annotations=[])
     bad(capsys, 'to validate on', train, world, tmp_path/'out', path2)
 
 
 def cut(path):
-    "Cut a picture short; its path"
+    "Cut an image short; its path"
     file = sorted((path/'images').glob('train*'))[0]
     file.write_bytes(file.read_bytes()[:700])
     return file
@@ -287,7 +287,7 @@ def cut(path):
 def test_truncated_picture(world, tmp_path, capsys):
     path = altered(world, tmp_path)
     file = cut(path)
-    assert cli.deqdet_check(str(path)) == 1 and 'truncated picture' in capsys.readouterr().out
+    assert cli.deqdet_check(str(path)) == 1 and 'truncated image' in capsys.readouterr().out
     assert cli.deqdet_check(str(path), fast=True) == 0
     bad(capsys, str(file), train, world, tmp_path/'out', path, epochs=1)
     bad(capsys, str(file), train, world, tmp_path/'out', path, epochs=1, workers=1)
@@ -299,7 +299,7 @@ def test_truncated_picture(world, tmp_path, capsys):
 
 
 def strange(path):
-    "Replace a set's pictures by one of a single pixel and one of 8000x50; what is annotated stays inside"
+    "Replace a set's images by one of a single pixel and one of 8000x50; what is annotated stays inside"
     for split in ('train', 'valid'):
         file, dot, strip = path/f'annotations/instances_{split}.json', f'{split}_dot.png', f'{split}_strip.png'
         images = [dict(id=1, file_name=dot, width=1, height=1), dict(id=2, file_name=strip, width=8000, height=50)]
@@ -531,7 +531,7 @@ def test_ctrl_c_says_how_to_go_on(world, tmp_path):
 
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes(world, tmp_path, sig):
-    "A shell and a queue signal those too that load pictures"
+    "A shell and a queue signal those too that load images"
     out = tmp_path/'run'
     args = ['--model', world/'start', '--every', '1', '--device', 'cpu', '--bs', '2', '--epochs', '99', '--workers', '2', '--out', out]
     cmd = map(str, [Path(sys.executable).parent/'deqdet_train', world/'shapes', *args])
@@ -566,14 +566,14 @@ def test_evaluation_agrees_with_training(world, tmp_path, capsys):
 
 
 def test_results_are_in_cocos_form(world, tmp_path):
-    "Of every picture, also with steps and a tolerance of one's own"
+    "Of every image, also with steps and a tolerance of one's own"
     cli.deqdet_eval(str(world/'start'), str(world/'shapes'), 'train', steps=1, tol=1e-3, device='cpu', out=str(tmp_path/'x.json'))
     res = json.loads((tmp_path/'x.json').read_text())
     assert sorted(res[0]) == ['bbox', 'category_id', 'image_id', 'score'] and len({o['image_id'] for o in res}) == 4
 
 
 def test_predictions_lie_in_the_picture_as_it_is(world, tmp_path):
-    "Twice the picture, twice the boxes; and pictures of one name do not write over each other"
+    "Twice the image, twice the boxes; and images of one name do not write over each other"
     a, b = tmp_path/'a/x.png', tmp_path/'b/x.png'
     for f in (a, b): f.parent.mkdir()
     im = Image.open(sorted((world/'shapes/images').iterdir())[0])

@@ -114,7 +114,7 @@ def test_split(world, tmp_path, capsys):
     (tmp_path/'set/annotations').mkdir()
     (tmp_path/'set/annotations/instances_all.json').write_text(json.dumps(coco))
     cli.deqdet_split(str(tmp_path/'set'), str(tmp_path/'out'), by='folder', valid_pct=.3)
-    assert capsys.readouterr().out.splitlines() == ['train: 7 pictures, 2 groups', 'valid: 3 pictures, 1 groups']
+    assert capsys.readouterr().out.splitlines() == ['train: 7 images, 2 groups', 'valid: 3 images, 1 groups']
     dls = det_dls(tmp_path/'out', bs=1, num_workers=0, device='cpu')
     assert {o['group'] for o in dls.valid_ds.images} == {'street'} and len(dls.train_ds[0][1].boxes) == 1
     bad(capsys, 'out: there is a set', cli.deqdet_split, str(tmp_path/'set'), str(tmp_path/'out'))

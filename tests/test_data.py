@@ -64,7 +64,7 @@ AS = dict(coco=lambda src, dst: Path(shutil.copytree(src, dst)), voc=as_voc, yol
 def same(ds):
     return {Path(o['file_name']).name: (x, t.boxes, [ds.vocab[k] for k in t.labels]) for o,(x,t) in zip(ds.images, ds)}
 
-# ---- pictures
+# ---- images
 
 def encode(im, fmt, **kw):
     f = io.BytesIO(); im.save(f, fmt, **kw)
@@ -72,7 +72,7 @@ def encode(im, fmt, **kw):
 
 @pytest.fixture(scope='module')
 def photo():
-    "A picture with detail at every scale, 75 x 101"
+    "An image with detail at every scale, 75 x 101"
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((101, 75), Image.BICUBIC)
 
@@ -131,7 +131,7 @@ def test_synth_is_what_it_says(tmp_path):
     assert verify_data(path).ok
 
 def test_synth_boxes_are_extents(tmp_path):
-    "A picture of one object: where it differs from its ground is where its box says"
+    "An image of one object: where it differs from its ground is where its box says"
     from deqdet.sets.shapes import _extent, _paint, _scene
     for i in range(10):
         rng = np.random.default_rng(i)
@@ -197,7 +197,7 @@ def test_layouts_that_cannot_be_told(shapes, tmp_path):
     ('{}','{}/_annotations.coco.json'), ('{}','annotations/{}.json'), ('images','{}.json'),
     ('images/{}','annotations/instances_{}.json')])
 def test_where_coco_files_lie(shapes, tmp_path, images, file):
-    "Both splits name their pictures 0.jpg, 1.jpg, …: the folder decides, except where there is only one"
+    "Both splits name their images 0.jpg, 1.jpg, …: the folder decides, except where there is only one"
     for i,(split,name) in enumerate((('train','train'), ('valid','val'))):
         d = json.loads((shapes/f'annotations/instances_{split}.json').read_text())
         folder,f = tmp_path/images.format(name), tmp_path/file.format(name)
@@ -219,7 +219,7 @@ def test_several_coco_files(copy):
     assert len(det_dls(copy, splits=('train2014','valid'), num_workers=0).train_ds)==12
 
 def test_coco_with_everything(tmp_path, shapes):
-    "Gaps in the category ids, RLE crowd, pictures without annotations, an id 0, no area, no size"
+    "Gaps in the category ids, RLE crowd, images without annotations, an id 0, no area, no size"
     (tmp_path/'images').mkdir(); (tmp_path/'annotations').mkdir()
     for i in (0,1,2): shutil.copy(shapes/f'images/train_0000{i}.jpg', tmp_path/f'images/{i}.jpg')
     d = dict(images=[dict(id=40+i, file_name=f'{i}.jpg', width=64, height=64) for i in range(2)] +
@@ -237,7 +237,7 @@ def test_coco_with_everything(tmp_path, shapes):
     assert [(a['id'], a['iscrowd'], a['area']) for a in ds.coco['annotations']]==[(1,0,600.), (2,1,99.), (3,0,31.)]
     assert (ds.coco['images'][2]['width'], ds.coco['images'][2]['height'])==(64,64)
     assert 'segmentation' not in ds.coco['annotations'][1]
-    assert verify_data(tmp_path, splits=('train','train')).counts=={'picture in both splits':3}
+    assert verify_data(tmp_path, splits=('train','train')).counts=={'image in both splits':3}
 
 def test_validation_numbers_categories_otherwise(copy):
     def renumber(d):
@@ -263,7 +263,7 @@ def test_validation_numbers_categories_otherwise(copy):
     ('{"images": [], "categories": [{"id": 1}], "annotations": []}', r"categories\[0\]: no field 'name'"),
     ('{"images": [], "categories": [], "annotations": [3]}', r'annotations\[0\]'),
     ('{"images": [], "categories": [], "annotations": []}', 'categories: at least one class'),
-    ('{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}', 'images: at least one picture')])
+    ('{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}', 'images: at least one image')])
 def test_broken_json_is_named(copy, text, message):
     (copy/'annotations/instances_train.json').write_text(text)
     with pytest.raises(DataError, match=f'instances_train.json.*{message}'): det_dls(copy)
@@ -281,7 +281,7 @@ def test_missing_split_is_named(copy):
 # ---- VOC
 
 def test_voc_details(shapes, tmp_path):
-    "Difficult objects, no size, another picture suffix, an unreadable annotation"
+    "Difficult objects, no size, another image suffix, an unreadable annotation"
     path = as_voc(shapes, tmp_path/'voc', main=False)
     xml = lambda i: path/f'Annotations/train_0000{i}.xml'
     box = '<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>11</xmax><ymax>22</ymax></bndbox>'
@@ -293,7 +293,7 @@ def test_voc_details(shapes, tmp_path):
     xml(2).unlink()
     with pytest.warns(UserWarning, match='2 unreadable annotation'):
         ds = DetDataset(read_voc(path, 'train'), list(SHAPES))
-    assert len(ds)==10                                   # pictures whose truth is unknown are left out
+    assert len(ds)==10                                   # images whose truth is unknown are left out
     assert ds.images[0]==dict(id=1, file_name='train_00000.png', width=64, height=64)
     assert ds[0][1].labels.tolist()==[3] and ds[0][1].boxes.tolist()==[[1,2,11,22]]
     assert [a['iscrowd'] for a in ds.coco['annotations'] if a['image_id']==1]==[1,0]
@@ -358,11 +358,11 @@ def truncate(path): f = path/'images/train_00004.jpg'; f.write_bytes(f.read_byte
 def repeat(key): return lambda path: edit(path, lambda d: d[key].append(d[key][0]))
 
 PROBLEMS = {
-    'missing picture':    (lambda p: (p/'images/train_00004.jpg').unlink(), 'train_00004.jpg', 'file'),
-    'unreadable picture': (lambda p: (p/'images/train_00004.jpg').write_bytes(b'GIF89 or so'),
+    'missing image':    (lambda p: (p/'images/train_00004.jpg').unlink(), 'train_00004.jpg', 'file'),
+    'unreadable image': (lambda p: (p/'images/train_00004.jpg').write_bytes(b'GIF89 or so'),
                            'train_00004.jpg', 'file'),
-    'unreadable picture (empty)': (lambda p: (p/'images/train_00004.jpg').write_bytes(b''), 'train_00004.jpg', 'file'),
-    'truncated picture':  (truncate, 'train_00004.jpg', 'file'),
+    'unreadable image (empty)': (lambda p: (p/'images/train_00004.jpg').write_bytes(b''), 'train_00004.jpg', 'file'),
+    'truncated image':  (truncate, 'train_00004.jpg', 'file'),
     'wrong size':         (lambda p: edit(p, lambda d: d['images'][4].update(height=99)),
                            'train_00004.jpg', 'height, width'),
     'box outside':        (a(2, bbox=[64,3,5,5]), 'instances_train.json', 'annotations[2] bbox'),
@@ -377,11 +377,11 @@ PROBLEMS = {
     'bad box (none)':     (without(2, 'bbox'), 'instances_train.json', 'annotations[2] bbox'),
     'unknown category':   (a(2, category_id=77), 'instances_train.json', 'annotations[2] category_id'),
     'unknown category (none)': (without(2, 'category_id'), 'instances_train.json', 'annotations[2] category_id'),
-    'unknown picture':    (a(2, image_id=77), 'instances_train.json', 'annotations[2] image_id'),
+    'unknown image':    (a(2, image_id=77), 'instances_train.json', 'annotations[2] image_id'),
     'duplicate id':       (a(2, id=1), 'instances_train.json', 'annotations[2] id'),
-    'duplicate id (picture)':  (repeat('images'), 'instances_train.json', 'images[12] id'),
+    'duplicate id (image)':  (repeat('images'), 'instances_train.json', 'images[12] id'),
     'duplicate id (category)': (repeat('categories'), 'instances_train.json', 'categories[4] id'),
-    'picture in both splits':  (lambda p: edit(p, lambda d: d['images'][4].update(file_name='train_00003.jpg'),
+    'image in both splits':  (lambda p: edit(p, lambda d: d['images'][4].update(file_name='train_00003.jpg'),
                                                'valid'),
                                 'train_00003.jpg', 'file'),
 }
@@ -401,12 +401,12 @@ def test_verify_data_sees(copy, kind):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         ds = DetDataset(read_coco(copy, 'train'))
-    lost = kind in ('box outside','empty box','bad box','unknown category','unknown picture')
+    lost = kind in ('box outside','empty box','bad box','unknown category','unknown image')
     assert len(ds.coco['annotations'])==n-lost
     assert [f'1 {kind}' in str(w.message) and field in str(w.message) for w in caught
             if 'left out' in str(w.message)]==[True]*lost
     assert len({a['id'] for a in ds.coco['annotations']})==len(ds.coco['annotations'])
-    if kind.endswith('picture') and kind!='unknown picture' or kind=='wrong size':
+    if kind.endswith('image') and kind!='unknown image' or kind=='wrong size':
         with pytest.raises(DataError, match='train_00004.jpg'): list(ds)
         ds.on_error = 'skip'
         with pytest.warns(UserWarning, match='train_00004.jpg.*stands in'): items = list(ds)
@@ -417,8 +417,8 @@ def test_verify_data_sees(copy, kind):
 
 def test_verify_without_decoding(copy):
     truncate(copy); (copy/'images/train_00005.jpg').unlink()
-    assert verify_data(copy, decode=False).counts=={'missing picture':1}
-    assert verify_data(copy).counts=={'missing picture':1, 'truncated picture':1}
+    assert verify_data(copy, decode=False).counts=={'missing image':1}
+    assert verify_data(copy).counts=={'missing image':1, 'truncated image':1}
 
 def test_a_good_set_gives_no_warning(shapes):
     with warnings.catch_warnings(): warnings.simplefilter('error'); det_dls(shapes, num_workers=0).one_batch()
@@ -476,7 +476,7 @@ def test_grouping():
 
 @pytest.mark.parametrize('n', [999, 1000])
 def test_large_sets_are_grouped(tmp_path, n):
-    "From 1000 pictures on, batches hold lying or standing pictures; no file is opened to know which is which"
+    "From 1000 images on, batches hold lying or standing images; no file is opened to know which is which"
     sides = [(48,64) if i%3 else (64,48) for i in range(n)]
     images = [dict(id=i+1, file_name=f'{i}.jpg', height=h, width=w) for i,(h,w) in enumerate(sides)]
     for split in ('train','valid'):
@@ -490,7 +490,7 @@ def test_large_sets_are_grouped(tmp_path, n):
     assert det_dls(tmp_path, bs=8, num_workers=0, group=n<1000).train.group==(n<1000)
 
 def test_sizes_of_every_kind(tmp_path):
-    "1 x 1, 8000 x 50, and a picture without objects in one batch"
+    "1 x 1, 8000 x 50, and an image without objects in one batch"
     (tmp_path/'images').mkdir(); (tmp_path/'annotations').mkdir()
     images = []
     for i,(h,w) in enumerate([(1,1), (8000,50), (37,41)]):
@@ -514,7 +514,7 @@ def test_one_picture_and_no_object(tmp_path):
         path = synth_coco(tmp_path/str(n), n, 1, size=64, empty=empty)
         x,s,t = det_dls(path, bs=4, num_workers=0, device='cpu').one_batch()
         assert len(x)==n and t.boxes.shape[0]==n and t.boxes.shape[1]>=1 and ((t.labels>=0).any().item())==(not empty)
-    with pytest.raises(DataError, match='at least one picture'): det_dls(path, keep_empty=False)
+    with pytest.raises(DataError, match='at least one image'): det_dls(path, keep_empty=False)
 
 def test_keep_empty(shapes):
     a,b = det_dls(shapes, num_workers=0), det_dls(shapes, num_workers=0, keep_empty=False)
@@ -596,13 +596,13 @@ def test_cocoeval(data_dir):
     e = COCOeval(truth, truth.loadRes(str(data_dir/'cocoeval/instances_val2014_fakebbox100_results.json')), 'bbox')
     e.evaluate(); e.accumulate(); e.summarize()
     np.testing.assert_allclose(e.stats, [.505,.697,.573,.586,.519,.501,.387,.594,.595,.640,.566,.564], atol=5e-4)
-    with pytest.raises(DataError, match='no such picture'): ds[0]
+    with pytest.raises(DataError, match='no such image'): ds[0]
 
 
 def test_unknown_format_is_said_plainly(tmp_path):
     "The message names the file and no address in memory"
     (tmp_path/'x.jpg').write_bytes(b'GIF89 or so')
-    with pytest.raises(DataError, match='x.jpg: unreadable picture') as e: load_image(tmp_path/'x.jpg')
+    with pytest.raises(DataError, match='x.jpg: unreadable image') as e: load_image(tmp_path/'x.jpg')
     assert '0x' not in str(e.value)
 
 # ---- what the page shows without proving it
@@ -625,9 +625,9 @@ def test_crowds_and_frames(tmp_path):
     assert [a['iscrowd'] for a in ds.coco['annotations']]==[0,0,1,0]
 
 def test_the_next_image_stands_in(copy):
-    (copy/'images/train_00003.jpg').write_bytes(b'not a picture')
+    (copy/'images/train_00003.jpg').write_bytes(b'not an image')
     src = read_coco(copy, 'train')
-    with pytest.raises(DataError, match='train_00003.jpg: unreadable picture'): DetDataset(src)[3]
+    with pytest.raises(DataError, match='train_00003.jpg: unreadable image'): DetDataset(src)[3]
     with pytest.warns(UserWarning, match='stands in'): _,t = DetDataset(src, on_error='skip')[3]
     assert t.image_id==5
 

@@ -60,7 +60,7 @@ class Tags(HTMLParser):
 
 
 def test_page_is_whole():
-    "Nothing is left of the template, what users name is escaped, every picture has words, as many films as there are"
+    "Nothing is left of the template, what users name is escaped, every image has words, as many films as there are"
     page = demo.demo_page(measured())
     tags = Tags(page)
     images = [a for k, a in tags.seen if k == 'img']

@@ -57,7 +57,7 @@ def made(seed, n=12, k=5, crowds=True):
 
 
 def test_real_results(data_dir):
-    "100 pictures of COCO with the results that COCO's authors publish for checking"
+    "100 images of COCO with the results that COCO's authors publish for checking"
     folder = data_dir/'cocoeval'
     truth, results = folder/'instances_val2014_100.json', folder/'instances_val2014_fakebbox100_results.json'
     r = coco_ap(results, truth)
@@ -145,7 +145,7 @@ def test_boxes_return_to_original_pixels(seed):
 
 
 class Items:
-    "Pictures that carry their number in the first pixel"
+    "Images that carry their number in the first pixel"
     n_inp = 2
     def __init__(self, truth, ids):
         self.coco, self.ids = truth, ids
@@ -160,7 +160,7 @@ class Items:
 
 
 class Knows(nn.Module):
-    "A model that looks its answer up; boxes in pixels of the fed picture, a twentieth of the original's"
+    "A model that looks its answer up; boxes in pixels of the fed image, a twentieth of the original's"
     def __init__(self, preds, k):
         super().__init__()
         self.p, self.k, self.w = {p['image_id']: p for p in preds}, k, nn.Parameter(torch.ones(1))
@@ -186,7 +186,7 @@ def learner(truth, preds, cats, ids):
 
 
 def one_of_two(rank, store, out):
-    "Unequal shards, one picture in both, as padding leaves it"
+    "Unequal shards, one image in both, as padding leaves it"
     dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
     truth, preds, cats = made(21, n=11)
     ids = sorted(p['image_id'] for p in preds)
@@ -226,7 +226,7 @@ def test_callback_keeps_still_and_survives_export(tmp_path):
 
 
 def test_callback_agrees_with_evaluate_on_a_detector(tmp_path):
-    "Pictures of 100x150 fed at 64: the callback's AP is that of `model.predict`, bit for bit"
+    "Images of 100x150 fed at 64: the callback's AP is that of `model.predict`, bit for bit"
     from fastai.learner import Learner
     dls = det_dls(synth_coco(tmp_path, n_train=8, n_valid=6, size=(100, 150)), bs=4, size=64, num_workers=0)
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from deqdet.zoo import create_detector, list_detectors, published
 
 
 class GlanceStep(nn.Module):
-    "Look at the mean of the picture, mix it into the content, move"
+    "Look at the mean of the image, mix it into the content, move"
     def __init__(self, n_classes, width, channels):
         super().__init__()
         self.look, self.norm = linear(width + channels, width), nn.LayerNorm(width)

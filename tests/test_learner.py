@@ -1,4 +1,4 @@
-"The learner where a notebook is the wrong place: every published model, odd pictures, callbacks together"
+"The learner where a notebook is the wrong place: every published model, odd images, callbacks together"
 import math, warnings
 from dataclasses import replace
 import numpy as np, pytest, torch
@@ -144,7 +144,7 @@ def test_results_show_scores(path):
     assert [o.get_text() for o in ax.texts]==['disc 0.90', 'triangle 0.40']
 
 class Inside(Callback):
-    "Predictions on pictures without truth, asked for in the middle of a fit"
+    "Predictions on images without truth, asked for in the middle of a fit"
     order = 80
     def __init__(self, files): self.files,self.found = files,[]
     def after_epoch(self):
@@ -289,7 +289,7 @@ def test_average_of_checkpoints(path, tmp_path):
 
 @pytest.mark.parametrize('n, bs, world', [(n, bs, w) for n in (1,2,5,8,13) for bs in (1,2,4) for w in (1,2,3,8)])
 def test_deal(n, bs, world):
-    "Processes get equally many batches; together these have all pictures; successive rounds are successive batches"
+    "Processes get equally many batches; together these have all images; successive rounds are successive batches"
     parts = [deal(range(n), bs, r, world) for r in range(world)]
     batches = [[p[i:i+bs] for i in range(0, len(p), bs)] for p in parts]
     assert len({len(b) for b in batches})==1
@@ -354,7 +354,7 @@ def test_predictions_are_the_last_states(path, strategy, states):
     assert [preds.scores.shape, found.scores.shape, losses.shape, len(targets.boxes)]==[(3,4,4), (3,16), (3,), 3]
 
 def test_predict_takes_whatever_holds_a_picture(path):
-    "The same boxes from a path, an image, an array and a tensor; twice as large on a picture of twice the size"
+    "The same boxes from a path, an image, an array and a tensor; twice as large on an image of twice the size"
     file = sorted((path/'images').iterdir())[0]
     img = Image.open(file).convert('RGB')
     learn = make(path)

@@ -21,7 +21,7 @@ def sample_plain(feats, points, strides, groups):
 
 @pytest.fixture
 def pyramid():
-    "Levels of two pictures of 96 by 128 pixels, and (2,5,2,7,3) points in and around them"
+    "Levels of two images of 96 by 128 pixels, and (2,5,2,7,3) points in and around them"
     torch.manual_seed(0)
     feats = tuple(torch.randn(2, 8, 128//s, 96//s) for s in STRIDES)
     xyzr = torch.stack([torch.rand(2, 5)*96, torch.rand(2, 5)*128, torch.rand(2, 5)*5 + 2, torch.randn(2, 5)*.5], -1)
@@ -89,7 +89,7 @@ def test_memory_layout_changes_nothing(pyramid):
 def test_sets_of_queries_read_the_same_features(pyramid):
     feats, points = pyramid
     far = points + torch.tensor([1e4, 0, 0])
-    both = torch.stack([points, far], 1).flatten(0, 1)   # two sets for each picture: p0, far0, p1, far1
+    both = torch.stack([points, far], 1).flatten(0, 1)   # two sets for each image: p0, far0, p1, far1
     assert torch.equal(sample(feats, both, STRIDES)[::2], sample(feats, points, STRIDES))
 
 def test_points_stay_in_the_precision_of_the_boxes():

@@ -265,7 +265,7 @@ def test_each_block_names_its_chapter():
         assert re.search(rf'\[{chapter}\]\({chapter}\.ipynb\)', TEXT), chapter
 
 def test_diagram_is_drawn():
-    "A picture in the text, with words for those who cannot see it"
+    "An image in the text, with words for those who cannot see it"
     alt,file = re.search(r'!\[(.*?)\]\((.*?)\)', TEXT).groups()
     svg = (NBS/file).read_text(encoding='utf-8')
     assert len(alt.split()) > 30 and svg.startswith('<svg') and '<title>' in svg and '<desc>' in svg

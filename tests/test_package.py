@@ -51,7 +51,7 @@ def test_every_dynamic_field_is_supplied(built):
     assert 'defined outside of' not in err, err # what setuptools says of a field that is not called dynamic
 
 def test_long_description_works_anywhere(built):
-    "An index shows README.md, and has neither our notebooks nor our pictures"
+    "An index shows README.md, and has neither our notebooks nor our images"
     links = re.findall(r'\]\(([^)\s]+)', built[0].get_payload())
     assert links and not [u for u in links if not re.match('https://|#', u)]
     assert [u.split('/')[5] for u in links if u.endswith(('.jpg','.svg'))]==['raw','raw']

@@ -1,4 +1,4 @@
-"From a folder to a detector, from a picture to boxes, drawings and COCO json"
+"From a folder to a detector, from an image to boxes, drawings and COCO json"
 import json, shutil
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_folder_gives_the_detector_back(model, folder):
 
 
 def test_folders_of_older_versions(model, folder):
-    "They kept in a file of its own how pictures are fed; saving again leaves one answer"
+    "They kept in a file of its own how images are fed; saving again leaves one answer"
     config = json.loads((folder/'config.json').read_text())
     del config['feed']
     (folder/'config.json').write_text(json.dumps(config))
@@ -102,25 +102,25 @@ def test_what_is_written_stays_whole(model, folder, monkeypatch):
     assert [o.name for o in folder.parent.iterdir()] == [folder.name]
 
 
-# --------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------- images
 
 def test_find_pictures(shapes):
     "Files, folders, patterns; each once"
     assert len(find_pictures([shapes])) == 8
     assert len(find_pictures([f'{shapes}/images/train*', shapes/'images/valid_00000.jpg', shapes])) == 8
     for o in shapes/'annotations', 'nowhere', '*.tga':
-        with pytest.raises(CommandError, match='no picture there'): find_pictures([o])
+        with pytest.raises(CommandError, match='no image there'): find_pictures([o])
 
 
 def test_detect_in_batches(model, shapes, tmp_path):
-    "An unreadable picture has a reason; batches of any size say the same"
+    "An unreadable image has a reason; batches of any size say the same"
     bad = tmp_path/'bad.jpg'
-    bad.write_text('no picture')
+    bad.write_text('no image')
     files = find_pictures([f'{shapes}/images/valid*', bad])
     found = list(detect(model, files, 4, min_score=.01, max_dets=5))
     assert [o.picture for o in found] == files
     assert found[0].hw == (64, 64) and found[0].dets['boxes'].shape == (5, 4)
-    assert found[-1] == Found(bad, None, None, found[-1].error) and 'unreadable picture' in found[-1].error
+    assert found[-1] == Found(bad, None, None, found[-1].error) and 'unreadable image' in found[-1].error
     one = list(detect(model, files, 1, min_score=.01, max_dets=5))
     for a, b in zip(found[:-1], one[:-1]):
         torch.testing.assert_close(a.dets['boxes'], b.dets['boxes'], atol=1e-3, rtol=0)
@@ -141,15 +141,15 @@ def test_pictures_of_every_kind_say_the_same(model, shapes):
 
 
 def test_one_picture_or_many(model, shapes):
-    "A file is one; a list, a folder and a pattern are many, even with one picture"
+    "A file is one; a list, a folder and a pattern are many, even with one image"
     file = shapes/'images/valid_00000.jpg'
     assert isinstance(predict(model, file), dict)
     assert [len(predict(model, o)) for o in ([file], shapes, f'{shapes}/images/valid_00000.*')] == [1, 8, 1]
-    with pytest.raises(CommandError, match='no picture there'): predict(model, 'nowhere')
+    with pytest.raises(CommandError, match='no image there'): predict(model, 'nowhere')
 
 
 def test_predict_refuses_what_is_no_picture(model, tmp_path):
-    (tmp_path/'bad.jpg').write_text('no picture')
+    (tmp_path/'bad.jpg').write_text('no image')
     with pytest.raises(DataError, match='bad.jpg'): predict(model, tmp_path/'bad.jpg')
 
 
@@ -162,7 +162,7 @@ def test_predict_says_what_a_learner_says(model, shapes):
 
 
 def test_a_detector_without_names_or_size(shapes):
-    "Numbers for names, and the published size for pictures"
+    "Numbers for names, and the published size for images"
     model = AdaMixer(n_classes=4, **SMALL).build().eval()
     d = predict(model, shapes/'images/valid_00000.jpg', min_score=0., max_dets=3)
     assert set(d['names']) <= set('0123') and d['boxes'].max() < 200
@@ -272,4 +272,4 @@ def test_a_loader_refuses_other_classes(model, shapes, tmp_path):
     path = Path(shutil.copytree(shapes, tmp_path/'bare'))
     file = path/'annotations/instances_valid.json'
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(images=[], annotations=[])))
-    with pytest.raises(CommandError, match='at least one picture'): eval_loader(path, model)
+    with pytest.raises(CommandError, match='at least one image'): eval_loader(path, model)

@@ -38,7 +38,7 @@ class CutOff(Callback):
         if self.training and self.train_iter==self.n: raise CancelFitException
 
 class SpoilOne(Callback):
-    "NaN for one picture of the second batch of the last process"
+    "NaN for one image of the second batch of the last process"
     run_valid = False
     def after_pred(self):
         if self.train_iter==1 and rank_distrib()==1: self.learn.pred[-1].boxes[0,0] = torch.nan
@@ -110,7 +110,7 @@ def both(path):
     return [torch.load(path/f'out{r}.pt', weights_only=False) for r in range(2)]
 
 def test_gradients_and_weights(both, path):
-    "Two processes of two pictures are one process that accumulates two batches of two"
+    "Two processes of two images are one process that accumulates two batches of two"
     one = train_and_validate(path, False, accumulate=2)
     for two in (b['same'] for b in both):
         scale = one['grads'].abs().max()
@@ -120,7 +120,7 @@ def test_gradients_and_weights(both, path):
     assert torch.equal(both[0]['same']['weights'], both[1]['same']['weights'])
 
 def test_ap(both, path):
-    "Five pictures, dealt in three batches to two processes, give the same numbers as in one; a repeat counts once"
+    "Five images, dealt in three batches to two processes, give the same numbers as in one; a repeat counts once"
     one = train_and_validate(path, False, accumulate=2)
     for two in (b['same'] for b in both):
         assert two['before']==pytest.approx(one['before'], nan_ok=True, abs=1e-9)
@@ -145,7 +145,7 @@ def test_signal_to_one_stops_both(both):
 def test_script(path, by):
     "The ten lines of examples/train.py, in two processes"
     out = launch(Path(__file__).parents[1]/'examples'/'train.py', path, 1, by=by)
-    assert out.count('pictures per update')==1 and '8 pictures per update: 4 in a batch x 2 processes' in out
+    assert out.count('images per update')==1 and '8 images per update: 4 in a batch x 2 processes' in out
 
 NOTEBOOK = '''
 import sys

@@ -75,7 +75,7 @@ def whole_varied(path): return run(make(path, **VARIED))
 
 @pytest.mark.parametrize('cut', [dict(n=n) for n in range(1, 6)] + [dict(validation=0)], ids=str)
 def test_cut_with_muon_and_augmentation(path, whole_varied, cut, tmp_path):
-    "Another optimiser; pictures vary at random; processes load them after the cut but not before"
+    "Another optimiser; images vary at random; processes load them after the cut but not before"
     file = tmp_path/'last.pt'
     with pytest.raises(RuntimeError, match='cut off'): run(make(path, [Resume(file, every=1), CutOff(**cut)], **VARIED))
     same(whole_varied, run(make(path, [Resume(file, resume=True)], num_workers=2, **VARIED)))

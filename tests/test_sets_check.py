@@ -32,8 +32,8 @@ def spoiled(shapes, tmp_path):
 
 def test_every_fault_is_reported_once(spoiled, shapes):
     assert verify_data(shapes).ok
-    kinds = ['empty box', 'bad box', 'box outside', 'unknown category', 'unknown picture', 'duplicate id', 'wrong size',
-             'missing picture', 'truncated picture']
+    kinds = ['empty box', 'bad box', 'box outside', 'unknown category', 'unknown image', 'duplicate id', 'wrong size',
+             'missing image', 'truncated image']
     assert verify_data(spoiled).counts==dict.fromkeys(kinds, 1)
 
 def test_loading_stops_at_an_unreadable_image_or_goes_on(spoiled):

@@ -65,8 +65,8 @@ def test_grey_floats_become_bytes(): assert load_image(np.full((20,40), .5)).uni
 def test_errors_name_the_file(turned):
     cut = turned.with_name('cut.jpg')
     cut.write_bytes(turned.read_bytes()[:300])
-    with pytest.raises(DataError, match='cut.jpg: unreadable picture'): load_image(cut)
-    with pytest.raises(DataError, match='none.jpg: no such picture'): load_image(turned.with_name('none.jpg'))
+    with pytest.raises(DataError, match='cut.jpg: unreadable image'): load_image(cut)
+    with pytest.raises(DataError, match='none.jpg: no such image'): load_image(turned.with_name('none.jpg'))
 
 def test_sizes_are_filled_in_where_they_are_missing(turned):
     "What the annotations say stays; what they do not say the file does, upright; a file that is not there gives 0"

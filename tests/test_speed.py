@@ -18,7 +18,7 @@ SMALL = dict(width=32, feat_width=16, groups=2, points=9, out_points=8, heads=4,
 
 
 def made(n=12, size=(96, 128), classes=5, images=2, **kwargs):
-    "A step whose generators are not constant, levels, and a state of boxes all over the pictures and beyond"
+    "A step whose generators are not constant, levels, and a state of boxes all over the images and beyond"
     torch.manual_seed(0)
     step = MixerStep(classes, **kwargs)
     for p in (step.reg[-1].weight, step.sampler.offsets.weight, step.mixing.params.weight): nn.init.normal_(p, std=.02)

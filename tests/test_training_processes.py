@@ -20,7 +20,7 @@ def test_shards_are_the_loader_dealt(tmp_path):
     assert [len(p) for p in parts]==[2, 2]
     ids = [[t.image_id.tolist() for _,_,t in p] for p in parts]
     assert [i for pair in zip(*ids) for i in pair]==[t.image_id.tolist() for _,_,t in dl]
-    parts[0].set_epoch(0, 2) # begin after two pictures
+    parts[0].set_epoch(0, 2) # begin after two images
     assert [t.image_id.tolist() for _,_,t in parts[0]]==ids[0][1:]
 
 def test_shards_use_the_accelerator_that_pytorch_reports(monkeypatch):

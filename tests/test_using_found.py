@@ -1,4 +1,4 @@
-"What was found in an image: its dict, its pictures, and its ways into other programs"
+"What was found in an image: its dict, its images, and its ways into other programs"
 import copy, json, pickle
 import numpy as np, pytest, torch
 from PIL import Image

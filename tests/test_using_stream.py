@@ -43,7 +43,7 @@ def test_order_and_sizes_are_those_of_the_images(bs):
     pictures = [noise(*hw) for hw in sizes]
     pictures.insert(5, 'nowhere.png')
     found = list(detect(model, iter(pictures), bs))
-    assert [o.picture is p for o, p in zip(found, pictures, strict=True)] == [True]*37 and 'no such picture' in found[5].error
+    assert [o.picture is p for o, p in zip(found, pictures, strict=True)] == [True]*37 and 'no such image' in found[5].error
     sizes.insert(5, None)
     assert [o.hw for o in found] == sizes
     assert all(o.boxes.tolist() == [[0, 0, o.hw[1], o.hw[0]]] for o in found if not o.error)
@@ -128,13 +128,13 @@ def test_what_counts_as_one(model, tmp_path):
 
 
 def test_broken_ones_are_skipped_with_a_summary(model, tmp_path):
-    for i in range(5): (tmp_path/f'{i}.jpg').write_text('no picture')
+    for i in range(5): (tmp_path/f'{i}.jpg').write_text('no image')
     Image.fromarray(noise(40, 56)).save(tmp_path/'x.png')
-    with pytest.warns(UserWarning, match=r'^5 of 6 pictures could not be read: .*0.jpg: unreadable.*; and 2 more$'):
+    with pytest.warns(UserWarning, match=r'^5 of 6 images could not be read: .*0.jpg: unreadable.*; and 2 more$'):
         found = predict(model, tmp_path, **FLAT)
     assert [o.error is None for o in found] == [False]*5 + [True] and len(found[5].names) == 5
     stream = predict(model, (o for o in [tmp_path/'x.png', 'nowhere.png', tmp_path]), **FLAT)
-    with pytest.warns(UserWarning, match='6 of 8 pictures'): assert len(list(stream)) == 8
+    with pytest.warns(UserWarning, match='6 of 8 images'): assert len(list(stream)) == 8
     with pytest.raises(DataError, match='0.jpg'): predict(model, tmp_path/'0.jpg')
     with pytest.raises(CommandError, match='nowhere'): predict(model, [tmp_path, 'nowhere'])
 

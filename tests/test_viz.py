@@ -1,4 +1,4 @@
-"Pictures of real objects: fastai's logs, a detector's trajectory, solver traces, boxes at any place, films that stay small"
+"Images of real objects: fastai's logs, a detector's trajectory, solver traces, boxes at any place, films that stay small"
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from fastai.callback.progress import CSVLogger
 from fastai.data.core import DataLoaders
@@ -86,7 +86,7 @@ def test_nothing_to_draw(dls):
 
 @pytest.mark.parametrize('far', [1e4, 1e9, 1e15, 1e30, float('inf')])
 def test_boxes_far_away(far, tmp_path):
-    "A training that goes wrong has them; a picture can be drawn all the same, and is no larger"
+    "A training that goes wrong has them; an image can be drawn all the same, and is no larger"
     boxes = torch.tensor([[far, far, 2*far, 2*far], [-far, -far, far, far], [10, -far, 20, far], [-2*far, 5, -far, 20]])
     ax = draw_boxes(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, torch.arange(4), torch.rand(4))
     ax.figure.savefig(tmp_path/'far.png', dpi=50, bbox_inches='tight')
@@ -94,7 +94,7 @@ def test_boxes_far_away(far, tmp_path):
 
 
 def test_a_figure_is_as_high_as_its_pictures(dls):
-    "Lying pictures leave no blank rows; where nothing was found the picture says so"
+    "Lying images leave no blank rows; where nothing was found the image says so"
     img, t = torch.zeros(3, 50, 100, dtype=torch.uint8), dict(boxes=torch.tensor([[5., 5, 20, 20]]), labels=torch.tensor([1]))
     low = t | dict(scores=torch.tensor([.2]))
     fig = show_pairs([img]*4, [t]*4, [low]*3 + [low | dict(scores=torch.tensor([.9]))])

@@ -1,4 +1,4 @@
-"""Few have to be given; what is left open follows from the detector and the set
+"""defaults that follow from the detector and the data set
 
 Docs: https://deqdet.github.io/deqdet/commands/options.html.md"""
 
@@ -25,8 +25,8 @@ from ..zoo import create_detector, published
 # %% ../../nbs/commands/01_options.ipynb #9c809db3
 @dataclass(frozen=True)
 class Diet:
-    "How the pictures of a recipe are fed and varied"
-    feed: Feed=Feed()   # size of pictures, where the detector's folder says none
+    "How the images of a recipe are fed and varied"
+    feed: Feed=Feed()   # size of images, where the detector's folder says none
     augment: str='flip' # as in `feed_tfm`
 
 _cropped = Diet(augment='crop')
@@ -63,7 +63,7 @@ def complete_options(
     if name not in recipes:
         raise CommandError(f"--recipe {name}: one of {', '.join(recipes)} was expected")
     recipe = recipes[name]
-    share = recipe.batch//(processes*o['accumulate']) # pictures in a batch of each process
+    share = recipe.batch//(processes*o['accumulate']) # images in a batch of each process
     augment = DIETS.get(name, Diet()).augment
     derived = dict(recipe=name, size=f'{feed.short}x{feed.long}', augment=augment,
                    bs=max(1, share))
@@ -125,7 +125,7 @@ def loaders(
     train = dls.train_ds
     valid = dls.valid_ds
     if not len(valid):
-        raise CommandError(f'{valid.file}: images: at least one picture to validate on '
+        raise CommandError(f'{valid.file}: images: at least one image to validate on '
                            'was expected')
     if not len(train.labels):
         raise CommandError(f'{train.file}: annotations: not one object to learn from')

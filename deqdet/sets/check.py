@@ -29,7 +29,7 @@ def _is_box(b):
 
 def _fault(a, image, categories):
     "Kind, field and detail of an annotation's fault, or None"
-    if image is None: return 'unknown picture', 'image_id', repr(a.get('image_id'))
+    if image is None: return 'unknown image', 'image_id', repr(a.get('image_id'))
     k = a.get('category_id')
     if k not in categories: return 'unknown category', 'category_id', repr(a.get('name', k))
     b = a.get('bbox')
@@ -37,7 +37,7 @@ def _fault(a, image, categories):
     x,y,w,h = b
     W = image.get('width') or math.inf
     H = image.get('height') or math.inf
-    place = f'{b} in a picture of {W} x {H}'
+    place = f'{b} in an image of {W} x {H}'
     if w<=0 or h<=0: return 'empty box', 'bbox', f'{b}: width and height must be positive'
     if x>=W or y>=H or x+w<=0 or y+h<=0: return 'box outside', 'bbox', place
     if min(x, y) < -1 or x+w > W+1 or y+h > H+1: return 'box cut', 'bbox', place
@@ -136,13 +136,13 @@ def look_alikes(
 # %% ../../nbs/sets/04_check.ipynb #734e0014
 def _check_image(path, hw, decode=True):
     "The problem of an image file, or None; and its thumbnail, if it was decoded"
-    if not path.exists(): return Problem('missing picture', str(path), 'file', 'no such file'), None
+    if not path.exists(): return Problem('missing image', str(path), 'file', 'no such file'), None
     if not decode: return None, None
     try: img = load_image(path, hw)
     except DataError as e:
         cause = ' '.join(str(e.__cause__ or e).split())[:120]
         kind = 'truncated' if 'truncated' in cause.lower() else 'unreadable'
-        return Problem(f'{kind} picture', str(path), 'file', cause), None
+        return Problem(f'{kind} image', str(path), 'file', cause), None
     shape = tuple(img.shape[1:])
     detail = f'{shape} in the file, {hw} in the annotations'
     wrong = Problem('wrong size', str(path), 'height, width', detail)
@@ -157,7 +157,7 @@ def _count(coco):
     per = Counter(a['category_id'] for a in anns)
     classes = [f'{names[k]} {m}' for k,m in per.most_common(10)]
     if len(per)>10: classes.append(f'{len(per)-10} more')
-    return (f"{len(coco['images'])} pictures ({bare} without objects), "
+    return (f"{len(coco['images'])} images ({bare} without objects), "
             f"{len(anns)} objects ({crowd} crowd): {', '.join(classes) or 'none'}")
 
 # %% ../../nbs/sets/04_check.ipynb #734e0015
@@ -217,7 +217,7 @@ def verify_data(
         files.append(sizes)
         thumbs.append({f: t for f,(_,t) in zip(sizes, seen) if t is not None})
     both = [o for o in files[0] if o in files[1]]
-    problems += [Problem('picture in both splits', str(o), 'file', ' and '.join(splits))
+    problems += [Problem('image in both splits', str(o), 'file', ' and '.join(splits))
                  for o in both]
     problems += [Problem('nearly the same in both splits', str(a), 'file', f'{b.name} ({r:.3f})')
                  for a,b,r in look_alikes(*thumbs)]

@@ -153,7 +153,7 @@ def read_voc(
         file = path/f'Annotations/{stem}.xml'
         try: root = ElementTree.parse(file).getroot()
         except (OSError, ElementTree.ParseError) as e:
-            detail = f'{e}: the picture is left out'
+            detail = f'{e}: the image is left out'
             src.problems.append(Problem('unreadable annotation', str(file), 'file', detail))
             continue
         name = names.get(stem) or root.findtext('filename') or f'{stem}.jpg'

@@ -125,10 +125,10 @@ def load_image(
     if isinstance(x, Image.Image): return _from_pil(x)
     if isinstance(x, (np.ndarray, Tensor)): return _from_array(x)
     try: return _from_file(x, hw)
-    except FileNotFoundError: raise DataError(f'{x}: no such picture') from None
+    except FileNotFoundError: raise DataError(f'{x}: no such image') from None
     except UnidentifiedImageError:
-        raise DataError(f'{x}: unreadable picture (not of a format that is known)') from None
-    except Exception as e: raise DataError(f'{x}: unreadable picture ({e})') from e
+        raise DataError(f'{x}: unreadable image (not of a format that is known)') from None
+    except Exception as e: raise DataError(f'{x}: unreadable image ({e})') from e
 
 # %% ../../nbs/sets/01_images.ipynb #5b1f0a02
 def image_size(

@@ -16,7 +16,7 @@ import warnings
 def fed_sides(
     ds,  # `DetDataset`
     feed # `Feed`
-):       # (n,) root of each object's area, in pixels of the fed picture
+):       # (n,) root of each object's area, in pixels of the fed image
     "How large objects are when a detector sees them"
     sides = []
     for i,o in enumerate(ds.images):
@@ -40,5 +40,5 @@ def warn_if_tiny(
     if share <= .1: return
     tenth = max(sides.quantile(.1).item(), 1e-3)
     long = 32*math.ceil(feed.long*stride/tenth/32)
-    warnings.warn(f'{share:.0%} of the objects are smaller than {stride} pixels when a picture is '
+    warnings.warn(f'{share:.0%} of the objects are smaller than {stride} pixels when an image is '
                   f'fed with {feed.long}; --size {long} would do')

@@ -16,8 +16,8 @@ from ..data import DetDL
 
 # %% ../../nbs/training/05_processes.ipynb #3a3fc781
 def deal(
-    idxs,   # numbers of the pictures, in order
-    bs,     # pictures in a batch
+    idxs,   # numbers of the images, in order
+    bs,     # images in a batch
     rank,   # this process, from 0
     world,  # how many there are
     drop_last=False # leave out a last batch that is shorter

@@ -29,7 +29,7 @@ class Recipe:
     warmup: int=500          # updates until the full rate; 0: none
     warmup_from: float=.001  # part of the rate that the first update has
     clip: float=1.           # largest norm of all gradients together
-    batch: int=16            # pictures per update that these rates were chosen for
+    batch: int=16            # images per update that these rates were chosen for
     muon: bool=False         # `Muon`, which updates matrices in all directions alike, not AdamW
     updates: int=0           # about so many, whatever the size of the set; 0: `epochs` counts
     ema: float=0.            # part of an average of weights that stays at an update; 0: no average

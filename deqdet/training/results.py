@@ -23,8 +23,8 @@ def draw_results(
     found,   # their `Detections`
     vocab=None,   # class names
     min_score=.3, # least score of a detection that is drawn
-    titles=None,  # one for each picture
-    ncols=3,      # pictures in a row
+    titles=None,  # one for each image
+    ncols=3,      # images in a row
     figsize=None  # of the figure, in inches
 ): # axes
     "Detections in colours over truth in dashed white"
@@ -55,7 +55,7 @@ def _draw_result(ax, img, truth, shown, scores, vocab):
 def show_results(self:DetDL,
     b,       # batch
     out,     # `Detections` for it
-    max_n=6, # most pictures
+    max_n=6, # most images
     **kwargs # for `draw_results`
 ):
     "Draw a batch with its detections"
@@ -84,7 +84,7 @@ class Interpretation(interpret.Interpretation):
         return batch[:2], preds, batch[2], found, self.losses[idxs]
 
     def plot_top_losses(self,
-        k,            # how many pictures
+        k,            # how many images
         largest=True, # the worst? else the best
         **kwargs      # for `draw_results`
     ):

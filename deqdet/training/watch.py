@@ -74,7 +74,7 @@ class NonFinite(Callback):
 
     def before_fit(self):
         self.row = 0      # bad batches in a row
-        self.skipped = [] # names of their pictures
+        self.skipped = [] # names of their images
 
     def after_pred(self):
         good = [_finite_images(p.logits) & _finite_images(p.boxes) for p in self.pred]
@@ -96,7 +96,7 @@ class NonFinite(Callback):
         names = [str(file_names[i]) for i in ids]
         self.row += 1
         self.skipped += names
-        said = f'{what} are not finite at update {self.train_iter}: pictures {names}'
+        said = f'{what} are not finite at update {self.train_iter}: images {names}'
         if self.row > self.skip: raise FloatingPointError(said)
         warnings.warn(said + '; left out')
         raise CancelBatchException

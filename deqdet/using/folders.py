@@ -1,4 +1,4 @@
-"""A detector is written to a folder whole, and read back where it can compute
+"""write a detector's folder completely, and load it on any device
 
 Docs: https://deqdet.github.io/deqdet/using/folders.html.md"""
 
@@ -36,7 +36,7 @@ def save_detector(
 # %% ../../nbs/using/01_folders.ipynb #dc796b0a
 def load_detector(
     folder,     # what `save_detector` or `save_pretrained` wrote, or the folder of a training
-    size=None,  # how to feed pictures, as `Feed.parse` reads it; None: as the folder says
+    size=None,  # how to feed images, as `Feed.parse` reads it; None: as the folder says
     device=None # where to; None: the accelerator, if there is one
 ) -> Detector:  # in evaluation mode
     "Read a detector, and put it where it can compute"

@@ -1,4 +1,4 @@
-"""What was found in an image: boxes, scores and names that print, draw and convert themselves
+"""boxes, scores and names of an image, as text, drawing, table, and in other formats
 
 Docs: https://deqdet.github.io/deqdet/using/found.html.md"""
 
@@ -25,7 +25,7 @@ def draw_detections(
     file,    # to write, a name or an open file
     vocab=None # class names
 ):
-    "Write a picture with boxes, names and scores"
+    "Write an image with boxes, names and scores"
     img = load_image(picture) # (3,h,w)
     h,w = img.shape[1:]
     inches = min(1600, max(480, h, w))/max(h, w)/100 # of a pixel, at 100 dots an inch
@@ -49,7 +49,7 @@ def _nothing():
     return dict(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=labels)
 
 class Found(dict):
-    "What was found in a picture: a dict of `boxes`, `scores`, `labels` and `names`"
+    "What was found in an image: a dict of `boxes`, `scores`, `labels` and `names`"
     def __init__(self,
         picture,    # as it was given: a path, an image, an array
         hw,         # its height and width in pixels
@@ -96,7 +96,7 @@ class Found(dict):
     def save(self,
         file # to write, a name or an open file
     ):
-        "Draw the picture with its boxes"
+        "Draw the image with its boxes"
         draw_detections(self.picture, self, file, self.vocab)
 
     def _repr_png_(self):
@@ -111,12 +111,12 @@ class Found(dict):
 
 # %% ../../nbs/using/02_found.ipynb #39a2828f
 def _title(picture):
-    "What a picture is called in a message"
+    "What an image is called in a message"
     if isinstance(picture, (str, Path)): return Path(picture).name
     return type(picture).__name__
 
 def _lines(found, most=8):
-    "A line on the picture, and one for each of its best detections"
+    "A line on the image, and one for each of its best detections"
     if found.error: return [found.error]
     h,w = found.hw
     n = len(found.names)
@@ -132,7 +132,7 @@ def _lines(found, most=8):
 # %% ../../nbs/using/02_found.ipynb #897fe83d
 def to_frame(
     found # several of `Found`
-) -> pd.DataFrame: # a row for each detection: picture, name, score, x1, y1, x2, y2
+) -> pd.DataFrame: # a row for each detection: image, name, score, x1, y1, x2, y2
     "Detections as a table"
     rows = [(str(o.picture) if isinstance(o.picture, (str, Path)) else i, name, score, *box)
             for i,o in enumerate(found)
@@ -158,7 +158,7 @@ def to_coco(
     vocab=None, # class names; None: those that the detector knew
     n_classes=0 # without names: how many classes
 ) -> dict:
-    "Detections in COCO's own form: pictures, annotations with a `score`, categories"
+    "Detections in COCO's own form: images, annotations with a `score`, categories"
     images = []
     annotations = []
     for i,o in enumerate((o for o in found if not o.error), 1):
@@ -171,11 +171,11 @@ def to_coco(
     return dict(images=images, annotations=annotations, categories=categories)
 
 def _file_name(picture, i):
-    "The path of a picture, or a numbered name for one that has none"
+    "The path of an image, or a numbered name for one that has none"
     return str(picture) if isinstance(picture, (str, Path)) else f'picture_{i}.png'
 
 def _annotations(dets, image_id, n):
-    "The detections of one picture; `n` came before"
+    "The detections of one image; `n` came before"
     res = []
     for box,score,label in zip(*(dets[k].tolist() for k in ('boxes','scores','labels'))):
         x1,y1,x2,y2 = box
@@ -187,7 +187,7 @@ def _annotations(dets, image_id, n):
 
 # %% ../../nbs/using/02_found.ipynb #b73f2f13
 def _placed(picture, folder, i):
-    "Copy a picture into a folder under a stem that is free there; its name"
+    "Copy an image into a folder under a stem that is free there; its name"
     name = Path(_file_name(picture, i))
     taken = {o.stem for o in folder.iterdir()}
     stem = name.stem
@@ -201,7 +201,7 @@ def _placed(picture, folder, i):
     return file.name
 
 def _inside(found):
-    "Detections with their boxes cut at the edges of the picture"
+    "Detections with their boxes cut at the edges of the image"
     h,w = found.hw
     boxes = found.boxes.clamp(min=0).minimum(torch.tensor([w, h, w, h])) # (n,4)
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
@@ -217,7 +217,7 @@ def _write_coco(kept, folder, names):
     (folder/'annotations/instances_train.json').write_text(json.dumps(coco))
 
 def _write_yolo(kept, folder, names):
-    "data.yaml, and in labels/ a line for each box: class, centre and size as parts of the picture"
+    "data.yaml, and in labels/ a line for each box: class, centre and size as parts of the image"
     (folder/'labels').mkdir(exist_ok=True)
     for name,o in kept.items():
         h,w = o.hw
@@ -231,7 +231,7 @@ def _write_yolo(kept, folder, names):
 
 # %% ../../nbs/using/02_found.ipynb #c0e2a53c
 def _voc_xml(name, found):
-    "One picture's annotation"
+    "One image's annotation"
     root = ElementTree.Element('annotation')
     def add(parent, **values):
         for k,v in values.items(): ElementTree.SubElement(parent, k).text = str(v)
@@ -261,7 +261,7 @@ def save_as(
     layout='coco', # 'coco', 'voc' or 'yolo'
     vocab=None     # class names; None: those that the detector knew
 ) -> Path:         # the folder
-    "A detection set of pictures and what was found in them, to be corrected and trained on"
+    "A detection set of images and what was found in them, to be corrected and trained on"
     writers = dict(coco=_write_coco, voc=_write_voc, yolo=_write_yolo)
     if layout not in writers:
         raise ValueError(f"layout={layout!r}: one of {', '.join(writers)} was expected")

@@ -1,4 +1,4 @@
-"""A detector is shared and fetched by its name on the Hugging Face hub, with a card that says what it is
+"""share and fetch a detector by name, with a model card
 
 Docs: https://deqdet.github.io/deqdet/using/hub.html.md"""
 
@@ -52,13 +52,13 @@ def model_card(
     name,         # 'user/name'
     numbers=None, # dict of numbers, such as a `Result`: AP, AP50, …
     about=None,   # dict of what else is known: data, recipe, commit, …
-    picture=None  # file of a picture beside the card
+    picture=None  # file of an image beside the card
 ) -> str:
     "A text about a detector, as the hub shows it"
     about = about or {}
     parts = [_head(numbers, about.get('data')) + f'# {name}',
              'An object detector, trained with [deqdet](https://github.com/deqdet/deqdet).']
-    if picture: parts.append(f'![Detections in a picture]({picture})')
+    if picture: parts.append(f'![Detections in an image]({picture})')
     parts += ['## Use', USE.format(name=name), '## What it is', _table(_facts(model) | about)]
     if numbers: parts += ['## Numbers', _table({k: float(v) for k,v in dict(numbers).items()})]
     if model.vocab: parts += ['## Classes', ', '.join(map(str, model.vocab))]

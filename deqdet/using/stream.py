@@ -1,4 +1,4 @@
-"""A path, an image, a folder, a pattern, a list or a generator: detections in each, in order
+"""a path, an image, a folder, a pattern, a list or a generator, with detections in the same order
 
 Docs: https://deqdet.github.io/deqdet/using/stream.html.md"""
 
@@ -31,7 +31,7 @@ SUFFIXES = {k for k,v in Image.registered_extensions().items()
             if v in Image.OPEN and v not in _NO_PICTURES}
 
 def _in_folder_or_pattern(item):
-    "Picture files in a folder, or of a pattern"
+    "Image files in a folder, or of a pattern"
     path = Path(item)
     found = path.rglob('*') if path.is_dir() else map(Path, glob(str(item), recursive=True))
     return sorted(o for o in found if o.suffix.lower() in SUFFIXES and o.is_file())
@@ -39,11 +39,11 @@ def _in_folder_or_pattern(item):
 def find_pictures(
     items # files, folders, patterns
 ) -> list: # of paths, each once
-    "All picture files that are meant"
+    "All image files that are meant"
     res = {}
     for item in items:
         found = [Path(item)] if Path(item).is_file() else _in_folder_or_pattern(item)
-        if not found: raise CommandError(f'{item}: no picture there')
+        if not found: raise CommandError(f'{item}: no image there')
         res |= dict.fromkeys(found)
     return list(res)
 
@@ -55,7 +55,7 @@ def _is_picture(item):
 def each_picture(
     items # a path, image, folder, pattern, or several of these
 ):        # yields paths and images
-    "Every picture that is meant, in order"
+    "Every image that is meant, in order"
     if isinstance(items, (str, Path)): yield from find_pictures([items])
     elif _is_picture(items): yield items
     elif isinstance(items, Iterable):
@@ -71,7 +71,7 @@ def _as_they_come(items):
 
 # %% ../../nbs/using/04_stream.ipynb #3eec8a1d
 class _View:
-    "A picture or a part of it, as the detector gets it, until it has detections"
+    "An image or a part of it, as the detector gets it, until it has detections"
     def __init__(self, img, window, tfm):
         x,y,w,h = window
         hw = torch.tensor([h, w])
@@ -82,7 +82,7 @@ class _View:
         self.dets = None
 
 class _Opened:
-    "A picture whose views wait for their batches"
+    "An image whose views wait for their batches"
     def __init__(self, picture, tfm, tiles=None):
         self.picture = picture
         self.hw = None
@@ -135,7 +135,7 @@ def _run(views, model, **kwargs):
         view.sample = None
 
 def _answer(opened, bar, nms, vocab):
-    "`Found` of a picture whose views have their detections"
+    "`Found` of an image whose views have their detections"
     if opened.error: return Found(opened.picture, None, None, opened.error, vocab)
     dets = join_views([(o.window, o.dets) for o in opened.views], opened.hw)
     reached = dets['scores'] >= (bar[dets['labels']] if bar.ndim else bar)
@@ -145,13 +145,13 @@ def _answer(opened, bar, nms, vocab):
 def detect(
     model,    # `Detector`; its `feed` says what size it wants
     pictures, # any number of paths, PIL images, arrays or tensors
-    bs=8,     # pictures in a batch
+    bs=8,     # images in a batch
     min_score=0., # leave out detections below; None: the detector's threshold for each class, or .3
-    tiles=None, # side of tiles, or (side, overlap), in pixels of the pictures
+    tiles=None, # side of tiles, or (side, overlap), in pixels of the images
     nms=None,   # remove what overlaps a better one of its class by this IoU
     **kwargs  # for `Detector.predict`: `max_dets`, `steps`, `tol`
-):            # yields `Found`, in the order of the pictures
-    "Detections in pictures, batch by batch"
+):            # yields `Found`, in the order of the images
+    "Detections in images, batch by batch"
     bar = score_bars(model, min_score) # () or (K,)
     if tiles is not None: tile_size(tiles)
     tfm = feed_tfm(model.feed or Feed())
@@ -177,19 +177,19 @@ def _summed_up(found):
         yield o
     if not bad: return
     more = f'; and {len(bad)-3} more' if len(bad) > 3 else ''
-    warnings.warn(f"{len(bad)} of {n} pictures could not be read: {'; '.join(bad[:3])}{more}")
+    warnings.warn(f"{len(bad)} of {n} images could not be read: {'; '.join(bad[:3])}{more}")
 
 def predict(
     model,        # `Detector`
     items,        # a path, PIL image, array or tensor, a folder, a pattern, or several of these
     min_score=None, # leave out detections below; None: a threshold for each class, or .3
-    bs=8,         # pictures in a batch
-    tiles=None,   # side of tiles, or (side, overlap), in pixels of the pictures
+    bs=8,         # images in a batch
+    tiles=None,   # side of tiles, or (side, overlap), in pixels of the images
     nms=None,     # remove what overlaps a better one of its class by this IoU
     progress=False, # show a bar
     **kwargs      # for `Detector.predict`: `max_dets`, `steps`, `tol`
 ):                # `Found`, a list of them, or for a generator a generator
-    "What is in a picture, or in many"
+    "What is in an image, or in many"
     run = partial(detect, model, bs=bs, min_score=min_score, tiles=tiles, nms=nms, **kwargs)
     if isinstance(items, Iterator): return _summed_up(run(_as_they_come(items)))
     pictures = list(each_picture(items))

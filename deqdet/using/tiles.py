@@ -1,4 +1,4 @@
-"""Large images in overlapping tiles, put together without doubles
+"""detect small objects in large images, in overlapping tiles
 
 Docs: https://deqdet.github.io/deqdet/using/tiles.html.md"""
 
@@ -32,10 +32,10 @@ def tile_size(
     return size, overlap
 
 def windows(
-    hw,   # height and width of a picture in pixels
-    tiles=None # as for `tile_size`; None: only the whole picture
-) -> list: # of (x, y, w, h) in pixels, the whole picture first
-    "The parts of a picture that a detector looks at"
+    hw,   # height and width of an image in pixels
+    tiles=None # as for `tile_size`; None: only the whole image
+) -> list: # of (x, y, w, h) in pixels, the whole image first
+    "The parts of an image that a detector looks at"
     h,w = hw
     whole = [(0, 0, w, h)]
     if tiles is None: return whole
@@ -46,9 +46,9 @@ def windows(
 
 # %% ../../nbs/using/03_tiles.ipynb #24fd31f4
 def is_cut(
-    boxes,  # (n,4) corners in pixels of the picture
+    boxes,  # (n,4) corners in pixels of the image
     window, # x, y, w, h of the tile that they were found in
-    hw      # height and width of the picture
+    hw      # height and width of the image
 ):          # (n,) bool
     "Does a box touch an inner edge of its tile?"
     x,y,w,h = window
@@ -71,7 +71,7 @@ def _covered(box, boxes, cut):
     return inter/torch.where(cut, areas, union).clamp(min=1e-9)
 
 def without_doubles(
-    boxes,  # (n,4) corners in pixels of the picture
+    boxes,  # (n,4) corners in pixels of the image
     scores, # (n,)
     labels, # (n,)
     tile,   # (n,) number of the tile of each
@@ -94,9 +94,9 @@ def without_doubles(
 # %% ../../nbs/using/03_tiles.ipynb #e3529d2a
 def join_views(
     views, # list of (window, dets): x, y, w, h, and dict(boxes in pixels of the window, …)
-    hw     # height and width of the picture
+    hw     # height and width of the image
 ) -> dict: # boxes (m,4) in its pixels, scores (m,), labels (m,), best first
-    "Detections of all views of a picture as one"
+    "Detections of all views of an image as one"
     if len(views)==1: return views[0][1]
     corners = [torch.tensor([x, y, x, y]) for (x,y,_,_),_ in views]
     boxes = [dets['boxes'] + c for c,(_,dets) in zip(corners, views)]
