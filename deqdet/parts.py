@@ -19,7 +19,7 @@ from .equilibrium import Equilibrium, measure_boxes
 from .mixer import MixerStep
 from .mixing import Rows
 
-# %% ../nbs/25_parts.ipynb #0d9cbc80
+# %% ../nbs/25_parts.ipynb #bf2f3138
 def best(
     pred # `Pred`
 ):       # (B,N,4) corners, (B,N) scores, (B,N) classes
@@ -45,7 +45,7 @@ class Start(nn.Module):
         guess = decoder.init(state, rows)
         return *guess, *rows, *best(decoder.init.read(guess))
 
-# %% ../nbs/25_parts.ipynb #49dd53b8
+# %% ../nbs/25_parts.ipynb #02d67467
 class Step(nn.Module):
     "From a state to the next one, and how much it changed"
     def __init__(self,
@@ -64,7 +64,7 @@ class Step(nn.Module):
         fz = self.step(z, Rows(table, levels))
         return *fz, measure_boxes(z, fz).rel
 
-# %% ../nbs/25_parts.ipynb #63b3b0d7
+# %% ../nbs/25_parts.ipynb #8ea65ecb
 class Read(nn.Module):
     "From a state to boxes, scores and classes"
     def __init__(self,
@@ -79,7 +79,7 @@ class Read(nn.Module):
     ):           # (1,N,4) corners in pixels of the fed image, (1,N) scores, (1,N) classes
         return best(self.step.read(State(content, xyzr)))
 
-# %% ../nbs/25_parts.ipynb #7880b236
+# %% ../nbs/25_parts.ipynb #b752af58
 LARGE = 16384 # numbers of a weight, from which on each becomes one byte
 SMALL = 2048  # numbers of a weight, below which it stays as it is
 
@@ -106,7 +106,7 @@ def round_weights(
             p.copy_(torch.from_numpy(whole*scale))
     return model
 
-# %% ../nbs/25_parts.ipynb #11bdceeb
+# %% ../nbs/25_parts.ipynb #6c44b5d0
 def _as_bytes(weight):
     "`in_bytes` along the first or the last axis, whichever is nearer to the weight"
     def error(pair): return np.square(pair[0]*pair[1] - weight).sum()
@@ -143,7 +143,7 @@ def lighten(
     proto.graph.node.extend(nodes)
     return proto
 
-# %% ../nbs/25_parts.ipynb #e437736c
+# %% ../nbs/25_parts.ipynb #c59ae1dc
 STATE = ['content','xyzr']
 ROWS = ['table','levels']
 FOUND = ['boxes','scores','labels']
