@@ -30,7 +30,7 @@ def write_scenes(folder):
 
 def write_parts(folder):
     "The detector in three parts"
-    from deqdet.using.parts import export_parts
+    from deqdet.parts import export_parts
     export_parts(detector(), folder)
 
 def write_runtime(folder):
@@ -47,7 +47,7 @@ def write_runtime(folder):
 
 def sources():
     "What the parts are made from: when it is newer, they are made again"
-    import deqdet.using.parts as parts
+    import deqdet.parts as parts
     from deqdet.families.start import start_file
     return [Path(parts.__file__), start_file('deqdet_lite')]
 
@@ -89,7 +89,7 @@ def main():
     parser.add_argument('--ap', action='store_true', help='measure AP with and without rounded weights instead')
     args = parser.parse_args()
     if args.ap:
-        from deqdet.using.parts import round_weights
+        from deqdet.parts import round_weights
         model = detector()
         print(json.dumps(dict(floats=ap(model), rounded=ap(round_weights(model)))))
         return

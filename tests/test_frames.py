@@ -96,3 +96,13 @@ def test_memory_does_not_grow_with_length(tmp_path):
         tracemalloc.stop()
         return most
     assert peak(400) < 1.5*peak(40) + 200_000
+
+@pytest.mark.parametrize('degrees', [0, 90, -90, 180])
+def test_frames_are_turned_upright(degrees):
+    "A film says by how many degrees, anticlockwise, its frames are to be turned"
+    from deqdet.using.frames import _upright
+    class Frame:
+        rotation = degrees
+        def to_ndarray(self, format, width, height): return picture(3)
+    turned = np.asarray(_upright(Frame(), (96, 64)))
+    assert np.array_equal(np.rot90(turned, -degrees//90 % 4), picture(3))

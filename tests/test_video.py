@@ -143,3 +143,8 @@ def test_a_stack_is_followed_without_numbers(with_av, tmp_path):
 def test_names():
     assert films_in(['a.jpg', 'b/*.png']) == [] and films_in(['a.MP4', '0']) == ['a.MP4', '0']
     assert [str(o) for o in film_names(['x/a.mp4', 'y/a.mp4', '0'], 'out')] == ['out/a_0.mp4', 'out/a_1.mp4', 'out/camera0_2.mp4']
+
+def test_a_stack_cannot_track(model):
+    from deqdet.ops.errors import CommandError
+    with pytest.raises(CommandError, match='needs an equilibrium'):
+        predict_video(create_detector('adamixer_tiny', n_classes=2), frames(1))

@@ -40,7 +40,8 @@ def _tables(file):
     with blame(file, OSError, ValueError):
         if file.suffix=='.parquet':
             f = pyarrow.parquet.ParquetFile(file)
-            schema,batches = f.schema_arrow, f.iter_batches(64)
+            schema = f.schema_arrow
+            batches = f.iter_batches(64)
         else:
             f = batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
             schema = f.schema
@@ -105,7 +106,8 @@ def rows_to_coco(
     where='rows' # what a message begins with
 ) -> dict:
     "Rows in COCO's terms"
-    images,objects = [],[]
+    images = []
+    objects = []
     faults = KeyError, TypeError, ValueError, IndexError, AttributeError, OSError
     for i,row in enumerate(rows, 1):
         with blame(f'{where}: row {i}: an image and objects with bbox and category', *faults):

@@ -147,7 +147,8 @@ def read_voc(
     folder = next((path/o for o in ('JPEGImages','images') if (path/o).is_dir()), path)
     names = {o.stem: o.name for o in sorted(folder.iterdir())}
     src = Source({}, folder, path/'Annotations')
-    images,objects = [],[]
+    images = []
+    objects = []
     for stem in _voc_stems(path, split):
         file = path/f'Annotations/{stem}.xml'
         try: root = ElementTree.parse(file).getroot()
@@ -206,9 +207,7 @@ def _yolo_box(text, hw):
     if k.is_integer(): k = int(k)
     box = _yolo_fractions(v)
     if box is None: return k, text
-    x,y,w,h = box
-    H,W = hw
-    return k, [x*W, y*H, w*W, h*H]
+    return k, [v*side for v,side in zip(box, (hw[1], hw[0], hw[1], hw[0]))]
 
 # %% ../../nbs/sets/03_formats.ipynb #9f7f0a40
 def _label_lines(image):
@@ -237,7 +236,8 @@ def read_yolo(
     if file is None: raise DataError(f"{path}: no yaml file with a list 'names'")
     names = cfg['names'] if isinstance(cfg['names'], dict) else dict(enumerate(cfg['names']))
     categories = [dict(id=k, name=str(v)) for k,v in names.items()]
-    images,objects = [],[]
+    images = []
+    objects = []
     for i,p in enumerate(_yolo_images(file, cfg, split), 1):
         h,w = image_size(p) or (0,0)
         name = p.relative_to(path).as_posix() if p.is_relative_to(path) else str(p.absolute())
@@ -293,11 +293,10 @@ def permutation(
 
 # %% ../../nbs/sets/03_formats.ipynb #b4a24ad6
 def _part(src, chosen):
-    "A source with the images of these numbers and their annotations"
+    "The images of these numbers and their annotations, `at` their places in the undivided file"
     images = [src.coco['images'][i] for i in chosen]
     ids = {o['id'] for o in images}
     mine = [(i,a) for i,a in enumerate(src.coco['annotations']) if a.get('image_id') in ids]
-    # where each stands: in the undivided file
     anns = [dict(a, at=a.get('at') or (str(src.file), f'annotations[{i}]')) for i,a in mine]
     return Source(dict(src.coco, images=images, annotations=anns), src.folder, src.file)
 
@@ -312,9 +311,8 @@ def read_data(
     layout = layout or find_layout(path)
     if layout not in LAYOUTS:
         raise DataError(f"layout={layout!r}: one of {', '.join(LAYOUTS)} was expected")
-    read = LAYOUTS[layout]
-    if valid_pct is None: return [read(path, o) for o in splits]
-    src = read(path)
+    if valid_pct is None: return [LAYOUTS[layout](path, o) for o in splits]
+    src = LAYOUTS[layout](path)
     order = permutation(len(src.coco['images']), seed, 0)
     n = round(len(order)*valid_pct)
     train,valid = (_part(src, sorted(o)) for o in (order[n:], order[:n]))

@@ -7,7 +7,7 @@ Docs: https://deqdet.github.io/deqdet/using/held.html.md"""
 # %% auto #0
 __all__ = ['STEPS', 'Hold', 'Slots', 'blend', 'Look', 'single', 'regained', 'advance', 'Follower']
 
-# %% ../../nbs/using/07_held.ipynb #bcdbaf60
+# %% ../../nbs/using/07_held.ipynb #68acc515
 import torch
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from ..model import evaluating
 from ..ops.errors import CommandError
 from ..solver import solve
 
-# %% ../../nbs/using/07_held.ipynb #e9cb7365
+# %% ../../nbs/using/07_held.ipynb #38f6ab90
 @dataclass(frozen=True)
 class Hold:
     "When a query takes an object, sees it, and gives it up"
@@ -31,6 +31,7 @@ class Hold:
     regain: float=.3   # overlap of a new box with the expected box of a lost object
     patience: int=25   # frames that a lost object is waited for
     inertia: float=.6  # part of the velocity that stays from frame to frame, 0..1
+    refresh: int=3     # frames from one fresh start of the queries without an object to the next
 
     def bar(self, labels):
         "The score that a query of each class needs"
@@ -70,7 +71,7 @@ def blend(
     "A state made of two"
     return type(b)(*[torch.where(which[..., None], x, y) for x,y in zip(a, b)])
 
-# %% ../../nbs/using/07_held.ipynb #178a1aa0
+# %% ../../nbs/using/07_held.ipynb #9ec8f141
 class Look(NamedTuple):
     "What the queries say about one frame"
     scores: Tensor # (N,) of the best class
@@ -85,15 +86,13 @@ def single(
 ):            # (N,) bool: queries that still see their object; (N,) bool: doubles
     "Which queries see an object that no better query sees"
     seen = slots.held & (look.scores >= hold.keep*hold.bar(look.labels))
-    rivals = (seen | ~slots.held).nonzero().squeeze(1)
     fit = box_iou(look.boxes, expected).diagonal() - .02*slots.age
     rank = torch.where(seen, 2 + fit, look.scores)
-    kept = batched_nms(look.boxes[rivals], rank[rivals], look.labels[rivals], hold.double)
     best = torch.zeros_like(seen)
-    best[rivals[kept]] = True
+    best[batched_nms(look.boxes, rank, look.labels, hold.double)] = True
     return seen & best, ~best
 
-# %% ../../nbs/using/07_held.ipynb #4d0d2ae7
+# %% ../../nbs/using/07_held.ipynb #3ef910ba
 def regained(
     look,     # `Look`
     slots,    # `Slots` before the frame
@@ -110,7 +109,7 @@ def regained(
     good = near[rows, cols].cpu() >= hold.regain
     return lost[rows[good].to(lost.device)], new[cols[good].to(new.device)]
 
-# %% ../../nbs/using/07_held.ipynb #d688e8ff
+# %% ../../nbs/using/07_held.ipynb #2fd17f32
 def advance(
     slots, # `Slots` before the frame
     state, # (N,D) contents and (N,4) positions, settled on the frame
@@ -155,7 +154,7 @@ def _freed(slots, hw, hold):
     gone = (slots.age > 0) & (outside | (slots.age > hold.patience))
     return slots._replace(ids=torch.where(gone, -1, slots.ids))
 
-# %% ../../nbs/using/07_held.ipynb #0f56fc1e
+# %% ../../nbs/using/07_held.ipynb #184c91a4
 STEPS = 2 # applications of f in a frame
 
 class Follower:
@@ -173,7 +172,8 @@ class Follower:
         self.hold = hold or Hold()
         self.options = kwargs
         self.slots = None # a list, one of each film
-        self.applications = 0 # of g and f, in the last frame
+        self.frame = 0        # number of the next one
+        self.applications = 0 # of g and f, in all frames so far
 
     def __call__(self,
         images,    # (B,3,H,W), one frame of each film
@@ -194,26 +194,29 @@ class Follower:
         "The state after g on all queries and f from the held ones' last states"
         decoder = self.model.decoder
         feats = prepared(decoder.step, feats)
-        fresh = decoder.init(first, feats)
-        if self.slots is None: self.slots = [Slots.empty(State(*o)) for o in zip(*fresh)]
-        z0 = self.begin(fresh)
+        renew = self.frame % self.hold.refresh == 0
+        self.frame += 1
+        z0 = decoder.init(first, feats) if renew else None
+        if self.slots is None: self.slots = [Slots.empty(State(*o)) for o in zip(*z0)]
+        z0 = self.begin(z0)
         solution = solve(decoder.step, z0, (feats,), max_iter=self.steps,
                          measure=decoder.measure, **self.options)
-        self.applications = 1 + int(solution.n.max())
+        self.applications += renew + int(solution.n.max())
         return solution.z
 
     def begin(self, fresh):
-        "Where the queries (B,N) start"
-        wanted = [s.expected() for s in self.slots]
+        "Where the queries (B,N) start; `fresh` None: all go on"
+        wanted = State(*map(torch.stack, zip(*[s.expected() for s in self.slots])))
         held = torch.stack([s.held for s in self.slots])
-        return blend(held, State(*map(torch.stack, zip(*wanted))), fresh)
+        return wanted if fresh is None else blend(held, wanted, fresh)
 
     def answer(self, i, state, look, hw):
         "Detections of film `i`, after its slots have been brought up to date"
         slots,source,double = advance(self.slots[i], state, look, hw, self.hold)
         self.slots[i] = slots
-        shown = torch.where(slots.held, slots.age==0, ~double)
-        ids = torch.where(slots.held, slots.ids, -1)[shown]
+        live = slots.held & (slots.age==0)
+        shown = live | ~double
+        ids = torch.where(live, slots.ids, -1)[shown]
         rows = source[shown]
         return dict(boxes=look.boxes[rows], scores=look.scores[rows], labels=look.labels[rows],
                     ids=ids)

@@ -75,7 +75,7 @@ class Seen(Found):
         dets.tracker_id = self.ids.cpu().numpy()
         return dets
 
-# %% ../../nbs/using/08_video.ipynb #33d94796
+# %% ../../nbs/using/08_video.ipynb #74d7fc82
 def each_shot(
     source # path of a film, number of a camera, or images
 ):         # iterable of `Shot`
@@ -107,9 +107,9 @@ class _Fed:
         dets = {k: v[order] for k,v in dets.items()}
         return dets | dict(boxes=to_original(dets['boxes'][None], self.scale)[0])
 
-def _tracked(model, shots, steps, hold, **kwargs):
+def _tracked(follow, shots):
     "`Seen` of each shot, with a warm start"
-    follow = Follower(model, steps, hold, **kwargs)
+    model = follow.model
     tfm = feed_tfm(model.feed or Feed())
     device = next(model.parameters()).device
     for i,o in enumerate(shots):
@@ -118,7 +118,7 @@ def _tracked(model, shots, steps, hold, **kwargs):
         dets = fed.own(follow(*fed.batch)[0])
         yield Seen(shot.image, dets, shot.time, i, model.vocab)
 
-# %% ../../nbs/using/08_video.ipynb #ce146ca8
+# %% ../../nbs/using/08_video.ipynb #21941695
 def _apart(model, shots, **kwargs):
     "`Seen` of each shot, every frame on its own"
     times = []
@@ -143,8 +143,8 @@ def predict_video(
 ):                # yields `Seen`, one for each frame
     "What is in a film, frame by frame"
     shots = each_shot(source)
-    bar = score_bars(model, min_score)
-    if track: return _tracked(model, shots, steps, replace(hold or Hold(), take=bar), **kwargs)
+    hold = replace(hold or Hold(), take=score_bars(model, min_score))
+    if track: return _tracked(Follower(model, steps, hold, **kwargs), shots)
     if steps is not None: kwargs = dict(steps=steps) | kwargs
     return _apart(model, shots, min_score=min_score, bs=bs, **kwargs)
 
