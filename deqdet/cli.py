@@ -202,8 +202,7 @@ def deqdet_train(
     skip_bad:bool=False, # replace an unreadable image by the next, with a warning
     workers:int=None,  # processes that load pictures; by default 4, for small pictures 0
     device:str=None,   # cpu, cuda, mps, …; by default the accelerator if there is one
-    track:Annotated[str, 'log for another program too: tensorboard, wandb (offline) or mlflow',
-                    dict(choices=('tensorboard','wandb','mlflow'))]=None,
+    track:str=None,    # log for another program too: tensorboard, wandb (offline) or mlflow
     push:str=None,     # user/name: share the best detector on the Hugging Face hub
     every:int=None,    # iterations between saves of what is needed to go on; by default 500
     resume:bool=False  # go on with the training in --out, with its options

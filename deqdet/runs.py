@@ -102,7 +102,8 @@ def make_learner(
     model = start_detector(o['model'], dls.vocab, o.get('pretrained'), o.get('queries'))
     model.feed = feed
     learn = det_learner(dls, model, o['recipe'], o.get('lr'), o.get('wd'), path=folder,
-                        cbs=_callbacks(o, folder, resume), accumulate=o['accumulate'], amp=o.get('amp'))
+                        cbs=_callbacks(o, folder, resume), accumulate=o['accumulate'],
+                        amp=o.get('amp'))
     if sys.stdout.isatty() and 'minutes' not in o: return learn
     return learn.remove_cb(ProgressCallback).add_cb(EpochLines())
 

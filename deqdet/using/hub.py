@@ -120,7 +120,8 @@ def check_push(
         raise CommandError(f"{name}: 'user/name' was expected")
     try:
         with _on_the_hub(name): HfApi(**kwargs).whoami()
-    except LocalTokenNotFoundError: raise CommandError(f'{name}: not allowed: hf auth login') from None
+    except LocalTokenNotFoundError:
+        raise CommandError(f'{name}: not allowed: hf auth login') from None
 
 # %% ../../nbs/using/05_hub.ipynb #4d3e386e
 def fetch(
