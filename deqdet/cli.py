@@ -121,7 +121,9 @@ def deqdet_eval(
     "COCO's numbers of a detector on a set: deqdet_eval runs/shapes shapes --steps 8"
     from deqdet.evaluate import coco_ap, predict_dl, write_results
     from deqdet.predict import eval_loader
+    from deqdet.using.stream import check_max_dets
     detector = open_detector(model, size, device)
+    check_max_dets(detector, max_dets)
     if out: check_writable(out)
     options = solver_options(detector, steps, tol)
     dl = eval_loader(data, detector, split, bs, layout, workers)
@@ -254,9 +256,11 @@ def deqdet_predict(
     from deqdet.commands.pictures import counted, drawing, look_options, set_folder
     from deqdet.predict import (class_names, count_classes, detect, draw_detections,
                                 find_pictures, save_as, to_coco)
+    from deqdet.using.stream import check_max_dets
     look = look_options(tiles, nms)
     detector = open_detector(model, size, device)
     vocab = detector.vocab
+    check_max_dets(detector, max_dets)
     files = find_pictures(images)
     options = solver_options(detector, steps, tol)
     folder = make_folder(out)
