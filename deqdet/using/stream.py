@@ -127,12 +127,13 @@ def score_bars(
 
 def check_max_dets(
     model,        # `Detector`
-    max_dets=None # detections in a picture, or None
+    max_dets=None # detections in an image, or None
 ):
     "An error if more than 100 detections are asked for, and more than the detector can give"
     hyper = getattr(model, 'hyper', None)
     if hyper is None or max_dets is None: return
-    n,k = hyper.n_queries, hyper.n_classes
+    n = hyper.n_queries
+    k = hyper.n_classes
     if max_dets > max(100, n*k):
         raise CommandError(f'max_dets {max_dets}: this detector gives at most {n*k} detections '
                            f'({n} queries x {k} classes)')
