@@ -89,7 +89,7 @@ def measured(path, rounds):
     "Rounds of: all entries as dictionaries (the old way), a first start, a second start"
     res = dict(entries=[], first=[], second=[])
     for _ in range(rounds):
-        for o in path.glob('annotations/.*.npz'): o.unlink()
+        for o in path.glob('annotations/.*.cache'): o.unlink()
         for way in res: res[way].append(fresh(path, way))
     best = {k: min(v, key=lambda o: o['seconds']) for k,v in res.items()}
     return best | dict(seconds={k: [o['seconds'] for o in v] for k,v in res.items()})

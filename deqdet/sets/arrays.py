@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np
 
-# %% ../../nbs/sets/14_arrays.ipynb #757a2ff7
+# %% ../../nbs/sets/14_arrays.ipynb #6487d05d
 _scan = json.JSONDecoder().scan_once # (text, place) -> value, the place behind it
 _BLANK = re.compile(r'[ \t\n\r]*')
 _BETWEEN = re.compile(r'[ \t\n\r]*,[ \t\n\r]*(?={)') # two objects
@@ -36,9 +36,10 @@ class Pieces:
     def more(self):
         "Drop the text that is used and read on; False at the end of the file"
         new = self.file.read(self.piece)
+        if not new: return False # and places stay
         self.text = self.text[self.at:] + new
         self.at = 0
-        return bool(new)
+        return True
 
     def peek(self):
         "The next character that is no blank; '' at the end of the file"
@@ -62,7 +63,7 @@ class Pieces:
             except (StopIteration, ValueError): # its end may be in the next piece
                 if self.more(): continue
                 raise ValueError('no JSON value') from None
-            if end==len(self.text) and self.more(): continue # digits may follow
+            if len(self.text)-end < 3 and self.more(): continue # the rest of a number: 1|e-5
             self.at = end
             return value
 
