@@ -16,7 +16,7 @@ from .. import __version__
 from ..ops.files import write_atomic
 from .arrays import Table, parse
 
-# %% ../../nbs/sets/15_cache.ipynb #1663d3b1
+# %% ../../nbs/sets/15_cache.ipynb #948af6e0
 LEAST = 8_000_000 # bytes of a JSON from which on a cache saves a noticeable time
 FORM = 1          # of the arrays; a new number makes old caches void
 
@@ -35,7 +35,8 @@ def cache_files(
 
 def _head(key, body):
     "The first line of a cache"
-    return f'deqdet {__version__} form {FORM} of {key} {hashlib.sha256(body).hexdigest()}\n'.encode()
+    own = hashlib.sha256(body).hexdigest()
+    return f'deqdet {__version__} form {FORM} of {key} {own}\n'.encode()
 
 def _packed(table):
     "The bytes of a table"

@@ -42,7 +42,7 @@ def read_table(
     place = np.arange(len(table.objects['id'])) # of each in the file
     return replace(table, objects=table.objects | dict(place=place), folder=folder, file=file)
 
-# %% ../../nbs/sets/16_large.ipynb #358c8f16
+# %% ../../nbs/sets/16_large.ipynb #8993f866
 def _rows(ids, wanted):
     "(m,) where each wanted id stands in `ids` (n,), -1 for nowhere"
     if not len(ids): return np.full(len(wanted), -1)
@@ -53,8 +53,9 @@ def _rows(ids, wanted):
 
 def _suspects(images, objects, row, known):
     "(m,) bool: is there a fault? `row` is the image of each, `known` the ids of categories"
-    side = {k: np.append(np.where(images[k]==0, math.inf, images[k]), 0) for k in ('width','height')}
-    frame = np.stack([side['width'][row], side['height'][row]], 1) # (m,2)
+    sides = np.stack([images['width'], images['height']], 1).astype(float)
+    sides[sides==0] = math.inf
+    frame = np.append(sides, [[0,0]], 0)[row]                      # (m,2)
     low,size = np.split(objects['bbox'], 2, axis=1)                # (m,2)
     high = low + size
     fine = (size > 0) & (low >= -1) & (high <= frame+1) & (low < frame) & (high > 0)
@@ -151,7 +152,7 @@ def clean_source(source, vocab=None):
     "`clean` of a `Source`, or the same of a `Table`"
     return clean_table(source, vocab) if isinstance(source, Table) else clean(source, vocab)
 
-# %% ../../nbs/sets/16_large.ipynb #0930d4cc
+# %% ../../nbs/sets/16_large.ipynb #fa27ab1d
 def _listed(coco):
     "Image (T,), x, y, w, h (T,4) and category id (T,) of every object that is no crowd"
     anns = coco['annotations']
@@ -176,7 +177,7 @@ def pack(
     "Targets of all images, in their order"
     row,xywh,category = _listed(coco)
     order = np.argsort(row, kind='stable')
-    row,xywh,category = row[order],xywh[order],category[order]
+    row,xywh,category = [o[order] for o in (row, xywh, category)]
     corners = np.concatenate([xywh[:,:2].clip(min=0), xywh[:,:2]+xywh[:,2:]], 1) # (T,4)
     corners[:,2:] = np.minimum(corners[:,2:], _frames(coco['images'])[row])
     ids = np.array([o['id'] for o in coco['categories']], dtype=np.int64)
