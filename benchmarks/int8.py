@@ -3,7 +3,7 @@
 `python benchmarks/int8.py DETECTOR DATA` takes a folder of a training and a detection set. int8 is made by onnxruntime's quantiser: `dynamic` keeps
 weights of products in 8 bits and measures activations as they come; `static` also does convolutions, with ranges from some images to train on.
 Times are of the processor, for one image at a time, with what happens before and after the network."""
-import argparse, logging, tempfile, time
+import argparse, logging, shutil, tempfile, time
 from pathlib import Path
 import torch
 import deqdet.export
@@ -56,6 +56,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('model'); p.add_argument('data')
     p.add_argument('--size'); p.add_argument('--steps', type=int); p.add_argument('--calibrate', type=int, default=32)
+    p.add_argument('--onnx', help='a file that was exported before; exporting many steps takes minutes')
     p.add_argument('--threads', type=int, default=1); p.add_argument('--out')
     args = p.parse_args()
     torch.set_num_threads(args.threads)
@@ -63,7 +64,9 @@ def main():
     model = load_detector(args.model, args.size, 'cpu')
     valid, train = (eval_loader(args.data, model, o, bs=1) for o in ('valid', 'train'))
     with tempfile.TemporaryDirectory() as d:
-        file = model.export(Path(d)/'float.onnx', steps=args.steps)
+        file = Path(d)/'float.onnx'
+        if args.onnx: shutil.copyfile(args.onnx, file)
+        else: model.export(file, steps=args.steps)
         plain = load_exported(file)
         files = {'onnxruntime': file} | quantised(file, train, args.calibrate, dict(dynamic=['MatMul', 'Gemm'], convolutions=['Conv'], static=['Conv', 'MatMul', 'Gemm']))
         ways = {k: load_exported(f) for k, f in files.items()}

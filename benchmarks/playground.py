@@ -32,6 +32,8 @@ def write_parts(folder):
     "The detector in three parts"
     from deqdet.parts import export_parts
     export_parts(detector(), folder)
+    about = json.loads((folder/'about.json').read_text())
+    (folder/'about.json').write_text(json.dumps(about | dict(origin=origin())))
 
 def write_runtime(folder):
     "The two files of onnxruntime-web that the page loads"
@@ -45,24 +47,25 @@ def write_runtime(folder):
         with tarfile.open(archive) as tar:
             for name in FILES: (folder/name).write_bytes(tar.extractfile(f'package/dist/{name}').read())
 
-def sources():
-    "What the parts are made from: when it is newer, they are made again"
+def origin():
+    "What the parts are made from, as a digest: when it changes, they are made again"
     import deqdet.parts as parts
     from deqdet.families.start import start_file
-    return [Path(parts.__file__), start_file('deqdet_lite')]
+    sources = Path(parts.__file__), start_file('deqdet_lite')
+    return hashlib.sha256(b''.join(o.read_bytes() for o in sources)).hexdigest()
 
-def is_there(folder, names, sources=()):
-    "Are all files there, and newer than what they are made from?"
-    if not all((folder/o).exists() for o in names): return False
-    oldest = min((folder/o).stat().st_mtime for o in names)
-    return all(o.stat().st_mtime <= oldest for o in sources)
+def is_there(folder, names): return all((folder/o).exists() for o in names)
+
+def parts_are_there(folder):
+    "Are the parts there, and made from what the package has now?"
+    return is_there(folder, PARTS) and json.loads((folder/'about.json').read_text()).get('origin')==origin()
 
 def write_all(folder):
     "Write what a folder lacks: bytes of the detector"
     folder.mkdir(parents=True, exist_ok=True)
     if not is_there(folder, SCENES): write_scenes(folder)
     if not is_there(folder, FILES): write_runtime(folder)
-    if not is_there(folder, PARTS, sources()): write_parts(folder)
+    if not parts_are_there(folder): write_parts(folder)
     return sum((folder/o).stat().st_size for o in PARTS)
 
 def ap(model, n=100, side=256):

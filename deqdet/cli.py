@@ -121,7 +121,9 @@ def deqdet_eval(
     "COCO's numbers of a detector on a set: deqdet_eval runs/shapes shapes --steps 8"
     from deqdet.evaluate import coco_ap, predict_dl, write_results
     from deqdet.predict import eval_loader
+    from deqdet.using.stream import check_max_dets
     detector = open_detector(model, size, device)
+    check_max_dets(detector, max_dets)
     if out: check_writable(out)
     options = solver_options(detector, steps, tol)
     dl = eval_loader(data, detector, split, bs, layout, workers)
@@ -202,8 +204,7 @@ def deqdet_train(
     skip_bad:bool=False, # replace an unreadable image by the next, with a warning
     workers:int=None,  # processes that load images; by default 4, for small images 0
     device:str=None,   # cpu, cuda, mps, …; by default the accelerator if there is one
-    track:Annotated[str, 'log for another program too: tensorboard, wandb (offline) or mlflow',
-                    dict(choices=('tensorboard','wandb','mlflow'))]=None,
+    track:str=None,    # log for another program too: tensorboard, wandb (offline) or mlflow
     push:str=None,     # user/name: share the best detector on the Hugging Face hub
     every:int=None,    # iterations between saves of what is needed to go on; by default 500
     resume:bool=False  # go on with the training in --out, with its options
@@ -255,11 +256,13 @@ def deqdet_predict(
     from deqdet.commands.pictures import counted, drawing, look_options, set_folder
     from deqdet.predict import (class_names, count_classes, detect, draw_detections,
                                 find_pictures, save_as, to_coco)
+    from deqdet.using.stream import check_max_dets
     from deqdet.using.video import films_in, predict_films
     look = look_options(tiles, nms)
     films = films_in(images)
     detector = open_detector(model, size, device)
     vocab = detector.vocab
+    check_max_dets(detector, max_dets)
     files = [] if films else find_pictures(images)
     options = solver_options(detector, steps, tol)
     kept = dict(min_score=min_score, drawn=not json_only)

@@ -31,6 +31,7 @@ from .sets.formats import (LAYOUTS, Problem, Source, find_layout, permutation, r
     read_data, read_voc, read_yolo, seed_of)
 from .sets.images import (DataError, Target, collate, load_image, show_sample, uncollate,
     image_size as picture_size)
+from .sets.large import clean_source, pack, read_sources, with_objects
 from .sets.rare import repeated
 from .sets.shapes import SHAPES, synth_coco
 
@@ -50,42 +51,19 @@ def _warn(file, problems):
     warnings.warn(f'{file}: left out: {counts}, first {o.file}: {o.field}: {o.detail} '
                   '(verify_data lists all)', stacklevel=3)
 
-# %% ../nbs/02_data.ipynb #a7c4f3f8
-def _rows(coco):
-    "x, y, w, h, class of every object that is no crowd, for each image"
-    label = {o['id']: i for i,o in enumerate(coco['categories'])}
-    rows = {o['id']: [] for o in coco['images']}
-    for a in coco['annotations']:
-        if a['iscrowd']: continue
-        rows[a['image_id']].append((*a['bbox'], label[a['category_id']]))
-    return list(rows.values())
-
-def _pack(coco):
-    "Boxes (T,4) cut at the image, labels (T,), and the first row of each image (n+1,)"
-    rows = _rows(coco)
-    ends = torch.tensor([0, *(len(r) for r in rows)]).cumsum(0)
-    flat = torch.tensor([o for r in rows for o in r], dtype=torch.float64).reshape(-1,5)
-    frames = [[o.get(k) or math.inf for k in ('width','height')] for o in coco['images']]
-    frames = torch.tensor(frames, dtype=torch.float64).reshape(-1,2) # (n,2)
-    frame = frames.repeat_interleave(ends.diff(), 0)                 # (T,2)
-    top_left = flat[:,:2].clamp(min=0)
-    bottom_right = torch.minimum(flat[:,:2]+flat[:,2:4], frame)
-    boxes = torch.cat([top_left, bottom_right], 1)
-    return boxes.float(), flat[:,4].long(), ends
-
 # %% ../nbs/02_data.ipynb #5b1f0a06
 class DetDataset:
     "Item `i` is an image, uint8 (3,h,w), and its `Target`, both through `tfm`"
     n_inp = 2
     def __init__(self,
-        source,     # `Source`
+        source,     # `Source` or `Table`
         vocab=None, # class names; by default those of the source, by id
         tfm=None,   # (image, target) -> (image, target)
         on_error='raise' # an image that cannot be read: 'raise', or 'skip': the next one stands in
     ):
         if on_error not in ('raise','skip'):
             raise ValueError(f"on_error={on_error!r}: 'raise' or 'skip' was expected")
-        self.coco,problems = clean(source, vocab)
+        self.coco,problems = clean_source(source, vocab)
         _warn(source.file, problems)
         self.folder = source.folder
         self.file = source.file
@@ -94,7 +72,7 @@ class DetDataset:
         self.images = self.coco['images']
         self.vocab = [o['name'] for o in self.coco['categories']]
         self.cat_ids = [o['id'] for o in self.coco['categories']]
-        self.boxes,self.labels,self.ends = _pack(self.coco)
+        self.boxes,self.labels,self.ends = pack(self.coco)
 
     def __len__(self): return len(self.images)
 
@@ -216,9 +194,8 @@ class DetDL(TfmdDL):
     def shuffle_fn(self, idxs):
         wide = None
         if self.group:
-            images = self.dataset.images
-            if self.chosen: images = [images[i] for i in self.chosen]
-            wide = [o.get('width', 0) >= o.get('height', 0) for o in images]
+            wide = [o.get('width', 0) >= o.get('height', 0) for o in self.dataset.images]
+            if self.chosen: wide = [wide[i] for i in self.chosen]
         return epoch_order(len(idxs), self.seed, self.epoch, wide, self.bs)
 
     def get_idxs(self): return list(super().get_idxs())[self.start:]
@@ -268,14 +245,6 @@ def show_batch(self:DetDL,
     plt.tight_layout(pad=.3)
 
 # %% ../nbs/02_data.ipynb #e9fd6c03
-def _without_empty(src):
-    "A source without the images that have no object to train on"
-    anns = src.coco['annotations']
-    used = {a.get('image_id') for a in anns if not a.get('iscrowd')}
-    src.coco['images'] = [o for o in src.coco['images'] if o['id'] in used]
-    src.coco['annotations'] = [a for a in anns if a.get('image_id') in used]
-    return src
-
 def _datasets(train, valid, vocab, tfms, on_error):
     "The two datasets; the training set names the classes"
     res = DetDataset(train, vocab, tfms[0], on_error)
@@ -307,8 +276,8 @@ def det_dls(
     if tfms is None:
         resize = partial(resize_long, size=size) if size else None
         tfms = (resize, resize)
-    train,valid = read_data(path, layout, splits, valid_pct, seed)
-    if not keep_empty: train = _without_empty(train)
+    train,valid = read_sources(path, layout, splits, valid_pct, seed)
+    if not keep_empty: train = with_objects(train)
     train,valid = _datasets(train, valid, vocab, tfms, on_error)
     if num_workers is None: num_workers = min(4, defaults.cpus)
     if group is None: group = len(train) >= 1000

@@ -86,7 +86,7 @@ def test_an_exported_file_without_names_knows_how_many_classes(world, tmp_path):
 
 
 @pytest.mark.parametrize('kwargs, says', [
-    (dict(tiles='32,40'), '--tiles 32,40: (side, overlap) was expected'), (dict(tiles='big'), '--tiles big: (side'), (dict(nms=2.), '--nms 2.0: a number from 0 to 1'),
+    (dict(tiles='32,40'), '--tiles 32,40: (side, overlap) was expected'), (dict(tiles='big'), '--tiles big: (side'), (dict(max_dets=500), 'max_dets 500: this detector gives at most 36 detections (9 queries x 4 classes)'), (dict(nms=2.), '--nms 2.0: a number from 0 to 1'),
     (dict(model='start.pt2', steps=3), '--steps 3: an exported file has a fixed number of steps'), (dict(model='start.pt2', tol=.1), '--tol 0.1: an exported file'),
     (dict(model='start.pt2', device='cuda'), 'providers are for .onnx files'), (dict(model='shapes/annotations/instances_train.json'), 'no exported detector')])
 def test_bad_options_of_predict(world, tmp_path, capsys, kwargs, says):
