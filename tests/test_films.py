@@ -68,7 +68,7 @@ def test_cutouts_are_what_lies_in_the_box(tmp_path):
 
 def test_cutouts_of_real_photographs(data_dir):
     from deqdet.sets.formats import read_voc
-    source = read_voc(data_dir/'bccd', 'test')
+    source = read_voc(data_dir/'bccd', 'val')
     cutouts = sprites_from(source)
     f = Film(seed=1, n=4, size=128, objects=4, kinds=cutouts.kinds, cutouts=cutouts)
     assert len(list(f)) == 4 and set(f[2].labels.tolist()) <= set(cutouts.kinds)
