@@ -168,8 +168,10 @@ def _listed(coco):
 
 def _frames(images):
     "Width and height of each image (n,2), infinite where it is not known"
-    sides = [[o.get(k) or math.inf for k in ('width','height')] for o in images]
-    return np.array(sides, dtype=np.float64).reshape(-1, 2)
+    if isinstance(images, Entries): sides = [images.arrays[k] for k in ('width','height')]
+    else: sides = [[o.get(k) or 0 for o in images] for k in ('width','height')]
+    sides = np.array(sides, dtype=np.float64).T # (n,2)
+    return np.where(sides==0, math.inf, sides)
 
 def pack(
     coco # of `clean_source`
