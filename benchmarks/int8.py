@@ -1,4 +1,4 @@
-"""An exported detector on a CPU: AP and time of PyTorch, of onnxruntime in float and in int8, and of OpenVINO
+"""An exported detector on a CPU: AP and time of PyTorch, and of onnxruntime in float and in int8
 
 `python benchmarks/int8.py DETECTOR DATA` takes a folder of a training and a detection set. int8 is made by onnxruntime's quantiser: `dynamic` keeps
 weights of products in 8 bits and measures activations as they come; `static` also does convolutions, with ranges from some images to train on.
@@ -6,7 +6,6 @@ Times are of the processor, for one image at a time, with what happens before an
 import argparse, logging, shutil, tempfile, time
 from pathlib import Path
 import torch
-import deqdet.export
 from deqdet.evaluate import coco_ap, predict_dl
 from deqdet.export import load_exported
 from deqdet.predict import eval_loader, load_detector
@@ -33,16 +32,6 @@ def quantised(file, dl, n, kinds):
     return out
 
 
-def by_openvino(file, like):
-    "The same file, run by OpenVINO"
-    import openvino
-    model = openvino.Core().compile_model(str(file), 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads()})
-    def run(images, sizes):
-        found = model(dict(images=images.contiguous().numpy(), sizes=sizes.numpy()))
-        return [torch.from_numpy(found[o].copy()) for o in model.outputs]
-    return deqdet.export.Exported(run, like.about)
-
-
 def measured(model, dl, **kwargs):
     "AP, and processor milliseconds for an image"
     t = time.process_time()
@@ -67,12 +56,9 @@ def main():
         file = Path(d)/'float.onnx'
         if args.onnx: shutil.copyfile(args.onnx, file)
         else: model.export(file, steps=args.steps)
-        plain = load_exported(file)
         files = {'onnxruntime': file} | quantised(file, train, args.calibrate, dict(dynamic=['MatMul', 'Gemm'], convolutions=['Conv'], static=['Conv', 'MatMul', 'Gemm']))
         ways = {k: load_exported(f) for k, f in files.items()}
         size = {k: round(f.stat().st_size/1e6, 1) for k, f in files.items()}
-        try: ways['OpenVINO'] = by_openvino(file, plain)
-        except ImportError: pass
         rows = {'PyTorch': measured(model, valid, steps=args.steps)}
         for k, m in ways.items():
             m.feed = model.feed
