@@ -60,7 +60,8 @@ def _suspects(images, objects, row, known):
     high = low + size
     fine = (size > 0) & (low >= -1) & (high <= frame+1) & (low < frame) & (high > 0)
     fine &= np.isfinite(low) & np.isfinite(size)
-    return ~fine.all(1) | (row < 0) | ~np.isin(objects['category_id'], [*known])
+    category = _rows(np.array([*known], dtype=np.int64), objects['category_id'])
+    return ~fine.all(1) | (row < 0) | (category < 0)
 
 def _take(arrays, chosen): return {k: v[chosen] for k,v in arrays.items()}
 
@@ -123,7 +124,8 @@ def _repeated(table, objects, keep):
 def _usable(objects, used):
     "Arrays of annotations as evaluation needs them"
     ids = objects['id']
-    if len(np.unique(ids)) < len(ids) or np.isin([0, NO_ID], ids).any():
+    twice = np.diff(np.sort(ids))==0
+    if twice.any() or (ids==0).any() or (ids==NO_ID).any():
         ids = np.arange(1, len(ids)+1)
     named = np.array([*used.values()], dtype=np.int64)
     category = named[_rows(np.array([*used], dtype=np.int64), objects['category_id'])]
