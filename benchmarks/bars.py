@@ -7,7 +7,7 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parents[1]/'nbs/results/own_data.json'
 KINDS = {'deqdet_lite': ('deqdet_lite', '#c8741f'), 'fcos': ('FCOS', '#6b8096')}
 SETS = dict(bccd='blood cells', cards='cards')
-WIDTH,LEFT,RIGHT,BAR,GAP,TOP = 600,214,60,26,6,8 # pixels
+WIDTH,LEFT,RIGHT,BAR,GAP,TOP = 640,244,60,26,6,8 # pixels
 INK = '#728597' # grey that can be read on white and on black
 
 def rows(results):
