@@ -102,7 +102,7 @@ def show_predictions(
     entries = {o['id']:o for o in ds.coco['images']}
     ids = list(by_id if ids is None else ids)[:n]
     images = [_open(ds, entries[i]) for i in ids]
-    truths = [_truth_of(ds, i) for i in ids]
+    truths = _truths_of(ds, ids)
     found  = [by_id[i] for i in ids]
     titles = [(notes or {}).get(i, f'prediction, image {i}') for i in ids]
     return show_pairs(images, truths, found, ds.vocab, titles=titles, **kwargs)
@@ -111,9 +111,15 @@ def _open(ds, entry):
     "The image of an entry of COCO's list"
     return load_image(ds.folder/entry['file_name'], (entry.get('height'), entry.get('width')))
 
-def _truth_of(ds, i):
-    "Truth of one image in the pixels of its file"
-    anns = [a for a in ds.coco['annotations'] if a['image_id']==i and not a.get('iscrowd')]
+def _truths_of(ds, ids):
+    "Truth of some images in the pixels of their files"
+    found = {i: [] for i in ids}
+    for a in ds.coco['annotations']:
+        if a['image_id'] in found and not a.get('iscrowd'): found[a['image_id']].append(a)
+    return [_truth(ds, found[i]) for i in ids]
+
+def _truth(ds, anns):
+    "Boxes and labels of annotations"
     xywh = torch.tensor([a['bbox'] for a in anns]).reshape(-1, 4).float() # (n,4)
     labels = [ds.cat_ids.index(a['category_id']) for a in anns]
     boxes = box_convert(xywh, 'xywh', 'xyxy')
