@@ -12,7 +12,7 @@ from deqdet.equilibrium import Settled
 from deqdet.evaluate import predict_dl
 from deqdet.families.adamixer import AdaMixer
 from deqdet.solver import Picard, solve
-from deqdet.viz import (_draw_state, _queries, _truth_of, class_color, draw_boxes, draw_points, plot_residuals, plot_training,
+from deqdet.viz import (_draw_state, _queries, _truths_of, class_color, draw_boxes, draw_points, plot_residuals, plot_training,
                         read_log, save_refinement, show_image, show_pairs, show_predictions, show_refinement, show_trails)
 
 
@@ -164,7 +164,7 @@ def test_an_image_in_any_form_shows_the_same(squares):
 def test_the_truth_of_an_image_is_in_pixels_of_its_file(squares):
     for i in (0, 3):
         t = squares[i][1]
-        truth = _truth_of(squares, t.image_id.item())
+        truth, = _truths_of(squares, [t.image_id.item()])
         assert torch.equal(truth['boxes'], t.boxes) and torch.equal(truth['labels'], t.labels)
 
 
