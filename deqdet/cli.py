@@ -163,7 +163,7 @@ def train_command(
     if not FIRST: return
     print(f'{folder}: {best}, {after}, {duration(k.seconds)} of training')
     ds = learn.dls.valid_ds
-    picture = ds.folder/ds.images[0]['file_name']
+    image = ds.folder/ds.images[0]['file_name']
     if push: print(f'shared: {push_training(folder, push, image)}')
 
 def _when(learn, keep):

@@ -116,7 +116,8 @@ def test_split(world, tmp_path, capsys):
     cli.deqdet_split(str(tmp_path/'set'), str(tmp_path/'out'), by='folder', valid_pct=.3)
     assert capsys.readouterr().out.splitlines() == ['train: 7 images, 2 groups', 'valid: 3 images, 1 groups']
     dls = det_dls(tmp_path/'out', bs=1, num_workers=0, device='cpu')
-    assert {o['group'] for o in dls.valid_ds.images} == {'street'} and len(dls.train_ds[0][1].boxes) == 1
+    written = json.loads((tmp_path/'out/annotations/instances_valid.json').read_text())
+    assert {o['group'] for o in written['images']} == {'street'} and len(dls.train_ds[0][1].boxes) == 1
     bad(capsys, 'out: there is a set', cli.deqdet_split, str(tmp_path/'set'), str(tmp_path/'out'))
     for by, says in ('(', '--by (: no pattern'), ('x', "'video' or a pattern with a group"), ('nothing(.)', '--by nothing(.)'):
         bad(capsys, says, cli.deqdet_split, str(tmp_path/'set'), str(tmp_path/'other'), by=by)

@@ -131,7 +131,7 @@ def test_a_dataset(tmp_path):
 
 
 def test_saved_to_disk_and_parquet(tmp_path):
-    import datasets
+    datasets = pytest.importorskip('datasets', reason='the package datasets is not installed')
     both = datasets.DatasetDict(train=table(3), validation=table(2))
     both.save_to_disk(tmp_path/'disk')
     table().save_to_disk(tmp_path/'one')
