@@ -6,13 +6,16 @@ Docs: https://deqdet.github.io/deqdet/pages.html.md"""
 
 # %% auto #0
 __all__ = ['folded', 'Sources', 'fold_title', 'Folds', 'neat_column', 'neat_table', 'neat_tables', 'plain_words', 'Words',
-           'public_names', 'api_index']
+           'Plots', 'public_names', 'api_index']
 
 # %% ../nbs/24_pages.ipynb #0f7cb8dc
 import ast, json, re
+from base64 import b64decode
 from html import escape
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
+from PIL import Image
 from fastcore.nbio import mk_cell
 from nbdev.process import Processor
 from nbdev.showdoc import showdoc_nm
@@ -168,6 +171,18 @@ def _has_figure(cell):
     kinds = [k for o in cell.get('outputs', []) for k in o.get('data', {})]
     return any(k.startswith('image/') for k in kinds)
 
+def _said(source):
+    "The words that a cell has for its figure, or ''"
+    found = re.search(r'^#\|\s*fig-alt:\s*(.+)$', source, re.M)
+    return found[1].strip().strip('"') if found else ''
+
+def _describe(cell, words):
+    "Give the images in a cell's HTML their words: Quarto does so for others only"
+    alt = f'<img alt="{escape(words)}" '
+    for output in cell.outputs:
+        html = ''.join(output.get('data', {}).get('text/html', ''))
+        if '<img ' in html: output['data']['text/html'] = re.sub(r'<img (?!alt=)', lambda m: alt, html)
+
 class Words(Processor):
     "Give figures the words of the text before them"
     def begin(self): self.text = ''
@@ -178,8 +193,28 @@ class Words(Processor):
         is_text = cell.cell_type=='markdown' and not cell.source.startswith('<details')
         if is_text: self.text = plain_words(cell.source)
         if cell.cell_type!='code' or not _has_figure(cell): return
-        if 'fig-alt:' in cell.source or not self.text: return
+        said = _said(cell.source)
+        _describe(cell, said or self.text)
+        if said or not self.text: return
         cell.source = f'#| fig-alt: {json.dumps(self.text, ensure_ascii=False)}\n{cell.source}'
+
+# %% ../nbs/24_pages.ipynb #5c0d71a3
+def _is_plot(
+    png # of an output, base64
+):
+    "Are three quarters of the image white?"
+    image = Image.open(BytesIO(b64decode(''.join(png)))).convert('L')
+    counts = image.histogram()
+    return sum(counts[250:]) >= .75*sum(counts)
+
+class Plots(Processor):
+    "Give cells whose figures are plots a class for the style sheet"
+    def cell(self,
+        cell # of a page, changed in place
+    ):
+        found = [o.get('data', {}).get('image/png') for o in cell.get('outputs', [])]
+        pngs = [o for o in found if o]
+        if pngs and all(map(_is_plot, pngs)): cell.source = f'#| classes: plot\n{cell.source}'
 
 # %% ../nbs/24_pages.ipynb #8446b8f9
 def _sentences(module):

@@ -27,15 +27,15 @@ def option(cell, name):
     m = re.search(rf'^#\|\s*{name}:\s*(.+)$', cell.source, re.M)
     return m and m[1].strip().strip('"')
 
-def output(o):
-    "Markdown of one output"
+def output(o, alt=''):
+    "Markdown of one output; an image has the words of its cell"
     if o['output_type']=='stream': return raw(f'<div class="cell-output"><pre>{escape(joined(o["text"]))}</pre></div>')
     data = {k: joined(v) for k,v in o.get('data', {}).items() if isinstance(v, (str,list))}
     if 'text/markdown' in data: return data['text/markdown']
     kind = next((k for k in ('text/html','image/svg+xml') if k in data), None)
     image = next((k for k in data if k.startswith('image/')), None)
     if kind: inside = data[kind]
-    elif image: inside = f'<img src="data:{image};base64,{data[image].strip()}">'
+    elif image: inside = f'<img alt="{escape(alt)}" src="data:{image};base64,{data[image].strip()}">'
     else: inside = f'<pre>{escape(data.get("text/plain", ""))}</pre>'
     return raw(f'<div class="cell-output cell-output-display">{inside}</div>')
 
@@ -46,7 +46,11 @@ def code(cell):
     if res and option(cell, 'code-fold')=='true':
         summary = option(cell, 'code-summary') or 'Code'
         res = [f'<details class="code-fold"><summary>{summary}</summary>', *res, '</details>']
-    return res + [output(o) for o in cell.get('outputs', [])]
+    alt = option(cell, 'fig-alt') or ''
+    shown = [output(o, alt) for o in cell.get('outputs', [])]
+    classes = option(cell, 'classes')
+    if classes: shown = [raw(f'<div class="cell {classes}">'), *shown, raw('</div>')]
+    return res + shown
 
 def as_markdown(nb):
     "A processed notebook as one text"
