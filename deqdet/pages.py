@@ -14,6 +14,7 @@ from base64 import b64decode
 from html import escape
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 from PIL import Image
 from fastcore.nbio import mk_cell
@@ -51,6 +52,16 @@ def _source_cell(cell):
     res.directives_ = {}
     return res
 
+def _is_entry(cell): return cell.cell_type=='code' and cell.source.startswith('show_doc(')
+
+def _in_order(cells):
+    "Cells with the entries of each exported cell as it defines them: nbdev puts the last one first"
+    res = []
+    for is_entry,group in groupby(cells, _is_entry):
+        group = list(group)
+        res += reversed(group) if is_entry else group
+    return res
+
 class Sources(Processor):
     "Put the source of each exported cell after it, folded"
     def __init__(self,
@@ -60,6 +71,8 @@ class Sources(Processor):
         pairs = [(cell, _source_cell(cell)) for cell in nb.cells]
         nb.cells = [cell for pair in pairs for cell in pair if cell is not None]
         for i,cell in enumerate(nb.cells): cell.idx_ = i
+
+    def begin(self): self.nb.cells = _in_order(self.nb.cells)
 
 # %% ../nbs/24_pages.ipynb #07f32a5e
 _drawing = {'plt','ax','axs','fig'}
@@ -131,6 +144,11 @@ def _head(row, is_number):
     sides = iter([False]*(len(texts) - len(is_number)) + is_number)
     return re.sub(r'<th>(.*?)</th>', lambda m: _aligned('th', m[1], next(sides)), row, flags=re.S)
 
+def _is_count(body):
+    "Do the rows have pandas' own numbers 0, 1, 2 ... before a text?"
+    heads = re.findall(r'<tr>\s*<th>(.*?)</th>\s*<td style="text-align: (\w+)', body)
+    return heads==[(str(i), 'left') for i in range(len(heads))] and len(heads) > 0
+
 def neat_table(
     html:str # with a table by pandas
 ) -> str:    # the same where there is nothing to format
@@ -144,7 +162,10 @@ def neat_table(
     html = re.sub(r'<style scoped>.*?</style>\s*| border="1"', '', html, flags=re.S)
     head,body,rest = html.partition('<tbody>')
     head = _re_row.sub(lambda m: _head(m[0], is_number), head)
-    return head + body + _re_cell.sub(lambda m: next(cells), rest)
+    rest = _re_cell.sub(lambda m: next(cells), rest)
+    if _is_count(rest) and head.count('<tr')==1:
+        head,rest = (re.sub(r'(<tr[^>]*>)\s*<th.*?</th>', r'\1', part, flags=re.S) for part in (head, rest))
+    return head + body + rest
 
 # %% ../nbs/24_pages.ipynb #3cdfb09c
 def neat_tables(
