@@ -52,7 +52,7 @@ def code(cell):
     alt = option(cell, 'fig-alt') or ''
     shown = [output(o, alt) for o in cell.get('outputs', [])]
     classes = option(cell, 'classes')
-    if classes: shown = [raw(f'<div class="cell {classes}">'), *shown, raw('</div>')]
+    if classes: shown = [raw(f'<div class="cell {" ".join(yaml.safe_load(classes))}">'), *shown, raw('</div>')]
     return res + shown
 
 def as_markdown(nb):
