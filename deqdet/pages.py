@@ -229,10 +229,9 @@ def _opened(output):
     return Image.open(BytesIO(b64decode(''.join(found)))) if found else None
 
 def _is_plot(image):
-    "Are three quarters of a PNG white?"
-    if image.format!='PNG': return False
+    "Are three quarters of an image white, or nearly, as JPEG has it?"
     counts = image.convert('L').histogram()
-    return sum(counts[250:]) >= .75*sum(counts)
+    return sum(counts[245:]) >= .75*sum(counts)
 
 def figure_classes(
     outputs # of a cell
