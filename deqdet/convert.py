@@ -254,9 +254,12 @@ def read_sparse(sd, **overrides):
     return model
 
 # %% ../nbs/17_convert.ipynb #314df188
-def is_mixer(sd): return any('sampling_n_mixing' in k for k in sd)
+def is_mixer(sd):
+    "True for a checkpoint with AdaMixer's sampling and mixing"
+    return any('sampling_n_mixing' in k for k in sd)
 
 def is_sparse(sd):
+    "True for a checkpoint with Sparse R-CNN's heads"
     looks = any(re.search(r'bbox_head\.0\.fc_reg|inst_interact', k) for k in sd)
     return looks and not is_mixer(sd)
 

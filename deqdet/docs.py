@@ -11,7 +11,7 @@ __all__ = ['declaration', 'published', 'Shown', 'own_links', 'plain_outputs']
 import ast, re
 from dataclasses import is_dataclass
 from importlib import import_module
-from inspect import getsource, isclass, isfunction
+from inspect import getsource, isclass
 from textwrap import dedent
 from nbdev.doclinks import NbdevLookup
 from nbdev.showdoc import BasicMarkdownRenderer
@@ -24,11 +24,16 @@ def _fields(
     fields = [t for t in tree.body if isinstance(t, ast.AnnAssign)]
     return [line for t in fields for line in lines[t.lineno-1:t.end_lineno]]
 
+def _inherits(cls):
+    "Does a class take `__init__` from another package?"
+    owner = next(c for c in cls.__mro__ if '__init__' in vars(c))
+    return owner.__module__.partition('.')[0]!=cls.__module__.partition('.')[0]
+
 def declaration(
     cls # class from a module, or anything else
 ) -> str|None: # its head and its fields with their comments; None: not a record
     "Source of a record or dataclass, up to its fields"
-    if not isclass(cls) or (isfunction(cls.__init__) and not is_dataclass(cls)): return
+    if not isclass(cls) or not (is_dataclass(cls) or _inherits(cls)): return
     try: src = dedent(getsource(cls))
     except (OSError, TypeError): return
     tree = ast.parse(src).body[0]
@@ -53,9 +58,11 @@ def _tidy(
     code,    # a declaration
     is_class # of a class?
 ):
-    "The declaration without links, types guessed from None, and `def` before a class"
+    "A declaration without links, modules of types, and types guessed from None"
     code = re.sub(r'`([^`\n]+)`', r'\1', code).replace(':NoneType=', '=')
     code = code.replace('__main__.', '') # the module of what a page itself defines
+    code = re.sub(r'\btorch\.nn\.modules\.\w+\.', 'nn.', code)
+    code = re.sub(r'\bpathlib\.(_local\.)?|\bdeqdet(\.\w+)*\.(?=[A-Z])', '', code)
     return re.sub('^def ', 'class ', code) if is_class else code
 
 class Shown(BasicMarkdownRenderer):

@@ -6,13 +6,17 @@ Docs: https://deqdet.github.io/deqdet/pages.html.md"""
 
 # %% auto #0
 __all__ = ['folded', 'Sources', 'fold_title', 'Folds', 'neat_column', 'neat_table', 'neat_tables', 'plain_words', 'Words',
-           'public_names', 'api_index']
+           'Plots', 'public_names', 'api_index']
 
 # %% ../nbs/24_pages.ipynb #0f7cb8dc
 import ast, json, re
+from base64 import b64decode
 from html import escape
 from importlib.util import find_spec
+from io import BytesIO
+from itertools import groupby
 from pathlib import Path
+from PIL import Image
 from fastcore.nbio import mk_cell
 from nbdev.process import Processor
 from nbdev.showdoc import showdoc_nm
@@ -48,6 +52,16 @@ def _source_cell(cell):
     res.directives_ = {}
     return res
 
+def _is_entry(cell): return cell.cell_type=='code' and cell.source.startswith('show_doc(')
+
+def _in_order(cells):
+    "Cells with the entries of each exported cell as it defines them: nbdev puts the last one first"
+    res = []
+    for is_entry,group in groupby(cells, _is_entry):
+        group = list(group)
+        res += reversed(group) if is_entry else group
+    return res
+
 class Sources(Processor):
     "Put the source of each exported cell after it, folded"
     def __init__(self,
@@ -57,6 +71,8 @@ class Sources(Processor):
         pairs = [(cell, _source_cell(cell)) for cell in nb.cells]
         nb.cells = [cell for pair in pairs for cell in pair if cell is not None]
         for i,cell in enumerate(nb.cells): cell.idx_ = i
+
+    def begin(self): self.nb.cells = _in_order(self.nb.cells)
 
 # %% ../nbs/24_pages.ipynb #07f32a5e
 _drawing = {'plt','ax','axs','fig'}
@@ -128,6 +144,11 @@ def _head(row, is_number):
     sides = iter([False]*(len(texts) - len(is_number)) + is_number)
     return re.sub(r'<th>(.*?)</th>', lambda m: _aligned('th', m[1], next(sides)), row, flags=re.S)
 
+def _is_count(body):
+    "Do the rows have pandas' own numbers 0, 1, 2 ... before a text?"
+    heads = re.findall(r'<tr>\s*<th>(.*?)</th>\s*<td style="text-align: (\w+)', body)
+    return heads==[(str(i), 'left') for i in range(len(heads))] and len(heads) > 0
+
 def neat_table(
     html:str # with a table by pandas
 ) -> str:    # the same where there is nothing to format
@@ -141,7 +162,10 @@ def neat_table(
     html = re.sub(r'<style scoped>.*?</style>\s*| border="1"', '', html, flags=re.S)
     head,body,rest = html.partition('<tbody>')
     head = _re_row.sub(lambda m: _head(m[0], is_number), head)
-    return head + body + _re_cell.sub(lambda m: next(cells), rest)
+    rest = _re_cell.sub(lambda m: next(cells), rest)
+    if _is_count(rest) and head.count('<tr')==1:
+        head,rest = (re.sub(r'(<tr[^>]*>)\s*<th.*?</th>', r'\1', part, flags=re.S) for part in (head, rest))
+    return head + body + rest
 
 # %% ../nbs/24_pages.ipynb #3cdfb09c
 def neat_tables(
@@ -168,6 +192,18 @@ def _has_figure(cell):
     kinds = [k for o in cell.get('outputs', []) for k in o.get('data', {})]
     return any(k.startswith('image/') for k in kinds)
 
+def _said(source):
+    "The words that a cell has for its figure, or ''"
+    found = re.search(r'^#\|\s*fig-alt:\s*(.+)$', source, re.M)
+    return found[1].strip().strip('"') if found else ''
+
+def _describe(cell, words):
+    "Give the images in a cell's HTML their words: Quarto does so for others only"
+    alt = f'<img alt="{escape(words)}" '
+    for output in cell.outputs:
+        html = ''.join(output.get('data', {}).get('text/html', ''))
+        if '<img ' in html: output['data']['text/html'] = re.sub(r'<img (?!alt=)', lambda m: alt, html)
+
 class Words(Processor):
     "Give figures the words of the text before them"
     def begin(self): self.text = ''
@@ -178,8 +214,28 @@ class Words(Processor):
         is_text = cell.cell_type=='markdown' and not cell.source.startswith('<details')
         if is_text: self.text = plain_words(cell.source)
         if cell.cell_type!='code' or not _has_figure(cell): return
-        if 'fig-alt:' in cell.source or not self.text: return
+        said = _said(cell.source)
+        _describe(cell, said or self.text)
+        if said or not self.text: return
         cell.source = f'#| fig-alt: {json.dumps(self.text, ensure_ascii=False)}\n{cell.source}'
+
+# %% ../nbs/24_pages.ipynb #5c0d71a3
+def _is_plot(
+    png # of an output, base64
+):
+    "Are three quarters of the image white?"
+    image = Image.open(BytesIO(b64decode(''.join(png)))).convert('L')
+    counts = image.histogram()
+    return sum(counts[250:]) >= .75*sum(counts)
+
+class Plots(Processor):
+    "Give cells whose figures are plots a class for the style sheet"
+    def cell(self,
+        cell # of a page, changed in place
+    ):
+        found = [o.get('data', {}).get('image/png') for o in cell.get('outputs', [])]
+        pngs = [o for o in found if o]
+        if pngs and all(map(_is_plot, pngs)): cell.source = f'#| classes: plot\n{cell.source}'
 
 # %% ../nbs/24_pages.ipynb #8446b8f9
 def _sentences(module):

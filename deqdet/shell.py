@@ -68,7 +68,9 @@ def read_options(
     return args,kwargs
 
 # %% ../nbs/20_shell.ipynb #3a2fabe6
-def say(*text): print(*text, file=sys.stderr, flush=True)
+def say(*text):
+    "Print to the error stream at once"
+    print(*text, file=sys.stderr, flush=True)
 
 def is_users(
     e # exception

@@ -5,6 +5,7 @@ It has the site's own styles.css on a plain base, so it shows what is too wide o
 import json, re, shutil, subprocess, sys
 from html import escape
 from pathlib import Path
+import yaml
 from fastcore.nbio import read_nb
 
 BASE = """*{box-sizing:border-box} body{margin:0;font:17px/1.5 system-ui,sans-serif} main{padding:0 12px;max-width:800px;margin:auto}
@@ -12,6 +13,8 @@ code{font-size:.875em} pre{font-size:.875em;padding:.4em;background:#80808020} t
 th,td{padding:.5rem;border-bottom:1px solid #8884} h1{font-size:2rem} h3{font-size:1.4rem} figure{margin:1em 0}
 a{color:#1f64a0}
 body.quarto-dark{background:#171b20;color:#d6dce3} body.quarto-dark a{color:#7fb6e8} td,th,select,input,button{font:inherit}"""
+
+FENCE = '`'*8 # more than printed text has
 
 def pandoc():
     "The command pandoc, or None"
@@ -22,20 +25,20 @@ def pandoc():
 def chromium(): return next((f for o in ('chromium','chromium-browser','google-chrome') if (f := shutil.which(o))), None)
 
 def joined(x): return x if isinstance(x, str) else ''.join(x)
-def raw(html): return f'```{{=html}}\n{html}\n```'
+def raw(html): return f'{FENCE}{{=html}}\n{html}\n{FENCE}'
 def option(cell, name):
     m = re.search(rf'^#\|\s*{name}:\s*(.+)$', cell.source, re.M)
     return m and m[1].strip().strip('"')
 
-def output(o):
-    "Markdown of one output"
+def output(o, alt=''):
+    "Markdown of one output; an image has the words of its cell"
     if o['output_type']=='stream': return raw(f'<div class="cell-output"><pre>{escape(joined(o["text"]))}</pre></div>')
     data = {k: joined(v) for k,v in o.get('data', {}).items() if isinstance(v, (str,list))}
     if 'text/markdown' in data: return data['text/markdown']
     kind = next((k for k in ('text/html','image/svg+xml') if k in data), None)
     image = next((k for k in data if k.startswith('image/')), None)
     if kind: inside = data[kind]
-    elif image: inside = f'<img src="data:{image};base64,{data[image].strip()}">'
+    elif image: inside = f'<img alt="{escape(alt)}" src="data:{image};base64,{data[image].strip()}">'
     else: inside = f'<pre>{escape(data.get("text/plain", ""))}</pre>'
     return raw(f'<div class="cell-output cell-output-display">{inside}</div>')
 
@@ -46,14 +49,18 @@ def code(cell):
     if res and option(cell, 'code-fold')=='true':
         summary = option(cell, 'code-summary') or 'Code'
         res = [f'<details class="code-fold"><summary>{summary}</summary>', *res, '</details>']
-    return res + [output(o) for o in cell.get('outputs', [])]
+    alt = option(cell, 'fig-alt') or ''
+    shown = [output(o, alt) for o in cell.get('outputs', [])]
+    classes = option(cell, 'classes')
+    if classes: shown = [raw(f'<div class="cell {" ".join(yaml.safe_load(classes))}">'), *shown, raw('</div>')]
+    return res + shown
 
 def as_markdown(nb):
     "A processed notebook as one text"
     res = []
     for cell in nb.cells:
         title = re.search(r'^title: (.*)$', cell.source, re.M) if cell.cell_type=='raw' else None
-        if title: res.append(f'# {title[1]}')
+        if title: res.append(f'# {yaml.safe_load(title[1])}')
         elif cell.cell_type=='markdown': res.append(cell.source)
         elif cell.cell_type=='code' and option(cell, 'include')!='false': res += code(cell)
     return '\n\n'.join(res)

@@ -120,6 +120,13 @@ def test_options_keep_their_hyphens(site, html):
         assert not re.search(r'(?<![\w\d])[–—](?=[a-z][\w-]+)', text), f'{path}: a dash where an option had two hyphens'
 
 @needs_pandoc
+def test_every_image_has_words(html):
+    "Figures, films and drawings, on every page"
+    for path,page in html.items():
+        wordless = [t[:80] for t in re.findall(r'<img [^>]*>', page) if not re.search(r'\balt="[^"]', t)]
+        assert not wordless, f'{path}: {wordless}'
+
+@needs_pandoc
 def test_formulas_are_mathml(html):
     for path,page in html.items(): assert 'class="math' not in page, f'{path}: pandoc cannot say a formula in MathML'
 

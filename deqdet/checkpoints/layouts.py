@@ -116,7 +116,9 @@ def merge_to_published(
     "The inverse of `merge_to_timm`"
     return w.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
 
-def is_merge(key): return bool(re.search(r'stages\.\d\.downsample\.', key))
+def is_merge(key):
+    "True for a tensor of a Swin's patch merging"
+    return bool(re.search(r'stages\.\d\.downsample\.', key))
 
 # %% ../../nbs/checkpoints/01_layouts.ipynb #e1142fca
 def mmdet_names(

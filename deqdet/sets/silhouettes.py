@@ -30,16 +30,22 @@ def power_ring(n, power):
     return np.stack([np.sign(c)*abs(c)**power, np.sign(s)*abs(s)**power], -1)
 
 # %% ../../nbs/sets/06_silhouettes.ipynb #776b1a6a
-def superellipse(rng): return [power_ring(48, rng.uniform(.25, 1.1))]
+def superellipse(rng):
+    "A shape between a diamond and a square with round corners"
+    return [power_ring(48, rng.uniform(.25, 1.1))]
 
-def n_gon(rng): return [polar(1., angles(rng.integers(3, 9)))]
+def n_gon(rng):
+    "A regular polygon of 3 to 8 corners"
+    return [polar(1., angles(rng.integers(3, 9)))]
 
 def star(rng):
+    "A star"
     k = rng.integers(4, 10)
     radius = np.where(np.arange(2*k)%2, rng.uniform(.3, .75), 1.)
     return [polar(radius, angles(2*k))]
 
 def blob(rng):
+    "A smooth random outline"
     a = angles(64)
     radius = 1.
     for k in range(1, 7):
@@ -48,35 +54,42 @@ def blob(rng):
     return [polar(radius.clip(.25), a)]
 
 def flower(rng):
+    "Petals around a middle"
     a = angles(72)
     return [polar(1 + rng.uniform(.15, .5)*np.cos(rng.integers(3, 9)*a), a)]
 
 def gear(rng):
+    "A wheel with teeth"
     k = int(rng.integers(6, 15))
     radius = np.where(np.arange(4*k)%4 < 2, 1., rng.uniform(.6, .88))
     return [polar(radius, angles(4*k))]
 
 # %% ../../nbs/sets/06_silhouettes.ipynb #e7c49cd1
 def crescent(rng):
+    "A moon"
     a = np.linspace(-2.2, 2.2, 30)
     shift = rng.uniform(.35, .8)
     inner = polar(.85, a[::-1]) + (shift, 0)
     return [np.concatenate([polar(1., a), inner])]
 
 def annulus(rng):
+    "A ring"
     a = np.linspace(0, 2*np.pi, 40)
     hole = polar(rng.uniform(.4, .8), a[::-1])
     return [np.concatenate([polar(1., a), hole])]
 
 def sector(rng):
+    "A slice of a disc"
     a = np.linspace(0, rng.uniform(1.2, 4.5), 30)
     return [np.concatenate([polar(1., a), [(0, 0)]])]
 
 def teardrop(rng):
+    "A drop with one tip"
     a = angles(48)
     return [np.stack([np.cos(a), np.sin(a)*np.sin(a/2)**rng.uniform(.7, 3)], -1)]
 
 def heart(rng):
+    "A heart"
     a = angles(48)
     y = 13*np.cos(a) - 5*np.cos(2*a) - 2*np.cos(3*a) - np.cos(4*a)
     return [np.stack([16*np.sin(a)**3, -y], -1)/16]
@@ -118,6 +131,7 @@ def creature(rng):
 
 # %% ../../nbs/sets/06_silhouettes.ipynb #6d346221
 def bolt(rng):
+    "A zigzag of equal width"
     n = int(rng.integers(3, 7))
     x = np.linspace(-1, 1, n)
     y = np.where(np.arange(n)%2, .5, -.5) + rng.uniform(-.2, .2, n)
@@ -125,10 +139,13 @@ def bolt(rng):
     return [np.concatenate([np.stack([x, y-w], -1), np.stack([x, y+w], -1)[::-1]])]
 
 def cross(rng):
+    "A cross with arms of one width"
     w = rng.uniform(.15, .5)
     return [bar(-1, 0, 1, 0, w), bar(0, -1, 0, 1, w)]
 
-def card(rng): return [power_ring(40, .15)*(rng.uniform(.55, .8), 1)]
+def card(rng):
+    "A tall card with round corners"
+    return [power_ring(40, .15)*(rng.uniform(.55, .8), 1)]
 
 # the frequent ones stand twice
 SILHOUETTES = (superellipse, blob, card, n_gon, star, profile, creature, glyph, flower, gear,

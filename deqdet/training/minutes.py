@@ -79,6 +79,7 @@ class TimeBudget(Callback):
 # %% ../../nbs/training/08_minutes.ipynb #4db582fa
 @patch
 def before_fit(self:TimeBudget):
+    "Forget an earlier fit, and keep its rates as the largest ones"
     self.done = False
     self.batches = 0
     self.unseen = 0 # batches since the last evaluation
@@ -88,11 +89,13 @@ def before_fit(self:TimeBudget):
 
 @patch
 def before_epoch(self:TimeBudget):
+    "End the fit if there is no time left"
     seen = self.batches > 0 and self.unseen==0 # nothing new to evaluate
     if self.done or (seen and self.time_is_up()): raise CancelFitException
 
 @patch
 def before_batch(self:TimeBudget):
+    "Set the rates for the time that has passed"
     if not self.training: return
     self.done = self.batches > 0 and self.time_is_up()
     if self.done: raise CancelTrainException
@@ -103,6 +106,7 @@ def before_batch(self:TimeBudget):
 
 @patch
 def after_batch(self:TimeBudget):
+    "Count, and log the rate"
     if not self.training: return
     self.batches += 1
     self.unseen += 1
@@ -111,30 +115,39 @@ def after_batch(self:TimeBudget):
 # %% ../../nbs/training/08_minutes.ipynb #1d2013bd
 @patch
 def after_cancel_train(self:TimeBudget):
+    "Keep the training loss in the log"
     # fastai's recorder would leave the training loss out, and the columns after it would shift
     if self.done: self.recorder.cancel_train = False
 
 @patch
 def after_train(self:TimeBudget):
+    "Decide whether this epoch is evaluated"
     self.done = self.done or self.time_is_up()
     due = self.elapsed() - self.last >= self.seconds/self.evaluations
     early = self.elapsed() + self.needed() < self.train_seconds() # training will follow
     self.learn.validate_now = self.done or self.everyone_stops(due and early)
 
 @patch
-def before_validate(self:TimeBudget): self.validating = self.elapsed()
+def before_validate(self:TimeBudget):
+    "Note when an evaluation begins"
+    self.validating = self.elapsed()
 
 @patch
 def after_validate(self:TimeBudget):
+    "Note how long an evaluation took"
     self.last = self.elapsed()
     self.evaluation = self.last - self.validating
     self.unseen = 0
 
 @patch
-def after_epoch(self:TimeBudget): self.learn.validate_now = True
+def after_epoch(self:TimeBudget):
+    "Evaluations that are asked for otherwise take place"
+    self.learn.validate_now = True
 
 @patch
-def after_fit(self:TimeBudget): self.recorder.hps = self.hps
+def after_fit(self:TimeBudget):
+    "Give the rates to the recorder"
+    self.recorder.hps = self.hps
 
 # %% ../../nbs/training/08_minutes.ipynb #ddbd19ea
 @patch
@@ -149,10 +162,12 @@ def time_is_up(self:TimeBudget):
 
 @patch
 def state_dict(self:TimeBudget):
+    "What a resumed run needs: the time that has passed"
     return dict(before=self.elapsed(), last=self.last, evaluation=self.evaluation)
 
 @patch
 def load_state_dict(self:TimeBudget, s):
+    "Go on with the time of an earlier run"
     self.before = s['before']
     self.last = s['last']
     self.evaluation = s['evaluation']
