@@ -6,7 +6,7 @@ Docs: https://deqdet.github.io/deqdet/pages.html.md"""
 
 # %% auto #0
 __all__ = ['folded', 'Sources', 'fold_title', 'Folds', 'neat_column', 'neat_table', 'neat_tables', 'plain_words', 'Words',
-           'Plots', 'public_names', 'api_index']
+           'figure_classes', 'Figures', 'public_names', 'api_index']
 
 # %% ../nbs/24_pages.ipynb #0f7cb8dc
 import ast, json, re
@@ -220,22 +220,34 @@ class Words(Processor):
         cell.source = f'#| fig-alt: {json.dumps(self.text, ensure_ascii=False)}\n{cell.source}'
 
 # %% ../nbs/24_pages.ipynb #5c0d71a3
-def _is_plot(
-    png # of an output, base64
-):
-    "Are three quarters of the image white?"
-    image = Image.open(BytesIO(b64decode(''.join(png)))).convert('L')
-    counts = image.histogram()
+def _opened(output):
+    "The image of an output, or None"
+    data = output.get('data', {})
+    found = data.get('image/png') or data.get('image/jpeg')
+    return Image.open(BytesIO(b64decode(''.join(found)))) if found else None
+
+def _is_plot(image):
+    "Are three quarters of a PNG white?"
+    if image.format!='PNG': return False
+    counts = image.convert('L').histogram()
     return sum(counts[250:]) >= .75*sum(counts)
 
-class Plots(Processor):
-    "Give cells whose figures are plots a class for the style sheet"
+def figure_classes(
+    outputs # of a cell
+) -> list:  # of 'plot' and 'wide'
+    "What the style sheet must know of the figures of a cell"
+    images = [o for o in map(_opened, outputs) if o]
+    if not images: return []
+    marks = dict(plot=all(map(_is_plot, images)), wide=max(o.width for o in images) > 560)
+    return [name for name,is_so in marks.items() if is_so]
+
+class Figures(Processor):
+    "Give cells with figures classes for the style sheet"
     def cell(self,
         cell # of a page, changed in place
     ):
-        found = [o.get('data', {}).get('image/png') for o in cell.get('outputs', [])]
-        pngs = [o for o in found if o]
-        if pngs and all(map(_is_plot, pngs)): cell.source = f'#| classes: plot\n{cell.source}'
+        classes = figure_classes(cell.get('outputs', []))
+        if classes: cell.source = f'#| classes: [{", ".join(classes)}]\n{cell.source}'
 
 # %% ../nbs/24_pages.ipynb #8446b8f9
 def _sentences(module):
