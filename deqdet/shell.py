@@ -40,9 +40,12 @@ def in_options(
 ) -> str:
     "A message with argument names written as options"
     divides = 'valid_pct' in names
+    splits = 'name the splits with --split'
+    if divides: splits = 'it is divided already'
+    if 'train' in names: splits = 'name the splits with --train and --valid'
     words = {r"layout='(.*?)'": r'--layout \1', 'layout=': '--layout',
              'valid_pct=': '--valid_pct' if divides else "--split ''",
-             'splits=': '--train and --valid' if divides else '--split',
+             'name the splits with splits=': splits,
              r"pretrained='(.*?)'": r'--pretrained \1', r"tiles='(.*?)'": r'--tiles \1',
              r"by='(.*?)'": r'--by \1', 'providers:': '--device:',
              r'list_detectors\(\)': 'deqdet_models'}
