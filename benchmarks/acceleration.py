@@ -4,7 +4,7 @@
     python benchmarks/acceleration.py det cards --out nbs/results/solver.json
 
 All that is fitted or searched sees training images only. `--cache` keeps features and states, so that a second run starts at once."""
-import argparse, copy, time, warnings
+import argparse, contextlib, copy, io, time, warnings
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -58,7 +58,7 @@ class Mix(nn.Module):
     def init(self, z): return None
     def step(self, memory, z, fz):
         d = moves(z, fz)
-        before,n = memory or ([torch.zeros_like(o) for o in d], torch.zeros(len(z.content)))
+        before,n = memory or ([torch.zeros_like(o) for o in d], z.content.new_zeros(len(z.content)))
         by = self.net(self.seen(d, before, n)).unbind(-1) # 6 times (B,N)
         beyond = [by[i][..., None]*a + by[3+i][..., None]*b for i,(a,b) in enumerate(zip(d, before))]
         return (list(d), n + 1), moved(fz, beyond)
@@ -80,7 +80,7 @@ class Jump(nn.Module):
         nn.init.zeros_(self.net[-1].bias)
     def init(self, z): return None
     def step(self, memory, z, fz):
-        n = torch.zeros(len(z.content)) if memory is None else memory
+        n = z.content.new_zeros(len(z.content)) if memory is None else memory
         d = moves(z, fz)
         count = n[:, None, None].expand(*z.content.shape[:2], 1).log1p()
         left = self.net(torch.cat([fz.content, *d, count], -1))
@@ -407,42 +407,47 @@ def main():
 
     dataset,train,valid,paths,walks = prepare(args, model)
     valid_paths = [path for path,_ in walks]
+    lates = [path[-1] for path in valid_paths]
     read = model.decoder.step.read
-    lates = [p[-1] for p in valid_paths]
-    say('prepared', len(train), len(valid))
-    best,tried = search(model, train[:3])
-    say('constants', best)
-    methods = {'Picard': Picard(), 'Anderson': Anderson(), 'constant': Constant(*best)}
-    seen = {f'any mix of {m}': explained(valid_paths, read, m) for m in (1, 2)}
-    for name,kind in (('mix', Mix), ('jump', Jump)):
-        methods[name] = fit_stored(kind(), model, train, paths, epochs=args.epochs)
-        seen[name] = foreseen(methods[name], valid_paths, read)
-        say(name, 'fitted to states', seen[name])
-        methods[f'{name}, unrolled'] = fit_unrolled(copy.deepcopy(methods[name]), model, train, args.updates)
-        say(name, 'fitted through applications')
-    seen['constant'] = foreseen(methods['constant'], valid_paths, read)
-    say('hindsight', seen)
-    curves = {}
-    for name,m in methods.items():
-        if name != 'Picard':
-            with torch.no_grad(): walks = [walk(model, b, m, args.steps) for b in valid]
-        curves[name] = curve(model, valid, dataset, walks, lates)
-        say(name, [round(r['AP'], 4) for r in curves[name]['by_steps'].values()])
     length = model.decoder.length()
-    found = evidence_table(model, train, valid, dataset, paths, valid_paths, length)
-    say('evidence', {k: {a: round(b, 4) for a,b in v.items() if a != 'coefficients'} for k,v in found['rows'].items()})
-    halted = halting(model, valid, dataset, (.4, .2, .1), length)
-    say('halting', halted)
+    about = dict(length=length, late=args.late, train=sum(len(b.sizes) for b in train), valid=sum(len(b.sizes) for b in valid),
+                 updates=args.updates, epochs=args.epochs, seed=args.seed)
+    result = dict(curves={}, explained={}, parameters=dict(detector=parameters(model)))
+    def keep(**found):
+        "What has been measured so far goes into the file"
+        result.update(found)
+        with contextlib.redirect_stdout(io.StringIO()): report(result, args.out, **about)
+    def measured(name, walks):
+        result['curves'][name] = curve(model, valid, dataset, walks, lates)
+        say(name, [round(r['AP'], 4) for r in result['curves'][name]['by_steps'].values()])
+        keep()
+    @torch.no_grad()
+    def measure(name, method):
+        methods[name] = method
+        if isinstance(method, nn.Module): result['parameters'][name] = parameters(method)
+        measured(name, [walk(model, b, method, args.steps) for b in valid])
+
+    methods = {'Picard': Picard()}
+    measured('Picard', walks)
+    keep(evidence=evidence_table(model, train, valid, dataset, paths, valid_paths, length))
+    best,tried = search(model, train[:3])
+    keep(constants=dict(best=best, tried=tried))
+    say('constants', best)
+    fitted = {name: fit_stored(kind(), model, train, paths, epochs=args.epochs) for name,kind in (('mix', Mix), ('jump', Jump))}
+    keep(explained={f'any mix of {m}': explained(valid_paths, read, m) for m in (1, 2)} | {
+        k: foreseen(m, valid_paths, read) for k,m in [('constant', Constant(*best)), *fitted.items()]})
+    say('explained', result['explained'])
+    for name,m in [('Anderson', Anderson()), ('constant', Constant(*best)), *fitted.items()]: measure(name, m)
+    keep(halting=halting(model, valid, dataset, (.4, .2, .1), length))
+    say('halting', result['halting'])
+    for name,m in fitted.items():
+        measure(f'{name}, unrolled', fit_unrolled(copy.deepcopy(m), model, train, args.updates))
     one = copy.copy(valid[0])
-    rows = torch.arange(2)
-    one.z0,one.feats = take((one.z0, one.feats), rows)
+    one.z0,one.feats = take((one.z0, one.feats), torch.arange(2))
     with torch.no_grad():
         ms = alternate({k: lambda m=m: run(model, one, m, (length,)) for k,m in methods.items()}, args.rounds, clock=time.process_time)
-    report(dict(curves=curves, constants=dict(best=best, tried=tried), explained=seen, evidence=found, halting=halted,
-                ms={k: dict(ms=1e3*v['median']/2/length, ratio=v['ratio']) for k,v in ms.items()},
-                parameters={k: parameters(m) for k,m in methods.items() if isinstance(m, nn.Module)} | dict(detector=parameters(model))),
-           args.out, length=length, late=args.late, train=sum(len(b.sizes) for b in train), valid=sum(len(b.sizes) for b in valid),
-           updates=args.updates, epochs=args.epochs, seed=args.seed)
+    result['ms'] = {k: dict(ms=1e3*v['median']/2/length, ratio=v['ratio']) for k,v in ms.items()}
+    report(result, args.out, **about)
 
 
 if __name__=='__main__': main()
