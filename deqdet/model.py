@@ -28,8 +28,7 @@ def to_original(
     scale: Tensor  # (B,2) fed size divided by original size, of x and of y
 ) -> Tensor:       # (B,n,4) corners in pixels of the original images
     "Undo the resizing of images"
-    xyxy = torch.cat([scale, scale], -1)[:, None] # (B,1,4)
-    return boxes/xyxy
+    return boxes/torch.cat([scale, scale], -1)[:, None] # scale as (B,1,4)
 
 # %% ../nbs/10_model.ipynb #2d5044ae
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ class Feed:
             raise ValueError(f'{text}: pixels of the long side were expected, as 640, '
                              'or of both, as 800x1333')
         first,second = found.groups()
-        sides = int(first), int(second or first)
-        return cls(*sorted(sides))
+        return cls(*sorted([int(first), int(second or first)]))
 
 # %% ../nbs/10_model.ipynb #14608d0f
 class Detector(nn.Module):
