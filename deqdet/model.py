@@ -47,7 +47,7 @@ class Feed:
             raise ValueError(f'{text}: pixels of the long side were expected, as 640, '
                              'or of both, as 800x1333')
         first,second = found.groups()
-        return cls(*sorted([int(first), int(second or first)]))
+        return cls(*sorted((int(first), int(second or first))))
 
 # %% ../nbs/10_model.ipynb #14608d0f
 class Detector(nn.Module):
@@ -226,9 +226,8 @@ class Blueprint:
 
     def build(self, pretrained=False, vocab=None):
         "A `Detector`"
-        pyramid = self.pyramid(pretrained)
-        queries = self.queries()
-        return Detector(pyramid, queries, self.decoder(), self, vocab, self.layout)
+        return Detector(self.pyramid(pretrained), self.queries(), self.decoder(), self, vocab,
+                        self.layout)
 
 # %% ../nbs/10_model.ipynb #b50a1a7f
 @dataclass(frozen=True)

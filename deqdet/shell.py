@@ -1,4 +1,4 @@
-"""make a command of a function, with one-line errors
+"""a shell command with options, and one-line errors
 
 Docs: https://deqdet.github.io/deqdet/shell.html.md"""
 
@@ -165,6 +165,7 @@ def _open_exported(file, size, device):
     if device not in (None, 'cpu'): providers = [f'{device.upper()}ExecutionProvider']
     with blame(file, ImportError): return load_exported(file, size, providers)
 
+# %% ../nbs/20_shell.ipynb #ffcec078
 def solver_options(
     model,      # `Detector`, or `Exported`
     steps=None, # refinement steps
