@@ -1,7 +1,8 @@
 """The files of the page "Playground": a detector in three parts, generated scenes, and the runtime of the browser.
 
 `python benchmarks/playground.py nbs/playground` (`make playground`) writes them; git ignores them. The detector and the scenes come
-from the package, in minutes; the runtime is fetched with npm. `--ap` measures what rounding the weights costs."""
+from the package, in minutes; the runtime is fetched with npm. `python benchmarks/playground.py --ap` measures what rounding the weights
+costs, and writes nothing."""
 import argparse, base64, hashlib, json, shutil, subprocess, sys, tarfile, tempfile
 from pathlib import Path
 import numpy as np
@@ -86,15 +87,21 @@ def ap(model, n=100, side=256):
     truth = dict(images=images, annotations=objects, categories=names)
     return coco_ap(found, truth, list(range(len(names))))['AP']
 
+def cost_of_rounding(n=100):
+    "AP with the weights as floats, and as the files have them"
+    from deqdet.parts import round_weights
+    model = detector()
+    floats = ap(model, n)
+    return dict(floats=floats, rounded=ap(round_weights(model), n))
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', type=Path, help='where to write, such as nbs/playground')
+    parser.add_argument('folder', type=Path, nargs='?', help='where to write, such as nbs/playground')
     parser.add_argument('--ap', action='store_true', help='measure AP with and without rounded weights instead')
     args = parser.parse_args()
+    if bool(args.folder)==args.ap: parser.error('a folder, or --ap')
     if args.ap:
-        from deqdet.parts import round_weights
-        model = detector()
-        print(json.dumps(dict(floats=ap(model), rounded=ap(round_weights(model)))))
+        print(json.dumps(cost_of_rounding()))
         return
     try: size = write_all(args.folder)
     except Missing as e:

@@ -52,7 +52,9 @@ def _source_cell(cell):
     res.directives_ = {}
     return res
 
-def _is_entry(cell): return cell.cell_type=='code' and cell.source.startswith('show_doc(')
+_re_entry = re.compile(r'^(#\|.*\n)*show_doc\(')
+
+def _is_entry(cell): return cell.cell_type=='code' and _re_entry.match(cell.source) is not None
 
 def _in_order(cells):
     "Cells with the entries of each exported cell as it defines them: nbdev puts the last one first"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 import docs_check, render
-from deqdet.pages import public_names
+from deqdet.pages import _defined, public_names
 from docs_check import KINDS, Site, Text, faults, slug
 from readme import as_md, readme
 from run import copy_tree
@@ -85,6 +85,16 @@ def test_source_is_on_the_page(site, processed):
             if not c.directives_.keys() & {'export','exporti'} or 'hide' in c.directives_: continue
             source = f'```python\n{c.source.strip()}\n```'
             assert any('<details' in t and source in t for t in texts), f'{p.path} lacks the source {c.source[:80]!r}'
+
+def test_entries_stand_in_the_order_of_the_source(site, processed):
+    "What one cell exports is shown in its order"
+    for p in site.pages.values():
+        if p.path.endswith('.qmd'): continue
+        cells = read_nb(processed/p.path).cells
+        names = [re.match(r'(?:#\|.*\n)*show_doc\(\s*([\w.]+)', c.source) if c.cell_type=='code' else None for c in cells]
+        entries = [m[1] for m in names if m]
+        exported = [n for c in p.raw.cells if c.directives_.keys() & {'export','exports'} for tree in c.parsed_() or [] for n in _defined(tree)]
+        assert entries==[n for n in exported if n in entries], f'{p.path}: {entries}'
 
 def test_api_index_leads_to_entries(site):
     scope = {}

@@ -96,6 +96,17 @@ def in_pytorch(model, square, size, most):
 def test_weights_are_small(files):
     assert sum((files/o).stat().st_size for o in playground.PARTS) < 12e6
 
+def test_rounding_costs_little():
+    "On a few scenes; `--ap` measures a hundred"
+    said = playground.cost_of_rounding(4)
+    assert said['floats'] > .2 and abs(said['floats'] - said['rounded']) < .05, said
+
+@pytest.mark.parametrize('args', ([], ['--ap', 'folder']))
+def test_a_folder_or_ap(args, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['playground.py', *args])
+    with pytest.raises(SystemExit) as stop: playground.main()
+    assert stop.value.code==2 and 'a folder, or --ap' in capsys.readouterr().err
+
 @pytest.mark.parametrize('name', playground.SCENES)
 def test_boxes_are_those_of_pytorch(window, address, site, model, name):
     "To a pixel, after each of the first ten steps, on images that are fed as they are, padded, and made smaller"
