@@ -5,11 +5,11 @@ Both are trained by `own_data.py`'s loop for the same minutes of one core, and k
     export DEQDET_DATA=...   # holds cards
     python benchmarks/peers.py --train deqdet_lite --minutes 10 --save runs/cards_lite
     python benchmarks/peers.py --train fcos --minutes 10 --save runs/cards_fcos.pt
-    python benchmarks/peers.py --ours runs/cards_lite --fcos runs/cards_fcos.pt --out nbs/results/peers.json
+    python benchmarks/peers.py --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/cards.onnx --out nbs/results/peers.json
 
 AP is that of the whole validation set. Times are of the processor, one image at a time from the fed image to boxes (decoding of the file is left out),
 in turns in one run: every round measures each way on the same images."""
-import argparse, os, tempfile, time, warnings
+import argparse, os, time, warnings
 from pathlib import Path
 import torch
 from deqdet.data import det_dls
@@ -21,6 +21,7 @@ from common import alternate, parser, report
 from own_data import KINDS, Peer, ap, train
 
 STEPS = 1, 2, 3, 5, 10
+TOLS = (.2,)
 TRAINING = dict(seed=0, opt='muon', lr=2.5e-3, body_lr=.1, updates=0, frozen=3, wd=.1, ema=.99) # as `own_data.py` has them
 
 
@@ -70,18 +71,22 @@ def fcos(file, args):
     return peer
 
 
-def ways(args, folder):
+def exported(model, file, steps):
+    "The exported detector; converting takes a minute, so a file that is there is taken"
+    if not Path(file).exists(): model.export(file, steps=steps)
+    return load_exported(file)
+
+
+def ways(args):
     "Each way by name; the first one is the peer"
-    model = load_detector(args.ours, device='cpu')
-    fast = load_detector(args.ours, device='cpu').compile()
+    model, fast = (load_detector(args.ours, device='cpu') for _ in range(2))
+    fast.compile()
     found = {'FCOS': fcos(args.fcos, args)}
     found |= {f'lite, T={t}': Kept(model, steps=t) for t in STEPS}
-    found |= {f'lite, tol={t}': Kept(model, tol=t) for t in (.2, .1)}
-    found |= {'lite, T=3, compiled': Kept(fast, steps=3), 'lite, T=3, bf16': Half(model, steps=3)}
-    for t in (1, 3):
-        file = model.export(Path(folder)/f'{t}.onnx', steps=t)
-        found[f'lite, T={t}, onnxruntime'] = Kept(load_exported(file))
-    return found
+    found |= {f'lite, tol={t}': Kept(model, tol=t) for t in TOLS}
+    t = args.form_steps
+    found |= {f'lite, T={t}, compiled': Kept(fast, steps=t), f'lite, T={t}, bf16': Half(model, steps=t)}
+    return found | {f'lite, T={t}, onnxruntime': Kept(exported(model, args.onnx, t))}
 
 
 def ms(found, batches, rounds):
@@ -96,14 +101,13 @@ def measured(args):
     "AP and milliseconds of each way"
     dls = loaders(args, 1)
     batches = [b for b, _ in zip(dls.valid, range(args.images))]
-    with tempfile.TemporaryDirectory() as d:
-        found = ways(args, d)
-        times = ms(found, batches, args.rounds)
-        return {k: ap(m, dls) | times[k] for k, m in found.items()}
+    found = ways(args)
+    times = ms(found, batches, args.rounds)
+    return {k: ap(m, dls) | times[k] for k, m in found.items()}
 
 
 def main():
-    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., train='', save='', ours='', fcos='', images=16).parse_args()
+    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., train='', save='', ours='', fcos='', images=16, form_steps=2, onnx='lite.onnx').parse_args()
     torch.set_num_threads(args.threads)
     if args.train: print(f'{args.save}: {trained(args)[0]} updates')
     else: report(measured(args), args.out, set=args.set, size=args.size, images=args.images)
