@@ -134,8 +134,8 @@ def remaining(z, late):
 # ---- fitting
 
 def weights(read, late):
-    "(B,N) how much a query counts: its best score at the late state, and a little"
-    return read(late).logits.sigmoid().amax(-1) + .02
+    "(B,N) how much a query counts: the square of its best score at the late state, so that objects count most"
+    return read(late).logits.sigmoid().amax(-1).square() + .001
 
 
 def fit_stored(method, model, data, paths, first=4, epochs=60, lr=3e-3):
