@@ -2,14 +2,14 @@
 
 `python benchmarks/int8.py DETECTOR DATA` takes a folder of a training and a detection set. int8 is made by onnxruntime's quantiser: `dynamic` keeps
 weights of products in 8 bits and measures activations as they come; `static` also does convolutions, with ranges from some images to train on.
-Times are of the processor, for one image at a time, with what happens before and after the network."""
+Times are of the processor, for one image at a time from the fed image to boxes, in turns in one run."""
 import argparse, logging, shutil, tempfile, time
 from pathlib import Path
 import torch
 from deqdet.evaluate import coco_ap, predict_dl
 from deqdet.export import load_exported
 from deqdet.predict import eval_loader, load_detector
-from common import report
+from common import alternate, report
 
 
 class Fed:
@@ -32,13 +32,19 @@ def quantised(file, dl, n, kinds):
     return out
 
 
-def measured(model, dl, **kwargs):
-    "AP, and processor milliseconds for an image"
-    t = time.process_time()
-    with torch.no_grad(): preds = predict_dl(model, dl, **kwargs)
-    t = time.process_time() - t
-    r = coco_ap(preds, dl.dataset)
-    return dict(AP=r.AP, AP50=r.AP50, ms=1000*t/len(preds))
+def ap(model, dl, **kwargs):
+    "AP on the whole set"
+    with torch.no_grad(): r = coco_ap(predict_dl(model, dl, **kwargs), dl.dataset)
+    return dict(AP=r.AP, AP50=r.AP50)
+
+
+def ms(ways, dl, n, rounds, steps):
+    "Processor milliseconds for an image, and over those of PyTorch, measured in turns on `n` images"
+    batches = [b for b, _ in zip(dl, range(n))]
+    def look(m, **kwargs): return lambda: [m.predict(x, s, orig=t.orig, **kwargs) for x, s, t in batches]
+    fns = {k: look(m, **(dict(steps=steps) if k == 'PyTorch' else {})) for k, m in ways.items()}
+    with torch.no_grad(): times = alternate(fns, rounds, clock=time.process_time)
+    return {k: dict(ms=1000*v['median']/n, over_pytorch=v['ratio']) for k, v in times.items()}
 
 
 def main():
@@ -46,6 +52,7 @@ def main():
     p.add_argument('model'); p.add_argument('data')
     p.add_argument('--size'); p.add_argument('--steps', type=int); p.add_argument('--calibrate', type=int, default=32)
     p.add_argument('--onnx', help='a file that was exported before; exporting many steps takes minutes')
+    p.add_argument('--images', type=int, default=16); p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--threads', type=int, default=1); p.add_argument('--out')
     args = p.parse_args()
     torch.set_num_threads(args.threads)
@@ -57,12 +64,12 @@ def main():
         if args.onnx: shutil.copyfile(args.onnx, file)
         else: model.export(file, steps=args.steps)
         files = {'onnxruntime': file} | quantised(file, train, args.calibrate, dict(dynamic=['MatMul', 'Gemm'], convolutions=['Conv'], static=['Conv', 'MatMul', 'Gemm']))
-        ways = {k: load_exported(f) for k, f in files.items()}
+        ways = {'PyTorch': model} | {k: load_exported(f) for k, f in files.items()}
         size = {k: round(f.stat().st_size/1e6, 1) for k, f in files.items()}
-        rows = {'PyTorch': measured(model, valid, steps=args.steps)}
+        rows = ms(ways, valid, args.images, args.rounds, args.steps)
         for k, m in ways.items():
             m.feed = model.feed
-            rows[k] = measured(m, valid) | dict(MB=size.get(k))
+            rows[k] |= ap(m, valid, **(dict(steps=args.steps) if k == 'PyTorch' else {})) | dict(MB=size.get(k))
             print(k, rows[k], flush=True)
     report(rows, args.out, images=len(valid.dataset), size=str(model.feed), steps=args.steps, threads=args.threads)
 

@@ -176,40 +176,40 @@ def _when(learn, keep):
 @command
 def deqdet_train(
     data:str,          # folder of a detection set in COCO, VOC, YOLO or HF layout
-    model:str=None,    # a name that deqdet_models lists, or a folder; by default deqdet_lite
+    model:str=None,    # a name of deqdet_models, or a folder; or deqdet_lite
     out:str=None,      # folder to write; by default runs/ and the name of the set
     minutes:float=None, # of the whole command, instead of epochs
     epochs:int=None,   # passes over the set; by default the recipe's
     queries:int=None,  # boxes to start from; by default the detector's
-    size:str=None,     # pixels of the long side, or 800x1333 for both; by default the detector's
-    bs:int=None,       # images in a batch of each process; by default a share of the recipe's
+    size:str=None,     # pixels of the long side, or 800x1333 for both
+    bs:int=None,       # images in a batch of each process; or the recipe's
     accumulate:int=None, # batches in an update
-    lr:float=None,     # learning rate for as many images in an update as the recipe has
+    lr:float=None,     # learning rate, for the recipe's size of a batch
     wd:float=None,     # weight decay; by default the recipe's
-    recipe:str=None,   # rates and schedule: 1x, 2x, 3x, adamixer_1x, tiny, …; or the detector's
-    augment:Annotated[
-        str, "flip, crop (flip, scale, crop), small (flip, scale, colour); by default the recipe's",
-        dict(choices=('none','flip','crop','small'))]=None,
-    pretrained:str=None, # yes: ImageNet's body and a trained start; no: random; or file of a body
-    amp:Annotated[str, 'products in half precision', dict(choices=('bf16','fp16'))]=None,
-    ema:float=None,    # of an average of weights this part stays at an update; or the recipe's
+    recipe:str=None,   # rates and schedule: 1x, 2x, 3x, adamixer_1x, tiny, …
+    augment:Annotated[str, "none, flip, crop (and scale), small (and colour)",
+                      dict(choices=('none','flip','crop','small'), metavar='(str)')]=None,
+    pretrained:str=None, # yes: ImageNet's body, trained start; no; or a file
+    amp:Annotated[str, 'half precision: bf16 or fp16',
+                  dict(choices=('bf16','fp16'), metavar='(str)')]=None,
+    ema:float=None,    # of an average of weights this part stays each time
     patience:int=None, # end after so many evaluations without a better AP
-    mosaic:float=None, # of the batches, 0..1, are mosaics of four images; not near the end
-    rare:float=None,   # classes in a smaller part of the images, 0..1, come more often
+    mosaic:float=None, # share of batches 0..1 that are mosaics of four images
+    rare:float=None,   # classes in a smaller part of the images come more often
     seed:int=None,     # of weights, order and augmentation; by default 0
     layout:str=None,   # coco, voc, yolo or hf; by default it is recognised
     train:str=None,    # name of the split to train on; by default train
-    valid:str=None,    # name of the split to validate on; by default valid, or val
-    valid_pct:float=None, # share 0..1 to validate on, for a set that is not divided
-    skip_bad:bool=False, # replace an unreadable image by the next, with a warning
-    workers:int=None,  # processes that load images; by default 4, for small images 0
-    device:str=None,   # cpu, cuda, mps, …; by default the accelerator if there is one
-    track:str=None,    # log for another program too: tensorboard, wandb (offline) or mlflow
-    push:str=None,     # user/name: share the best detector on the Hugging Face hub
-    every:int=None,    # iterations between saves of what is needed to go on; by default 500
-    resume:bool=False  # go on with the training in --out, with its options
+    valid:str=None,    # name of the split to validate on; or valid, or val
+    valid_pct:float=None, # share 0..1 to validate on, of an undivided set
+    skip_bad:bool=False, # replace an unreadable image by the next
+    workers:int=None,  # processes that load; by default 4, small images 0
+    device:str=None,   # cpu, cuda, mps, …; by default the accelerator
+    track:str=None,    # log for tensorboard, wandb (offline) or mlflow too
+    push:str=None,     # user/name: share the best on the Hugging Face hub
+    every:int=None,    # iterations between saves; by default 500
+    resume:bool=False  # go on in --out, with its options
 ):
-    "Train; --resume goes on; for several GPUs: accelerate launch --no_python deqdet_train shapes"
+    "Train; on several GPUs: accelerate launch --no_python deqdet_train DATA"
     begun = time.monotonic()
     options = dict(
         data=data, model=model, minutes=minutes, epochs=epochs, queries=queries,

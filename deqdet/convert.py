@@ -1,4 +1,4 @@
-"""published checkpoints, key by key
+"""load and write the published weights of each family, key by key
 
 Docs: https://deqdet.github.io/deqdet/convert.html.md"""
 
@@ -101,7 +101,7 @@ def infer_body(
 # %% ../nbs/17_convert.ipynb #5aeb4db3
 def infer(
     sd # a published state dict
-) -> AdaMixer: # the record that it fits
+) -> AdaMixer: # the record whose detector has these shapes
     "Hyper-parameters of a DEQDet or AdaMixer checkpoint"
     deq = 'neck.convs.0.conv.weight' in sd
     neck = 'neck.convs' if deq else 'neck.lateral_convs'

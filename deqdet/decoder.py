@@ -161,7 +161,7 @@ class Pred(Record):
 def prepared(
     step, # may define `prepare(feats)`
     feats # features of the images
-):        # what `step` takes
+):        # features in the form that `step` takes
     "Features in the form that `step` reads"
     return step.prepare(feats) if hasattr(step, 'prepare') else tuple(feats)
 

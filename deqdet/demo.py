@@ -133,8 +133,8 @@ def demo_pictures(
     ds,     # validation set
     folder, # to write to
     films=3 # how many images to film
-) -> int:   # how many were filmed
-    "Detections, films of their refinement, residuals"
+) -> int:   # number of films
+    "Draw detections, films of their refinement, and residuals"
     from deqdet.data import DetDL
     many = crowded(ds)[:8]
     batch = DetDL(ds, len(many), device='cpu', get_idxs=lambda: many).one_batch()
@@ -232,7 +232,7 @@ def demo_metrics(
     folder, # of the demo
     steps   # numbers of steps to measure
 ) -> dict:  # what `metrics.json` holds
-    "Measure and draw"
+    "AP of the trained detector for several numbers of steps; draws the figures of the page"
     from deqdet.evaluate import evaluate, plot_ap_vs_steps
     from deqdet.ops.files import finite
     from deqdet.predict import load_detector, save_figure
@@ -268,7 +268,7 @@ def demo_options(
 
 # %% ../nbs/22_demo.ipynb #d76c235d
 def demo_training(o, folder, minutes):
-    "Train; an earlier demo's training is replaced"
+    "A learner after a training, which replaces that of an earlier demo"
     from deqdet.runs import train
     if (folder/'run/config.json').exists(): shutil.rmtree(folder/'run')
     print(f"{minutes:g} minutes of learning on {o['data']}", flush=True)

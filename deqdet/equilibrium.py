@@ -12,6 +12,7 @@ __all__ = ['rag', 'phantom', 'implicit', 'RAG', 'Phantom', 'Implicit', 'Perturb'
 import torch
 from dataclasses import dataclass, field, replace
 from functools import partial
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -98,8 +99,8 @@ class Perturb:
     "Refinement-aware perturbation: returns a state with noise on its content and boxes"
     content: float=.1      # alpha: part of the content replaced by noise of its norm
     position: float=25.    # beta: noise on each corner's coordinates, in pixels
-    p_content: float=.2    # chance that a step meets a noisy content
-    p_position: float=.2   # chance that a step meets a noisy box
+    p_content: float=.2    # probability of noise on the content before a step
+    p_position: float=.2   # probability of noise on the boxes before a step
 
     def __call__(self, state):
         if _coin(self.p_content):
@@ -206,40 +207,46 @@ class Equilibrium(nn.Module):
         for z in self.path(guess, feats): preds.append(self.step.read(self.plan.grad(f, z)))
         return preds
 
-    @torch.no_grad()
-    def path(self, z, feats):
-        "The states to supervise, computed without gradient from the first guess"
-        noise = self.plan.perturb
-        device = z[0].device.type
-        f = cast_once(self.step, device)
-        walk = f if noise is None else lambda z, feats: f(noise(z), feats)
-        with _no_cast_cache(device):
-            sol = solve(walk, z, (feats,), max_iter=self.plan.steps, keep=self.plan.supervise)
-        return [sol.kept[i] for i in self.plan.supervise]
-
     def apply_step(self, step, z, feats):
         "The step's next state, with gradient; the backward pass recomputes its activations"
         if not (self.plan.recompute and torch.is_grad_enabled()): return step(z, feats)
         return checkpoint(step, z, feats, use_reentrant=False)
 
-    def length(self, steps=None):
-        "Applications of f at inference"
-        return self.plan.extra + (self.plan.steps if steps is None else steps)
+# %% ../nbs/08_equilibrium.ipynb #2b515d38
+@patch
+def length(self:Equilibrium, steps=None):
+    "Applications of f at inference"
+    return self.plan.extra + (self.plan.steps if steps is None else steps)
 
-    def solve(self, state, feats, steps=None, warm_start=None, **kwargs):
-        "`Solution` of T + `extra` applications at most, from g's guess or a known state"
-        feats = prepared(self.step, feats)
-        z0 = self.init(state, feats) if warm_start is None else warm_start
-        options = dict(max_iter=self.length(steps), measure=self.measure) | kwargs
-        return solve(self.step, z0, (feats,), **options)
+@patch
+def solve(self:Equilibrium, state, feats, steps=None, warm_start=None, **kwargs):
+    "`Solution` of T + `extra` applications at most, from g's guess or a known state"
+    feats = prepared(self.step, feats)
+    z0 = self.init(state, feats) if warm_start is None else warm_start
+    options = dict(max_iter=self.length(steps), measure=self.measure) | kwargs
+    return solve(self.step, z0, (feats,), **options)
 
-    def trajectory(self, state, feats, steps=None, **kwargs):
-        "[(State, Pred)]: g's guess, then the state after every application of f"
-        keep = range(self.length(steps) + 1)
-        kept = self.solve(state, feats, steps, keep=keep, **kwargs).kept
-        makers = [self.init] + [self.step]*(len(kept)-1)
-        return [(z, maker.read(z)) for maker,z in zip(makers, kept.values())]
+@patch
+def trajectory(self:Equilibrium, state, feats, steps=None, **kwargs):
+    "[(State, Pred)]: g's guess, then the state after every application of f"
+    keep = range(self.length(steps) + 1)
+    kept = self.solve(state, feats, steps, keep=keep, **kwargs).kept
+    makers = [self.init] + [self.step]*(len(kept)-1)
+    return [(z, maker.read(z)) for maker,z in zip(makers, kept.values())]
 
-    def compile(self, **kwargs):
-        "`torch.compile` for both steps and for the measure; keywords are its own"
-        for m in (self.init, self.step, self.measure): m.compile(**kwargs)
+@patch
+def compile(self:Equilibrium, **kwargs):
+    "`torch.compile` for both steps and for the measure; keywords are its own"
+    for m in (self.init, self.step, self.measure): m.compile(**kwargs)
+
+@patch
+@torch.no_grad()
+def path(self:Equilibrium, z, feats):
+    "The states to supervise, computed without gradient from the first guess"
+    noise = self.plan.perturb
+    device = z[0].device.type
+    f = cast_once(self.step, device)
+    walk = f if noise is None else lambda z, feats: f(noise(z), feats)
+    with _no_cast_cache(device):
+        sol = solve(walk, z, (feats,), max_iter=self.plan.steps, keep=self.plan.supervise)
+    return [sol.kept[i] for i in self.plan.supervise]

@@ -68,7 +68,7 @@ class DetLearner(MaySkip, FitLoop):
                          wd_bn_bias=True, train_bn=False, **kwargs)
 
     def as_recipe(self, r):
-        "A recipe by name, with what was given instead"
+        "A recipe by name, with the given fields changed"
         known = isinstance(r, Recipe) or r in recipes
         if not known: raise KeyError(f'no recipe {r!r}; there are {list(recipes)}')
         return replace(r if isinstance(r, Recipe) else recipes[r], **self.given)
@@ -79,13 +79,13 @@ class DetLearner(MaySkip, FitLoop):
         self.opt = DetOpt(groups, opt, lr=self.lr)
 
     def freeze(self):
-        "Stop the body"
+        "Freeze the backbone"
         if self.opt is None: self.create_opt()
         self.freeze_to(self.opt.sections.count('body'))
 
 # %% ../nbs/14_learner.ipynb #6cf9d50e
 class ClassThresholds(Callback):
-    "Give the detector the score of each class from which on its detections have the best F1"
+    "Give the detector a score threshold for each class: the one with the best F1"
     order = APCallback.order+1
     def fits(self): return self.learn.fitting and 'ap' in vars(self.learn) # not in `get_preds`
     def after_pred(self):
@@ -130,16 +130,17 @@ def det_learner(
     set_scoring(learn)
     return learn
 
+# %% ../nbs/14_learner.ipynb #cc1e3297
 def _add_average(learn, cbs=None):
     "The average of weights that the recipe asks for, unless there is one"
     averaged = any(isinstance(o, EMA) for o in [*learn.cbs, *L(cbs)])
     if learn.recipe.ema and not averaged: learn.add_cb(EMA(learn.recipe.ema))
 
 def _check_classes(model, dls):
-    "As many classes in the model as in the data; a model without names takes those of the data"
+    "Raise an error if model and data have other numbers of classes; name the model's classes"
     n = getattr(getattr(model, 'hyper', None), 'n_classes', None)
     if n not in (None, len(dls.vocab)): raise ValueError(
-        f'the model tells {n} classes apart, the data has {len(dls.vocab)}: {list(dls.vocab)[:5]}')
+        f'the model has {n} classes, the data has {len(dls.vocab)}: {list(dls.vocab)[:5]}')
     if getattr(model, 'vocab', None) is None: model.vocab = list(dls.vocab)
 
 # %% ../nbs/14_learner.ipynb #2536e00a
@@ -164,7 +165,7 @@ def describe_update(self:DetLearner,
     lr=None, # learning rate, instead of the learner's own
     cbs=None # callbacks of a fit
 ) -> str:
-    "What an update will be made of"
+    "Lines of text: images per update, and size, rate and decay of each group"
     rates = self.peak_rates(lr, cbs)
     bs = self.dls.train.bs
     world = max(num_distrib(), 1)
@@ -182,7 +183,7 @@ def describe_update(self:DetLearner,
 
 @patch
 def _published_rates(self:DetLearner, rates):
-    "Has nobody chosen a learning rate?"
+    "True if the learning rates are the recipe's own"
     published = [self.recipe.lr*m for m in self.opt.mults['lr']]
     return 'lr' not in self.given and np.allclose(rates, published)
 
@@ -195,7 +196,7 @@ def fit(self:DetLearner,
     cbs=None, # callbacks for this fit
     **kwargs  # for fastai's `fit`
 ):
-    "fastai's `fit`, after saying once what an update is made of"
+    "fastai's `fit`; first it prints the description of an update"
     n = len(self.dls.train)*n_epoch
     if 0 < n < self.accumulate: raise ValueError(
         f'an update takes {self.accumulate} batches, and there are {n} in all: '
@@ -205,7 +206,7 @@ def fit(self:DetLearner,
 
 @patch
 def _announce(self:DetLearner, lr, cbs):
-    "Say what an update is made of, if it was not said before"
+    "Print the description of an update, unless it was the last one printed"
     text = self.describe_update(lr, cbs)
     if text==self.described: return
     self.described = text
@@ -218,9 +219,9 @@ def fit_published(self:DetLearner,
     recipe=None, # a `Recipe`, or the name of one; None: the learner's own
     epochs=None, # instead of the recipe's
     cbs=None,    # callbacks for this fit
-    minutes=None # instead of epochs: end, evaluated, when so many minutes are up
+    minutes=None # instead of epochs: train and evaluate within so many minutes
 ):
-    "Train by a recipe; what `det_learner` was given instead of its numbers still counts"
+    "Train by a recipe; numbers that `det_learner` was given replace the recipe's"
     if recipe is not None:
         self.recipe = self.as_recipe(recipe)
         self.lr = self.recipe.lr
@@ -256,7 +257,7 @@ def lr_find(self:DetLearner,
 
 # %% ../nbs/14_learner.ipynb #09847aee
 class _Answer(Callback):
-    "Keep the last prediction of a list, once the loss has seen all"
+    "Keep the last prediction of a list, after the loss has used all of them"
     order = GradientClip.order
     def after_loss(self): self.learn.pred = self.pred[-1]
 
@@ -279,7 +280,7 @@ def predict(self:DetLearner,
     max_dets=100, # detections in an image, at most
     **kwargs      # for the decoder, such as `steps`
 ): # dict(boxes (n,4) xyxy in the image's own pixels, scores (n,), labels (n,), names), or a list
-    "What is in an image"
+    "Detections of an image, or of each image of a list"
     many = isinstance(items, (list,tuple,L))
     model = get_model(self.model)
     device = next(model.parameters()).device

@@ -23,7 +23,7 @@ def focal_cost(
     logits: Tensor,    # (...,N,K) class logits of the queries
     labels: Tensor,    # (...,M) class of every object, -1 where padded
     alpha: float=.25,  # weight of positives; negatives weigh 1-alpha
-    gamma: float=2.,   # how strongly easy cases are faded out
+    gamma: float=2.,   # how much easy cases are down-weighted
     eps: float=1e-12   # keeps the logarithms finite
 ) -> Tensor:           # (...,N,M) change of the focal loss if query n is matched with object m
     "Positive minus negative focal term, at each object's class"
@@ -44,6 +44,14 @@ def upright(
     return torch.cat([torch.min(a, b), torch.max(a, b)], -1)
 
 # %% ../nbs/09_loss.ipynb #9f5da5e1
+def _full(x):
+    "`x` in float32 at least"
+    return x if x.dtype==torch.float64 else x.float()
+
+def _stack(preds, field):
+    "(S,B,...) one field of all supervised states"
+    return torch.stack([_full(getattr(p, field)) for p in preds])
+
 def _relative(boxes, size, form):
     "Boxes as fractions of each image, written in `form`"
     whwh = size.flip(-1).repeat(1, 2)[:, None].to(boxes) # (B,1,4)
@@ -70,7 +78,7 @@ def assign(
     labels: Tensor  # (B,M) class of every object, -1 where padded
 ) -> Tensor:        # (4,n) rows of indices: state, image, query, object
     "Indices of the cheapest one-to-one matching of every state and image"
-    from scipy.optimize import linear_sum_assignment # a sixth of a second that only training needs
+    from scipy.optimize import linear_sum_assignment # slow to import; only training needs it
     cost = cost.detach().cpu().numpy()
     real = (labels >= 0).cpu().numpy()
     found = [np.zeros((4,0), dtype=np.int64)]
@@ -86,7 +94,7 @@ def focal_loss(
     logits: Tensor, # (S,B,N,K) class logits
     at: Tensor,     # (4,n) indices of the scores that should be 1: state, image, query, class
     alpha: float=.25, # weight of positives; negatives weigh 1-alpha
-    gamma: float=2. # how strongly easy cases are faded out
+    gamma: float=2. # how much easy cases are down-weighted
 ) -> Tensor:        # (S,B,N,K)
     "Focal loss of all scores"
     hot = torch.zeros_like(logits)
@@ -132,14 +140,6 @@ def check_finite(
             f"{what} '{name}' is not finite: supervised states {states}, image ids {ids}")
 
 # %% ../nbs/09_loss.ipynb #700a5ec7
-def _full(x):
-    "`x` in float32 at least"
-    return x if x.dtype==torch.float64 else x.float()
-
-def _stack(preds, field):
-    "(S,B,...) one field of all supervised states"
-    return torch.stack([_full(getattr(p, field)) for p in preds])
-
 @dataclass(eq=False)
 class SetLoss:
     "Match queries to objects at least cost, then compare: focal, L1 and GIoU, in all states"
@@ -176,44 +176,46 @@ class SetLoss:
         share = sum(weighted.values()).sum(0)         # (B,)
         return share if self.reduction=='none' else share.sum()
 
-    def compare(self,
-        logits: Tensor, # (S,B,N,K)
-        boxes: Tensor,  # (S,B,N,4) xyxy in pixels
-        target,         # as for `__call__`
-        where: Tensor   # (4,n) matched pairs
-    ) -> dict[str, Tensor]: # cls, l1, giou: (S,B) each, without weights
-        "The terms of matched pairs, as this loss computes them"
-        options = self.alpha, self.gamma, self.form, self.scoring
-        return set_terms(logits, boxes, target, where, *options)
+# %% ../nbs/09_loss.ipynb #e07ab26d
+@patch
+def compare(self:SetLoss,
+    logits: Tensor, # (S,B,N,K)
+    boxes: Tensor,  # (S,B,N,4) xyxy in pixels
+    target,         # as for `__call__`
+    where: Tensor   # (4,n) matched pairs
+) -> dict[str, Tensor]: # cls, l1, giou: (S,B) each, without weights
+    "The terms of matched pairs, as this loss computes them"
+    options = self.alpha, self.gamma, self.form, self.scoring
+    return set_terms(logits, boxes, target, where, *options)
 
-    @torch.no_grad()
-    def match(self,
-        logits: Tensor, # (S,B,N,K)
-        boxes: Tensor,  # (S,B,N,4) xyxy in pixels
-        target          # as for `__call__`
-    ) -> Tensor:        # (4,n) rows of indices: state, image, query, object
-        "The query of each object, in every state and image"
-        costs = match_costs(logits, boxes, target, self.alpha, self.gamma, self.form)
-        total = sum(getattr(self, f'cost_{k}')*v for k,v in costs.items()) # (S,B,N,M)
-        host = total.cpu()
-        labels = target.labels.cpu()
-        if not host.isfinite().all():
-            check_finite('matching cost', dict(costs, total=total), target.image_id)
-        n_classes = logits.shape[-1]
-        if labels.numel() and labels.max() >= n_classes:
-            ids = target.image_id.tolist()
-            raise ValueError(
-                f"label {labels.max()} in images {ids}, but the logits have {n_classes} classes")
-        return self.matcher(host, labels).to(boxes.device)
+@patch
+@torch.no_grad()
+def match(self:SetLoss,
+    logits: Tensor, # (S,B,N,K)
+    boxes: Tensor,  # (S,B,N,4) xyxy in pixels
+    target          # as for `__call__`
+) -> Tensor:        # (4,n) rows of indices: state, image, query, object
+    "The query of each object, in every state and image"
+    costs = match_costs(logits, boxes, target, self.alpha, self.gamma, self.form)
+    total = sum(getattr(self, f'cost_{k}')*v for k,v in costs.items()).cpu() # (S,B,N,M)
+    labels = target.labels.cpu()
+    if not total.isfinite().all():
+        check_finite('matching cost', dict(costs, total=total), target.image_id)
+    n_classes = logits.shape[-1]
+    if labels.numel() and labels.max() >= n_classes:
+        raise ValueError(f'label {labels.max()} in images {target.image_id.tolist()}, '
+                         f'but the logits have {n_classes} classes')
+    return self.matcher(total, labels).to(boxes.device)
 
-    def _remember(self, terms, image_id):
-        "Bring the terms to the host in one copy, check them, and keep them by kind and by state"
-        values = torch.stack(list(terms.values())).detach().cpu() # (3,S,B)
-        host = dict(zip(terms, values))
-        check_finite('loss', host, image_id)
-        self.terms = {k: v.sum() for k,v in host.items()}
-        for s in range(values.shape[1]):
-            for k,v in host.items(): self.terms[f'{s}/{k}'] = v[s].sum()
+@patch
+def _remember(self:SetLoss, terms, image_id):
+    "Bring the terms to the host in one copy, check them, and keep them by kind and by state"
+    values = torch.stack(list(terms.values())).detach().cpu() # (3,S,B)
+    host = dict(zip(terms, values))
+    check_finite('loss', host, image_id)
+    self.terms = {k: v.sum() for k,v in host.items()}
+    for s in range(values.shape[1]):
+        for k,v in host.items(): self.terms[f'{s}/{k}'] = v[s].sum()
 
 # %% ../nbs/09_loss.ipynb #54b79665
 class Detections(Record):
@@ -247,7 +249,7 @@ def decode(
 def activation(self:SetLoss,
     preds # list of predictions with `logits` and `boxes`, or one of them
 ) -> Scored: # scores (B,N,K), boxes (B,N,4) of the last one
-    "The answer of a list of predictions, as scores"
+    "Scores and boxes of the last prediction"
     last = preds if hasattr(preds, 'logits') else preds[-1]
     return Scored(_full(last.logits).sigmoid(), last.boxes)
 

@@ -1,4 +1,4 @@
-"""AdaMixer's refinement step, which DEQDet iterates
+"""the refinement step of AdaMixer, which DEQDet iterates
 
 Docs: https://deqdet.github.io/deqdet/mixer.html.md"""
 
@@ -9,6 +9,7 @@ __all__ = ['MixerStep']
 
 # %% ../nbs/06_mixer.ipynb #7ced6a5d
 import torch
+from fastcore.basics import patch
 from torch import nn
 from .boxes import move, iof, pairs
 from .decoder import (Pred, SelfAttention, State, box_tower, class_tower, linear,
@@ -43,13 +44,6 @@ class MixerStep(nn.Module):
         self.cls = class_tower(width, n_classes)
         self.reg = box_tower(width)
 
-    def talk(self, q, xyzr, boxes):
-        "Contents after attention among queries"
-        x = q + position_embedding(xyzr, q.shape[-1])
-        overlap = (iof(*pairs(boxes, boxes)) + 1e-7).log()          # (B,N,N)
-        bias = self.tau[:, None, None]*overlap[:, None]             # (B,H,N,N)
-        return self.attn_norm(x + self.attn(x, bias))
-
     def forward(self, state, feats):
         xyzr = state.xyzr.detach()                                  # (B,N,4)
         boxes = state.boxes.detach()                                # (B,N,4)
@@ -59,3 +53,12 @@ class MixerStep(nn.Module):
         return State(q, move(xyzr, self.reg(q)))
 
     def read(self, state): return Pred(self.cls(state.content), state.boxes)
+
+# %% ../nbs/06_mixer.ipynb #e55b5394
+@patch
+def talk(self:MixerStep, q, xyzr, boxes):
+    "Contents after attention among queries"
+    x = q + position_embedding(xyzr, q.shape[-1])
+    overlap = (iof(*pairs(boxes, boxes)) + 1e-7).log()          # (B,N,N)
+    bias = self.tau[:, None, None]*overlap[:, None]             # (B,H,N,N)
+    return self.attn_norm(x + self.attn(x, bias))

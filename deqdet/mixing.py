@@ -20,7 +20,7 @@ from .ops.linear import Linear
 def level_weights(
     z: Tensor,         # (...) log2 scale of the points
     strides,           # L strides of the pyramid's levels, in pixels
-    temperature: float=2. # how far, in squared octaves, a level still matters
+    temperature: float=2. # width of the weights, in squared octaves
 ) -> Tensor:           # (...,L) weights that sum to 1
     "Weights of the pyramid's levels at each point"
     octaves = z.new_tensor([math.log2(s) for s in strides]).view(-1, *[1]*z.ndim) # (L,1,...)

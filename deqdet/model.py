@@ -28,13 +28,12 @@ def to_original(
     scale: Tensor  # (B,2) fed size divided by original size, of x and of y
 ) -> Tensor:       # (B,n,4) corners in pixels of the original images
     "Undo the resizing of images"
-    xyxy = torch.cat([scale, scale], -1)[:, None] # (B,1,4)
-    return boxes/xyxy
+    return boxes/torch.cat([scale, scale], -1)[:, None] # scale as (B,1,4)
 
 # %% ../nbs/10_model.ipynb #2d5044ae
 @dataclass(frozen=True)
 class Feed:
-    "How images are brought to size before a detector sees them"
+    "The largest sides of an image after resizing, for a detector"
     short: int=800  # most pixels of the short side
     long: int=1333  # most pixels of the long side
 
@@ -42,28 +41,27 @@ class Feed:
     def parse(cls,
         text # '128': of the long side, or '800x1333': of both
     ):
-        "From text, as a command line brings it"
+        "A `Feed` from the text of a command's option"
         found = re.fullmatch(r'([1-9]\d*)(?:x([1-9]\d*))?', str(text))
         if found is None:
             raise ValueError(f'{text}: pixels of the long side were expected, as 640, '
                              'or of both, as 800x1333')
         first,second = found.groups()
-        sides = int(first), int(second or first)
-        return cls(*sorted(sides))
+        return cls(*sorted((int(first), int(second or first))))
 
 # %% ../nbs/10_model.ipynb #14608d0f
 class Detector(nn.Module):
     "A query-based detector: features of the images, a first state, and a decoder that refines it"
     recipe = None # name of the schedule that a learner takes by default
     feed = None   # `Feed`: the size of images that it was trained on, if known
-    thresholds = None # (K,) the score of each class from which on detections count, if known
+    thresholds = None # (K,) score threshold of each class, if known
     def __init__(self,
         pyramid, # (images, sizes) -> features, each batch-first
         queries, # (sizes, features) -> first state
         decoder, # (state, features) -> list of predictions, the last being the answer
         hyper=None, # the record that built it, kept for `save_pretrained`
         vocab=None, # names of the classes
-        layout=torch.channels_last # memory layout in which steps like to read features
+        layout=torch.channels_last # memory layout in which steps read features
     ):
         super().__init__()
         self.pyramid = pyramid
@@ -72,21 +70,6 @@ class Detector(nn.Module):
         self.hyper = hyper
         self.vocab = vocab
         self.layout = layout
-
-    def start(self,
-        images, # (B,3,H,W) RGB, integers 0..255 or floats 0..1
-        sizes=None # (B,2) height and width without padding; None: no padding
-    ): # state, features
-        "First state, and features that every step can read row by row"
-        if sizes is None:
-            whole = torch.tensor(images.shape[-2:], device=images.device) # (2,)
-            sizes = whole.expand(len(images), 2)
-        feats = tuple(self._turned(f) for f in self.pyramid(images, sizes))
-        return self.queries(sizes, feats),feats
-
-    def _turned(self, f):
-        "Maps (B,C,H,W) in the layout that steps like; tables stay as they are"
-        return f.contiguous(memory_format=self.layout) if f.ndim==4 else f
 
     def forward(self,
         images, # (B,3,H,W) RGB, integers 0..255 or floats 0..1
@@ -98,12 +81,30 @@ class Detector(nn.Module):
         own = self.queries.preds(feats) if self.training else []
         return own + self.decoder(state, feats, **kwargs)
 
+# %% ../nbs/10_model.ipynb #0f80571f
+@patch
+def start(self:Detector,
+    images, # (B,3,H,W) RGB, integers 0..255 or floats 0..1
+    sizes=None # (B,2) height and width without padding; None: no padding
+): # state, features
+    "First state, and features that every step can read row by row"
+    if sizes is None:
+        whole = torch.tensor(images.shape[-2:], device=images.device) # (2,)
+        sizes = whole.expand(len(images), 2)
+    feats = tuple(self._turned(f) for f in self.pyramid(images, sizes))
+    return self.queries(sizes, feats),feats
+
+@patch
+def _turned(self:Detector, f):
+    "Maps (B,C,H,W) in the layout that steps read; tables stay as they are"
+    return f.contiguous(memory_format=self.layout) if f.ndim==4 else f
+
 # %% ../nbs/10_model.ipynb #8f917639
 @contextmanager
 def evaluating(
     model # any module
 ):
-    "Evaluation mode without gradients; afterwards each module is in the mode in which it was"
+    "Evaluation mode without gradients; afterwards each module has its previous mode"
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -134,7 +135,7 @@ def predict(self:Detector,
 
 @patch
 def _reach(self:Detector, found, min_score):
-    "(B,n) True for detections with at least the wanted score"
+    "(B,n) True for detections with at least the minimum score"
     if min_score is None: min_score = .3 if self.thresholds is None else self.thresholds
     bars = torch.as_tensor(min_score, device=found.scores.device) # () or (K,)
     return found.scores >= (bars[found.labels] if bars.ndim else bars)
@@ -203,13 +204,13 @@ class Blueprint:
     width: int=256               # numbers in a content vector
     heads: int=8                 # attention heads
     hidden: int=2048             # width of the feed-forward layer
-    strategy: object=Settled()   # how steps are strung together
+    strategy: object=Settled()   # how steps are combined: a stack, recollection, an equilibrium
 
-    layout = torch.channels_last # how steps like to read features
+    layout = torch.channels_last # memory layout in which steps read features
 
     @property
     def has_weights(self):
-        "May the body come with trained weights? One of timm's may"
+        "True if the body may have pretrained weights: any of timm's"
         return self.body not in ('', TINY)
 
     def pyramid(self, pretrained=False):
@@ -225,9 +226,8 @@ class Blueprint:
 
     def build(self, pretrained=False, vocab=None):
         "A `Detector`"
-        pyramid = self.pyramid(pretrained)
-        queries = self.queries()
-        return Detector(pyramid, queries, self.decoder(), self, vocab, self.layout)
+        return Detector(self.pyramid(pretrained), self.queries(), self.decoder(), self, vocab,
+                        self.layout)
 
 # %% ../nbs/10_model.ipynb #b50a1a7f
 @dataclass(frozen=True)

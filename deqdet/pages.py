@@ -82,13 +82,13 @@ _drawing = {'plt','ax','axs','fig'}
 def _lines(tree): return tree.end_lineno - tree.lineno + 1
 
 def _draws(tree):
-    "Does a statement name a figure or its axes?"
+    "True if a statement names a figure or its axes"
     return any(isinstance(n, ast.Name) and n.id in _drawing for n in ast.walk(tree))
 
 def fold_title(
     source:str # of a code cell
 ) -> str|None: # 'Imports' or 'Code of the figure'; None: the cell says something else
-    "What a cell is, if it only imports or mostly draws"
+    "A title for a cell that only imports or mostly draws"
     trees = ast.parse(source).body
     if all(isinstance(t, (ast.Import,ast.ImportFrom)) for t in trees): return 'Imports'
     drawn = sum(_lines(t) for t in trees if _draws(t))

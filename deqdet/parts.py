@@ -168,6 +168,7 @@ def _translated(module, example, inputs, outputs):
         onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     return onnx.model_proto
 
+# %% ../nbs/25_parts.ipynb #664edd62
 def _check_parts(model):
     if torch.__version__ < '2.7': raise ImportError('ONNX needs torch 2.7')
     decoder = model.decoder

@@ -38,7 +38,7 @@ def is_batch(
     images, # whatever `predict` was given
     sizes   # heights and widths, or None
 ) -> bool:
-    "Whether it is a batch, not an image"
+    "True for a batch, False for an image"
     if sizes is not None: return True
     if isinstance(images, (list, tuple)) and images: images = images[0] # maps of features
     return isinstance(images, Tensor) and images.ndim==4
@@ -64,7 +64,7 @@ def class_names(
 def count_classes(
     model # `Detector`, or a file that was exported
 ) -> int:
-    "How many classes a detector tells apart"
+    "The number of classes of a detector"
     hyper = getattr(model, 'hyper', None)
     return hyper.n_classes if hyper else model.n_classes
 
@@ -133,7 +133,7 @@ def eval_loader(
     layout=None,   # coco, voc or yolo; by default it is recognised
     workers=0      # processes that load
 ):                 # loader
-    "One split of a set, its classes numbered as the detector does"
+    "A loader of one split, with the classes numbered as in the detector"
     with blame(f'--layout {layout}', KeyError): read = LAYOUTS[layout or find_layout(data)]
     source = read(data, split or None)
     _check_names(source, model)

@@ -87,9 +87,9 @@ def _rates(x): # (S-1,n) did it regress against this stage?
 # %% ../nbs/11_sqr.ipynb #24c4fda6
 def windows(
     stages: int=6,    # of the stack
-    reach: int|None=2 # a stage consumes what so many stages before it made; None: everything
+    reach: int|None=2 # number of previous stages whose states a stage reads; None: all
 ) -> tuple[tuple, tuple]: # starts and ends in the list of states, one of each per stage
-    "Which states each stage consumes"
+    "The window of states that each stage reads"
     starts = []
     ends = [1]
     for s in range(stages):

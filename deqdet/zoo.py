@@ -160,7 +160,7 @@ def published(
 # %% ../nbs/12_zoo.ipynb #df05ce85
 def create_detector(
     name: str,        # a name in the zoo
-    n_classes: int=80,# K: classes to tell apart
+    n_classes: int=80,# K: classes
     pretrained=False, # weights of the body: True downloads ImageNet's, a path reads a file
     vocab=None,       # names of the classes; their number is then `n_classes`
     start=True,       # with `pretrained`: neck, queries and decoder too, where the package has them
@@ -178,7 +178,7 @@ def create_detector(
 
 # %% ../nbs/12_zoo.ipynb #768e9514
 class _AllNonzero(TorchFunctionMode):
-    "Every number counts as not 0, so that shapes do not depend on values"
+    "Treats every number as not 0, so that shapes do not depend on values"
     def __torch_function__(self, f, types, args=(), kwargs=None):
         if f is not torch.Tensor.nonzero: return f(*args, **(kwargs or {}))
         x, = args
@@ -189,7 +189,7 @@ def cost(
     height: int=800, # of the image, in pixels
     width: int=1280  # of the image, in pixels
 ) -> dict:           # parameters by part, in millions; multiply-adds by part, in billions
-    "What a configuration weighs and costs for one image"
+    "Parameters of a configuration, and multiply-adds for one image"
     with torch.device('meta'), _AllNonzero():
         model = hyper.build().eval().requires_grad_(False)
         images = torch.zeros(1, 3, height, width)

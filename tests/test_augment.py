@@ -7,7 +7,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from deqdet.boxes import area
-from deqdet.data import det_dls, synth_coco
+from deqdet.data import det_dls, synth_coco, uncollate
 from deqdet.sets.augment import (AUGMENT, Augment, Fit, RandomSpanCrop, feed_tfm, fit_hw, recipe_1x, recipe_2x,
     recipe_small, resize_long)
 from deqdet.sets.images import Target
@@ -246,6 +246,10 @@ def test_recipes_in_loaders(tmp_path):
     "File, recipe, padded batch: the training set varies, the validation set does not"
     path = synth_coco(tmp_path, n_train=8, n_valid=4, size=96)
     dls = det_dls(path, bs=4, tfms=(recipe_small(128), recipe_small(128, train=False)), num_workers=0)
-    images,sizes,_ = dls.train.one_batch()
+    images,sizes,target = dls.train.one_batch()
     assert dls.valid.one_batch()[1].tolist()==[[128, 128]]*4
     assert images.shape[-2:]==(128, 128) and (sizes <= 128).all()
+    for image,t in uncollate((images, sizes, target)):
+        height,width = image.shape[-2:]
+        assert (t.boxes >= 0).all() and (t.boxes[:, :2] < t.boxes[:, 2:]).all()
+        assert (t.boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()

@@ -133,6 +133,17 @@ def test_one_number_halves_boxes_of_any_size():
     assert close(xyzr_to_xyxy(move(guess, torch.tensor([0, 0, -1., 0]))), THINGS, 1e-3)
 
 
+def test_the_shape_leaves_the_area_alone():
+    p = draw(0).double()
+    boxes = xyzr_to_xyxy(p)
+    assert torch.allclose(box_area(boxes), 4**p[:, 2], rtol=1e-6)
+
+
+def test_centres_and_corners_are_two_forms_of_a_box():
+    boxes = xyzr_to_xyxy(draw(1).double())
+    assert close(cxcywh_to_xyxy(xyxy_to_cxcywh(boxes)), boxes, 1e-9)
+
+
 def test_there_is_a_delta_to_any_goal():
     start, goal = positions(3), positions(4)
     d = goal - start

@@ -123,8 +123,8 @@ def test_a_traceback_on_request(monkeypatch):
 def test_options_are_spelt_with_hyphens_or_underscores(monkeypatch):
     for low, high in ('--min_score', '--max_dets'), ('--min-score', '--max-dets'):
         monkeypatch.setattr(sys, 'argv', ['deqdet_predict', 'a_b', 'x_y.jpg', 'z.jpg', low, '.5', f'{high}=7', '--json_only'])
-        args, kwargs = shell.read_options(cli.deqdet_predict)
-        assert not args and kwargs['images'] == ['x_y.jpg', 'z.jpg'] and kwargs['model'] == 'a_b'
+        kwargs = shell.read_options(cli.deqdet_predict)
+        assert kwargs['images'] == ['x_y.jpg', 'z.jpg'] and kwargs['model'] == 'a_b'
         assert (kwargs['min_score'], kwargs['max_dets'], kwargs['json_only']) == (.5, 7, True)
 
 
@@ -172,11 +172,20 @@ def test_epochs_or_minutes(world, tmp_path, capsys):
 
 
 def test_help_fits_a_screen(monkeypatch):
-    monkeypatch.setenv('COLUMNS', '120')
-    from fastcore.script import anno_parser
+    monkeypatch.setenv('COLUMNS', '80')
     for f in COMMANDS:
-        lines = anno_parser(f, f.__name__).format_help().splitlines()
-        assert len(lines) <= 48, f'{f.__name__}: {len(lines)} lines'
+        lines = shell.parser_of(f).format_help().splitlines()
+        assert len(lines) <= 45 and max(map(len, lines)) <= 80, f'{f.__name__}: {len(lines)} lines'
+
+
+@pytest.mark.parametrize('words, says', [
+    ('deqdet_eval a', 'required: data'), ('deqdet_eval a b --bs many', 'invalid int'), ('deqdet_train a --augment upside', 'invalid choice'),
+    ('deqdet_predict a b --nonsense', '--nonsense'), ('deqdet_export a b --max-dets', 'expected one argument')])
+def test_options_that_cannot_be_read(monkeypatch, capsys, words, says):
+    monkeypatch.setattr(sys, 'argv', words.split())
+    with pytest.raises(SystemExit) as e: shell.read_options(getattr(cli, words.split()[0]))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and says in err and '--help' in err
 
 
 def test_a_stack_has_no_tolerance(world, tmp_path, capsys):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deqdet.decoder import Pred, Queries, State
 from deqdet.mixer import MixerStep
 from deqdet.equilibrium import RAG, Equilibrium, Implicit, Perturb, Phantom, Settled, measure_boxes
-from deqdet.solver import solve
+from deqdet.solver import Anderson, solve
 
 SCRIPT = '''
 import json, resource, sys, torch
@@ -146,6 +146,12 @@ def test_two_applications_are_nearer_than_one(gradient):
     assert (gradient(RAG(2)) - exact).norm() < (gradient(RAG(1)) - exact).norm()
 
 
+def test_any_method_solves_the_adjoint_equation(gradient):
+    exact = gradient(Implicit(tol=1e-13, max_iter=400))
+    anderson = gradient(Implicit(Anderson(m=5), tol=1e-13, max_iter=400))
+    assert_close(anderson, exact, atol=1e-9*exact.norm().item(), rtol=0)
+
+
 # ---------------------------------------------------------------- names and records
 
 def test_former_names_still_read_saved_detectors():
@@ -256,6 +262,26 @@ def test_exact_gradient_and_a_long_rag_agree_through_the_decoder(toy):
     exact = grads_of(Equilibrium(g, f, grad=Implicit(tol=1e-12, max_iter=200), **FAR)(start, feats), [g, f])
     unrolled = grads_of(Equilibrium(g, f, grad=RAG(80), **FAR)(start, feats), [g, f])
     for a, b in zip(exact, unrolled): assert_close(a, b, atol=1e-7, rtol=0)
+
+
+def test_a_scaled_loss_scales_the_gradient(toy):
+    g, f, start, feats = toy
+    def gradient(scale):
+        preds = Equilibrium(g, f, perturb=None)(start, feats)
+        return grads_of([Pred(p.logits*scale**.5, p.boxes*0) for p in preds], [g, f])
+    for once, scaled in zip(gradient(1), gradient(1024)): assert_close(scaled, 1024*once, atol=1e-8*1024, rtol=0)
+
+
+def test_every_weight_of_the_mixing_learns_under_autocast():
+    torch.manual_seed(0)
+    small = dict(width=32, feat_width=32, groups=2, points=16, out_points=32, heads=4, hidden=64)
+    init = MixerStep(3, **small)
+    step = MixerStep(3, **small)
+    feats = [torch.randn(2, 32, 96//s, 128//s) for s in (4, 8, 16, 32)]
+    z0 = Queries(20, 32)(torch.tensor([[96, 128], [90, 100]]))
+    with torch.autocast('cpu', torch.bfloat16): preds = Equilibrium(init, step, init_steps=0)(z0, feats)
+    sum((p.logits.float()**2).sum() for p in preds).backward()
+    for name, p in step.mixing.named_parameters(): assert p.grad.abs().sum() > 0, name
 
 
 def test_phantom_reaches_the_boxes(toy):

@@ -214,6 +214,19 @@ def cheapest(cost):
     return set(min(every, key=lambda o: sum(cost[q, t] for q, t in o)))
 
 
+def test_class_costs_are_what_a_pair_adds_to_the_focal_loss():
+    torch.manual_seed(0)
+    logits = torch.randn(7, 3)
+    labels = torch.tensor([0, 2, 1])
+    pick = {3: 1, 0: 0, 4: 2} # query: object
+    hot = torch.zeros(7, 3)
+    for q, t in pick.items(): hot[q, labels[t]] = 1
+    matched = sigmoid_focal_loss(logits, hot, reduction='sum')
+    background = sigmoid_focal_loss(logits, hot*0, reduction='sum')
+    cost = focal_cost(logits, labels)
+    torch.testing.assert_close(matched - background, sum(cost[q, t] for q, t in pick.items()), atol=1e-6, rtol=0)
+
+
 def test_assign_equals_trying_everything():
     "Several states and images at once, padded columns that would attract every query, an image without objects"
     torch.manual_seed(0)

@@ -1,7 +1,10 @@
 "The real package supervision: its annotators, its tracker and its slicer work with our detections"
 import warnings
 import numpy as np, pytest, torch
-from deqdet.using.found import Found
+from deqdet.data import det_dls, synth_coco
+from deqdet.learner import det_learner
+from deqdet.using.found import Found, to_supervision
+from deqdet.zoo import create_detector
 
 sv = pytest.importorskip('supervision', reason='the package supervision is not installed (the extra "supervision")')
 VOCAB = ['cat', 'dog']
@@ -42,3 +45,21 @@ def test_the_slicer_puts_parts_together():
         dets = sv.InferenceSlicer(look, slice_wh=(160, 160), overlap_wh=(60, 60))(image)
     assert [170, 100, 210, 140] in dets.xyxy.astype(int).tolist()
     assert set(dets.data['class_name']) == {'cat'}
+
+
+def test_what_a_learner_predicts(tmp_path):
+    "Boxes, scores, classes and names of `learn.predict` arrive; the slicer takes the learner too"
+    torch.manual_seed(0)
+    dls = det_dls(synth_coco(tmp_path/'shapes', n_train=2, n_valid=2, size=64, seed=0), bs=2, size=64, num_workers=0, device='cpu')
+    learn = det_learner(dls, create_detector('deqdet_tiny', vocab=list(dls.vocab)))
+    file = tmp_path/'shapes/images/valid_00000.jpg'
+    mine = learn.predict(file, min_score=0., max_dets=7)
+    theirs = to_supervision(mine)
+    assert len(theirs) == 7 and (theirs.xyxy == mine['boxes'].numpy()).all() and (theirs.confidence == mine['scores'].numpy()).all()
+    assert theirs.class_id.tolist() == mine['labels'].tolist() and theirs.data['class_name'].tolist() == mine['names']
+    assert sv.BoxAnnotator().annotate(np.zeros((64, 64, 3), np.uint8), theirs).any()
+    def look(part): return to_supervision(learn.predict(np.ascontiguousarray(part), min_score=0., max_dets=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dets = sv.InferenceSlicer(look, slice_wh=(64, 64), overlap_wh=(0, 0), overlap_filter=sv.OverlapFilter.NONE)(np.zeros((64, 128, 3), np.uint8))
+    assert len(dets) == 2

@@ -1,4 +1,4 @@
-"""three published formats of Deformable DETR's weights
+"""names of its weights in the original repository, detrex and transformers
 
 Docs: https://deqdet.github.io/deqdet/checkpoints/dialects.html.md"""
 
@@ -188,7 +188,7 @@ def dialect_of(
 
 # %% ../../nbs/checkpoints/02_dialects.ipynb #03826077
 class _Sizes:
-    "First sizes of the tensors in a published state dict, by the names of the original"
+    "Lengths of the first axis of published tensors, by the original's names"
     def __init__(self, sd):
         heads = {k.split('.decoder.')[-1]: v for k,v in sd.items()
                  if re.search(r'\.decoder\.(class|bbox)_embed', k)}

@@ -1,4 +1,4 @@
-"""published names of our tensors: AdaMixer, DEQDet, Sparse R-CNN
+"""layouts of AdaMixer, DEQDet and Sparse R-CNN checkpoints
 
 Docs: https://deqdet.github.io/deqdet/checkpoints/layouts.html.md"""
 

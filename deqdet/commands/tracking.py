@@ -93,7 +93,7 @@ def trackers(
     folder, # of the training
     options # of the training
 ) -> list:  # of callbacks
-    "What logs a training for another program too"
+    "Callbacks that log a training for another program"
     if name is None: return []
     if name not in TRACKERS:
         raise CommandError(f"--track {name}: one of {', '.join(TRACKERS)} was expected")
@@ -105,7 +105,7 @@ def trackers(
 def about_training(
     folder # of a training that is done
 ) -> tuple: # numbers, and what else is known
-    "What a model card says about a training"
+    "Numbers and facts about a training, for its model card"
     folder = Path(folder)
     metrics,config = (json.loads((folder/f'{o}.json').read_text()) for o in ('metrics','config'))
     best = {k: v for k,v in metrics['best'].items() if k.startswith('A') and v is not None}
@@ -119,7 +119,7 @@ def about_training(
 def may_push(
     name # 'user/name', or None
 ):
-    "An error before the training, if the hub would refuse its detector after it"
+    "Raise an error before the training if the hub would refuse the detector"
     if name is None: return
     try: check_push(name)
     except CommandError as e: raise CommandError(f'--push {e}') from e

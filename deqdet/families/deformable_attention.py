@@ -10,6 +10,7 @@ __all__ = ['LevelNeck', 'level_masks', 'extents', 'centres', 'sines', 'map_embed
 
 # %% ../../nbs/families/03_deformable_attention.ipynb #62e20600
 import math, torch, torch.nn.functional as F
+from fastcore.basics import patch
 from functools import partial
 from torch import nn, Tensor
 from ..backbone import inside
@@ -139,26 +140,6 @@ class DeformableAttention(nn.Module):
         for layer in (self.value, self.out): nn.init.zeros_(layer.bias)
         self.offsets.bias.data = star(heads, levels, points).flatten()
 
-    def places(self, q, ref, masks):
-        "(B,N,G,L,P,2) where to read, in cells, in the precision of the references"
-        offset = self.offsets(q).to(ref.dtype).unflatten(-1, (*self.shape, 2)) # (B,N,G,L,P,2)
-        n = extents(masks).to(ref.dtype)[:, None, None, :, None]               # (B,1,1,L,1,2)
-        ref = ref[:, :, None, None, None]                                      # (B,N,1,1,1,2 or 4)
-        if ref.shape[-1]==4: offset = offset/self.shape[-1]*ref[..., 2:]/2*n
-        return ref[..., :2]*n + offset - .5
-
-    def reads(self, q, ref, masks):
-        "Numbers (B,N,G,4LP) of the cells to read, and their weights"
-        heads,levels,points = self.shape
-        share = self.weights(q).unflatten(-1, (heads, -1)).softmax(-1)    # (B,N,G,LP)
-        share = share.unflatten(-1, (levels, points)).movedim(3, 0)       # (L,B,N,G,P)
-        size = map_sizes(masks).to(ref.dtype).permute(2, 1, 0)            # (3,L,B)
-        size = size[..., None, None, None]                                # (3,L,B,1,1,1)
-        xy = torch.stack(self.places(q, ref, masks).unbind(-1))           # (2,B,N,G,L,P)
-        xy = xy.movedim(4, 1)                                             # (2,L,B,N,G,P)
-        found = four_cells(xy, size[:2], share, size[2])                  # both (4L,B,N,G,P)
-        return [t.permute(2, 3, 4, 0, 1, 5).flatten(3) for t in found]
-
     def forward(self,
         q: Tensor,      # (B,N,D) queries
         ref: Tensor,    # (B,N,2) points x, y or (B,N,4) boxes cx, cy, w, h, in fractions
@@ -172,11 +153,34 @@ class DeformableAttention(nn.Module):
         read = gather(value, cells, weight)                               # (B,N,G,D/G)
         return self.out(read.flatten(2))
 
+# %% ../../nbs/families/03_deformable_attention.ipynb #42083f41
+@patch
+def places(self:DeformableAttention, q, ref, masks):
+    "(B,N,G,L,P,2) where to read, in cells, in the precision of the references"
+    offset = self.offsets(q).to(ref.dtype).unflatten(-1, (*self.shape, 2)) # (B,N,G,L,P,2)
+    n = extents(masks).to(ref.dtype)[:, None, None, :, None]               # (B,1,1,L,1,2)
+    ref = ref[:, :, None, None, None]                                      # (B,N,1,1,1,2 or 4)
+    if ref.shape[-1]==4: offset = offset/self.shape[-1]*ref[..., 2:]/2*n
+    return ref[..., :2]*n + offset - .5
+
+@patch
+def reads(self:DeformableAttention, q, ref, masks):
+    "Numbers (B,N,G,4LP) of the cells to read, and their weights"
+    heads,levels,points = self.shape
+    share = self.weights(q).unflatten(-1, (heads, -1)).softmax(-1)    # (B,N,G,LP)
+    share = share.unflatten(-1, (levels, points)).movedim(3, 0)       # (L,B,N,G,P)
+    size = map_sizes(masks).to(ref.dtype).permute(2, 1, 0)            # (3,L,B)
+    size = size[..., None, None, None]                                # (3,L,B,1,1,1)
+    xy = torch.stack(self.places(q, ref, masks).unbind(-1))           # (2,B,N,G,L,P)
+    xy = xy.movedim(4, 1)                                             # (2,L,B,N,G,P)
+    found = four_cells(xy, size[:2], share, size[2])                  # both (4L,B,N,G,P)
+    return [t.permute(2, 3, 4, 0, 1, 5).flatten(3) for t in found]
+
 # %% ../../nbs/families/03_deformable_attention.ipynb #febe4165
 def feed_forward(
     width: int,      # D: numbers in and out
     hidden: int,     # numbers between
-    dropout: float=0.# chance to drop a number, after each layer
+    dropout: float=0.# probability to drop a number, after each layer
 ) -> nn.Sequential:
     "Two linear layers with a ReLU between"
     drop = partial(nn.Dropout, dropout)

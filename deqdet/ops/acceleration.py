@@ -1,4 +1,4 @@
-"""Anderson's and Broyden's methods for fixed points
+"""two methods that find a fixed point in fewer applications
 
 Docs: https://deqdet.github.io/deqdet/ops/acceleration.html.md"""
 
@@ -69,7 +69,7 @@ anderson = Anderson # the name in detectors that were saved before
 @dataclass(frozen=True)
 class Broyden:
     "Newton's step with an inverse Jacobian learned from the last moves"
-    m: int=10       # rank-one corrections remembered, at least 1; afresh when full
+    m: int=10       # rank-one corrections remembered, at least 1; restarts when full
     beta: float=1.  # the first guess of the inverse Jacobian is -beta
 
     def init(self, z): return None

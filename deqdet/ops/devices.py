@@ -22,7 +22,7 @@ def accelerator() -> torch.device|None: # None: there is no accelerator
 def _trouble(
     device: str|torch.device
 ) -> str|None: # PyTorch's message, in one line; None: the device works
-    "Why no tensor can be made on a device"
+    "PyTorch's message if no tensor can be made on a device, else None"
     try: torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as e: return str(e).split('\n')[0]
     return None
@@ -31,7 +31,7 @@ def _trouble(
 def pick_device(
     name: str|torch.device|None=None # 'cpu', 'cuda:1', 'mps', …; None: the accelerator, if any
 ) -> torch.device: # one that works
-    "Where to compute"
+    "The device to compute on: the named one, the accelerator, or the CPU"
     found = name or accelerator() or 'cpu'
     trouble = _trouble(found)
     if trouble and name: raise ValueError(f'device {name}: {trouble}')
@@ -43,7 +43,7 @@ def on_device(
     work: Callable,             # takes a device, and moves there what it needs
     device: str|torch.device    # as from `pick_device`
 ): # what `work` returns
-    "Do `work` on a device, and on the CPU where the device lacks an operator"
+    "The result of `work` on a device, or on the CPU if the device lacks an operator"
     device = torch.device(device)
     try: return work(device)
     except NotImplementedError as e:

@@ -16,7 +16,7 @@ from PIL import Image
 from .errors import CommandError, blame, make_folder
 
 # %% ../../nbs/ops/10_rows.ipynb #8df31379
-_FIELDS = 'category','categories','label','labels' # what the classes of objects are called
+_FIELDS = 'category','categories','label','labels' # fields that may hold an object's class
 
 def _names_in(x):
     "The list under the first key 'names', at any depth"
@@ -68,11 +68,11 @@ def rows_of(
 
 # %% ../../nbs/ops/10_rows.ipynb #9e07c657
 def _suffix(data):
-    "By the head of an encoded image"
+    "Suffix of an encoded image, by its header"
     with Image.open(BytesIO(data)) as im: return f'.{im.format.lower()}'.replace('.jpeg', '.jpg')
 
 def _save_image(x, stem):
-    "Write an image under a free stem; its path"
+    "Write an image as `stem` with a suffix; returns its path"
     if isinstance(x, dict): x = x.get('bytes') or x.get('path')
     if isinstance(x, (str, Path)):
         file = stem.with_suffix(Path(x).suffix)
@@ -154,7 +154,7 @@ ROW_FILES = [d + o for d in ('', '*/') for o in ('*.parquet','metadata.jsonl','*
 def has_rows(
     path # folder
 ) -> bool:
-    "Are there files of rows in a folder, or one below?"
+    "True if a folder, or one of its folders, has files of rows"
     return any(True for o in ROW_FILES for _ in Path(path).glob(o))
 
 def _files_of(path, split, others):
@@ -169,6 +169,7 @@ def _files_of(path, split, others):
     raise CommandError(f"{path}: no split '{split}': a file {split}-*.parquet or a folder {split} "
                        'was expected (a set that is not divided needs valid_pct=)')
 
+# %% ../../nbs/ops/10_rows.ipynb #7081fb7f
 def _fresh(made, files):
     "Is a file there, and newer than its sources?"
     return made.exists() and made.stat().st_mtime >= max(f.stat().st_mtime for f in files)

@@ -105,7 +105,7 @@ def pullback(
     z: Any,        # state at which to differentiate
     args: tuple=() # further arguments of `f`
 ) -> tuple[Any, Callable]: # `f(z)` on its graph, and `v -> J^T v` for states v
-    "`f(z)` and its vector-Jacobian product, as often as wanted"
+    "`f(z)` and its vector-Jacobian product, which may be called many times"
     with torch.enable_grad():
         zs = [p.detach().requires_grad_() for p in parts(z)]
         fz = f(rebuild(z, zs), *args)

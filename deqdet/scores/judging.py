@@ -81,7 +81,7 @@ class Fault(NamedTuple):
     det: dict     # the detection: id, category_id, bbox, score; None for a missed object
     obj: dict     # the object that it is about: id, category_id, bbox; None for background
     iou: float    # their overlap
-    free: bool=False # may the detection have the object, once its class or box is corrected?
+    free: bool=False # True: with its class or box corrected, the detection would match the object
 
 def _matched(dets, objs, over, iou):
     "COCO's matches of one image: for each detection its object, or None; crowds come last"

@@ -68,7 +68,7 @@ def match_table(
     iou: float=.5,          # least overlap of a pair
     score: float=.3         # detections below it are left out
 ) -> pd.DataFrame:          # a row for each pair: image_id, truth, pred (names), score, iou
-    "Every object and every detection with its partner"
+    "A table of all objects and detections, in pairs or alone"
     names, ids, objs, dets, _ = _prepared(preds, truth, cat_ids)
     rows = []
     for im in sorted(ids):
@@ -137,7 +137,7 @@ def worst_images(
 
 # %% ../../nbs/scores/02_matches.ipynb #bd9ad0cb
 def _judged(dets, objs, t):
-    "Score of each detection of a class in an image, and is it right? Crowds are left out"
+    "(score, True if right) of each detection of a class in an image, without those in crowds"
     dets = sorted(dets, key=lambda d: -d['score'])
     return [(d['score'], j is not None) for d,(j,_) in zip(dets, _pair(dets, objs, t)) if j != -1]
 
@@ -164,7 +164,7 @@ def best_thresholds(
     dataset,              # with `coco` and `cat_ids`, or a truth as in `coco_ap`
     iou: float=.5         # least overlap of a detection that is right
 ) -> list:                # (K,) a score for each label; .5 where no detection is right
-    "For each class, the score from which on detections have the best F1"
+    "For each class, the score threshold with the best F1"
     cat_ids = getattr(dataset, 'cat_ids', None)
     names, ids, objs, dets, _ = _prepared(preds, dataset, cat_ids)
     out = []

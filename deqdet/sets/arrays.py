@@ -12,6 +12,7 @@ import gc, io, json, math, re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fastcore.basics import patch
 from itertools import chain
 from pathlib import Path
 import numpy as np
@@ -55,53 +56,59 @@ class Pieces:
         self.at += 1
         return c
 
-    def value(self):
-        "The next value"
-        self.peek()
-        while True:
-            try: value,end = _scan(self.text, self.at)
-            except (StopIteration, ValueError): # its end may be in the next piece
-                if self.more(): continue
-                raise ValueError('no JSON value') from None
-            if len(self.text)-end < 3 and self.more(): continue # the rest of a number: 1|e-5
-            self.at = end
-            return value
+# %% ../../nbs/sets/14_arrays.ipynb #e6e87964
+@patch
+def value(self:Pieces):
+    "The next value"
+    self.peek()
+    while True:
+        try: value,end = _scan(self.text, self.at)
+        except (StopIteration, ValueError): # its end may be in the next piece
+            if self.more(): continue
+            raise ValueError('no JSON value') from None
+        if len(self.text)-end < 3 and self.more(): continue # the rest of a number: 1|e-5
+        self.at = end
+        return value
 
-    def some(self):
-        "The next values of a list, at least one: those up to the last separator in the text"
-        first = self.value()
-        between = not self.alone and _BETWEEN.match(self.text, self.at)
-        if not between: return [first]
-        start = between.end()
-        stop = len(self.text)
-        while (last := self.text.rfind(f'}}{between[0]}{{', start, stop)) >= 0:
-            try: values = json.loads(f'[{self.text[start:last+1]}]')
-            except ValueError: stop = (start+last)//2 # within a value, or behind the list
-            else:
-                self.at = last+1
-                return [first, *values]
-        self.alone = True
-        return [first]
+@patch
+def some(self:Pieces):
+    "The next values of a list, at least one: those up to the last separator in the text"
+    first = self.value()
+    between = not self.alone and _BETWEEN.match(self.text, self.at)
+    if not between: return [first]
+    start = between.end()
+    stop = len(self.text)
+    while (last := self.text.rfind(f'}}{between[0]}{{', start, stop)) >= 0:
+        try: values = json.loads(f'[{self.text[start:last+1]}]')
+        except ValueError: stop = (start+last)//2 # within a value, or behind the list
+        else:
+            self.at = last+1
+            return [first, *values]
+    self.alone = True
+    return [first]
 
-    def batches(self):
-        "The values of a list, in lists of some"
-        self.take('[')
-        self.alone = False
-        if self.peek()==']': return self.take(']')
-        while True:
-            yield self.some()
-            if self.take(',]')==']': return
+# %% ../../nbs/sets/14_arrays.ipynb #e6e87964
+@patch
+def batches(self:Pieces):
+    "The values of a list, in lists of some"
+    self.take('[')
+    self.alone = False
+    if self.peek()==']': return self.take(']')
+    while True:
+        yield self.some()
+        if self.take(',]')==']': return
 
-    def fields(self):
-        "The keys of an object; the caller reads the value of each"
-        self.take('{')
-        if self.peek()=='}': return self.take('}')
-        while True:
-            if self.peek()!='"': raise ValueError('a key was expected')
-            key = self.value()
-            self.take(':')
-            yield key
-            if self.take(',}')=='}': return
+@patch
+def fields(self:Pieces):
+    "The keys of an object; the caller reads the value of each"
+    self.take('{')
+    if self.peek()=='}': return self.take('}')
+    while True:
+        if self.peek()!='"': raise ValueError('a key was expected')
+        key = self.value()
+        self.take(':')
+        yield key
+        if self.take(',}')=='}': return
 
 # %% ../../nbs/sets/14_arrays.ipynb #dcd0c0bb
 _HUGE = 1<<53  # from here on floats are not exact
@@ -113,7 +120,7 @@ def _small(numbers): return not numbers or (-_HUGE < min(numbers) and max(number
 def _kinds(values): return set(map(type, values))
 
 def _fits(batch):
-    "Do all these annotations fit into arrays?"
+    "True if all these annotations fit into arrays"
     keys = [set(o) for o in set(map(tuple, batch))]
     if any(not _USED <= o or {'at','name'} & o for o in keys): return False
     boxes = [a['bbox'] for a in batch]
@@ -220,9 +227,10 @@ def _annotations(reader):
         start += len(batch)
     return _joined(parts, _NO_OBJECTS), odd
 
+# %% ../../nbs/sets/14_arrays.ipynb #009142dd
 @contextmanager
 def _collector_paused():
-    "A context without Python's garbage collector, which would look at every entry"
+    "A context without Python's garbage collector"
     on = gc.isenabled()
     gc.disable()
     try: yield

@@ -80,7 +80,7 @@ class Fit(v2.Transform):
         return dict(size=fit_hw(v2.query_size(flat_inputs), short, self.long))
 
     def transform(self, inpt, params):
-        "Bilinear, antialiased where it shrinks; rounding moves no box over the edge"
+        "Image or boxes at that size: bilinear and antialiased; boxes are clipped to the image"
         res = self._call_kernel(F.resize, inpt, size=list(params['size']), antialias=True)
         return F.clamp_bounding_boxes(res) if isinstance(res, tv_tensors.BoundingBoxes) else res
 
@@ -106,7 +106,7 @@ class RandomSpanCrop(v2.Transform):
         self.most = most
 
     def make_params(self, flat_inputs):
-        "Where the region is"
+        "Place and size of the region"
         def draw(a, b): return int(torch.randint(a, b + 1, ()))
         h,w = v2.query_size(flat_inputs)
         height,width = (draw(min(o, self.least), min(o, self.most)) for o in (h,w))

@@ -18,7 +18,7 @@ from .arrays import Table, parse
 
 # %% ../../nbs/sets/15_cache.ipynb #948af6e0
 LEAST = 8_000_000 # bytes of a JSON from which on a cache saves a noticeable time
-FORM = 1          # of the arrays; a new number makes old caches void
+FORM = 1          # of the arrays; a new number invalidates old caches
 
 def digest(
     file # path
@@ -30,7 +30,7 @@ def cache_files(
     file, # the JSON
     key   # `digest` of it
 ) -> list: # of paths
-    "Where a cache may lie: beside the JSON, or in the user's folder where that cannot be written"
+    "Places for a cache: beside the JSON, or else in the user's cache folder"
     return [file.with_name(f'.{file.name}.npz.cache'), xdg_cache_home()/'deqdet'/f'{key}.npz.cache']
 
 def _head(key, body):
@@ -59,7 +59,7 @@ def load_cache(
     file, # of `cache_files`
     key   # `digest` of the JSON
 ):        # `Table`, or None
-    "What a cache holds, if it fits"
+    "The table in a cache, or None if it is damaged or belongs to another file or version"
     try: data = memoryview(file.read_bytes())
     except OSError: return None
     end = bytes(data[:400]).find(b'\n') + 1
@@ -71,7 +71,7 @@ def save_cache(
     file,  # of `cache_files`
     key    # `digest` of the JSON
 ) -> bool: # was it written?
-    "Write a cache where that is possible"
+    "Write a cache; False if the place cannot be written"
     body = _packed(table)
     def write(f):
         f.write(_head(key, body))

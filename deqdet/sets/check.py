@@ -149,7 +149,7 @@ def _check_image(path, hw, decode=True):
     return wrong if all(hw) and shape!=hw else None, thumbnail(img)
 
 def _count(coco):
-    "A line on a split"
+    "A line with the counts of a split"
     anns = coco['annotations']
     crowd = sum(a['iscrowd'] for a in anns)
     bare = len(coco['images']) - len({a['image_id'] for a in anns})

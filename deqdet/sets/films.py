@@ -10,6 +10,7 @@ __all__ = ['FINE', 'PATHS', 'sprite_of', 'cut_out', 'Actor', 'placed', 'Frame', 
 # %% ../../nbs/sets/12_films.ipynb #6cb51d91
 import numpy as np
 from dataclasses import dataclass, field
+from fastcore.basics import patch
 from pathlib import Path
 from PIL import Image
 from .images import load_image
@@ -105,7 +106,7 @@ def placed(
 # %% ../../nbs/sets/12_films.ipynb #0d3bd6ae
 @dataclass
 class Frame:
-    "One frame of a film, and what can be seen in it"
+    "One frame of a film, with its visible objects"
     image: np.ndarray  # (h,w,3) uint8
     boxes: np.ndarray  # (n,4) corners in pixels
     labels: np.ndarray # (n,) classes
@@ -136,6 +137,7 @@ def _compose(img, actors, t, offset):
         areas[i] = whole.sum()*(scale/FINE)**2
     return owner, areas
 
+# %% ../../nbs/sets/12_films.ipynb #9bd4df8b
 def _truth(owner, areas, actors, least):
     "Boxes, labels, numbers and visible shares of the objects that can be seen"
     rows = []
@@ -155,11 +157,13 @@ def _direction(rng, speed):
     return speed*rng.uniform(.4, 1.)*np.array([np.cos(t), np.sin(t)])
 
 def _staying(rng, n, size, speed):
+    "An object that stays in the image, as fields of `Actor`"
     velocity = _direction(rng, .3*speed)
     return [dict(place=rng.uniform(.2, .8, 2)*size, speed=velocity, first=0, last=n-1,
                  sway=rng.uniform(.02, .1)*size)]
 
 def _passing(rng, n, size, speed):
+    "An object that crosses the image"
     velocity = _direction(rng, speed)
     half = .75*size/np.hypot(*velocity) # frames from the middle to beyond the edge
     middle = rng.uniform(-.2*half, n + .2*half)
@@ -167,12 +171,14 @@ def _passing(rng, n, size, speed):
                  first=int(middle-half), last=int(middle+half))]
 
 def _meeting(rng, n, size, speed):
+    "Two objects that meet"
     one = _passing(rng, n, size, speed)[0]
     turned = np.array([[0., -1.], [1., 0.]]) @ one['speed']
     across = one['speed']*rng.choice([-1., .5]) + turned*rng.uniform(-.8, .8)
     return [one, one | dict(speed=across)]
 
 def _popping(rng, n, size, speed):
+    "An object that appears and disappears inside the image"
     first = int(rng.integers(0, max(1, n-20)))
     last = first + int(rng.integers(20, 60))
     return [dict(place=rng.uniform(.15, .85, 2)*size, speed=_direction(rng, .5*speed),
@@ -207,35 +213,39 @@ class Film:
         self.camera = smooth.clip(-margin, margin) # (n,2) y, x
         if self.actors is None: self.actors = self._cast(rng)
 
-    def _cast(self, rng):
-        "The actors"
-        actors = []
-        make = self.cutouts or sprite_of
-        for i in range(10*self.objects):
-            if len(actors) >= self.objects: break
-            k = int(rng.choice(self.kinds))
-            for path in PATHS[i % len(PATHS)](rng, self.n, self.size, self.speed):
-                side = self.size*rng.uniform(*self.sides)
-                sprite = make(rng, k, side)
-                spin = rng.choice([0., rng.normal(0, .03)])
-                growth = rng.normal(0, .004)
-                actors.append(Actor(sprite, k, spin=spin, growth=growth, **path))
-        return actors
-
     def __len__(self): return self.n
     def __iter__(self): return (self[t] for t in range(self.n))
 
-    def __getitem__(self, t):
-        "Frame `t`"
-        if not 0 <= t < self.n: raise IndexError(t)
-        offset = self.camera[t]
-        y,x = (self.margin - np.round(offset)).astype(int)
-        img = self.ground[y:y+self.size, x:x+self.size].copy()
-        owner,areas = _compose(img, self.actors, t, np.round(offset))
-        rng = np.random.default_rng((self.seed, 13, t))
-        img += rng.standard_normal(img.shape, np.float32)*self.noise
-        return Frame(img.clip(0, 255).astype(np.uint8),
-                     *_truth(owner, areas, self.actors, self.least))
+# %% ../../nbs/sets/12_films.ipynb #4edcd87b
+@patch
+def _cast(self:Film, rng):
+    "The actors"
+    actors = []
+    make = self.cutouts or sprite_of
+    for i in range(10*self.objects):
+        if len(actors) >= self.objects: break
+        k = int(rng.choice(self.kinds))
+        for path in PATHS[i % len(PATHS)](rng, self.n, self.size, self.speed):
+            side = self.size*rng.uniform(*self.sides)
+            sprite = make(rng, k, side)
+            spin = rng.choice([0., rng.normal(0, .03)])
+            growth = rng.normal(0, .004)
+            actors.append(Actor(sprite, k, spin=spin, growth=growth, **path))
+    return actors
+
+# %% ../../nbs/sets/12_films.ipynb #4edcd87b
+@patch
+def __getitem__(self:Film, t):
+    "Frame `t`"
+    if not 0 <= t < self.n: raise IndexError(t)
+    offset = self.camera[t]
+    y,x = (self.margin - np.round(offset)).astype(int)
+    img = self.ground[y:y+self.size, x:x+self.size].copy()
+    owner,areas = _compose(img, self.actors, t, np.round(offset))
+    rng = np.random.default_rng((self.seed, 13, t))
+    img += rng.standard_normal(img.shape, np.float32)*self.noise
+    return Frame(img.clip(0, 255).astype(np.uint8),
+                 *_truth(owner, areas, self.actors, self.least))
 
 # %% ../../nbs/sets/12_films.ipynb #c9f7870d
 def sprites_from(

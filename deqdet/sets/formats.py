@@ -9,22 +9,21 @@ __all__ = ['LAYOUTS', 'Problem', 'Source', 'read_coco', 'read_voc', 'read_yolo',
            'permutation', 'read_data']
 
 # %% ../../nbs/sets/03_formats.ipynb #fa57d2a3
-import json, math, os, re
+import json, math, os, re, numpy as np, torch, yaml
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
-import numpy as np, torch, yaml
 from ..ops.rows import coco_of_folder, has_rows
 from .images import DataError, fill_sizes, image_size
 
 # %% ../../nbs/sets/03_formats.ipynb #3e085f17
 class Problem(NamedTuple):
     "One fault of a data set"
-    kind: str   # what it is, as 'empty box'
+    kind: str   # such as 'empty box'
     file: str   # the file that holds it
     field: str  # the place in the file
-    detail: str # what stands there
+    detail: str # the content of that place
 
 @dataclass
 class Source:
@@ -138,6 +137,7 @@ def _voc_coco(images, objects):
     categories = [dict(id=i, name=o) for o,i in ids.items()]
     return dict(images=images, categories=categories, annotations=anns)
 
+# %% ../../nbs/sets/03_formats.ipynb #bda77910
 def read_voc(
     path,      # folder with Annotations, JPEGImages (or images) and, for splits, ImageSets
     split=None # name of a list in ImageSets; None: every annotated image

@@ -21,7 +21,7 @@ from .images import image_size
 
 # %% ../../nbs/sets/16_large.ipynb #e7045337
 def _fill_sizes(images, folder):
-    "Asks the files where annotations leave a side out, as `fill_sizes` does"
+    "Fill in missing widths and heights from the image files, as `fill_sizes` does"
     for i in np.flatnonzero((images['width']==0) | (images['height']==0)):
         o = Entries(images)[i]
         images['height'][i],images['width'][i] = image_size(folder/o['file_name']) or (0,0)
@@ -44,7 +44,7 @@ def read_table(
 
 # %% ../../nbs/sets/16_large.ipynb #8993f866
 def _rows(ids, wanted):
-    "(m,) where each wanted id stands in `ids` (n,), -1 for nowhere"
+    "(m,) index of each wanted id in `ids` (n,), -1 if it is missing"
     if not len(ids): return np.full(len(wanted), -1)
     order = np.argsort(ids, kind='stable')
     at = np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids)-1)
@@ -88,9 +88,10 @@ def _odd(table):
     return {i: known[place[i]] for i in np.flatnonzero(np.isin(place, [*known]))}
 
 def _where(table, i, a):
-    "File and place of an annotation, for messages"
+    "File of an annotation and its place there, for messages"
     return a.get('at') or (str(table.file), f"annotations[{table.objects['place'][i]}]")
 
+# %% ../../nbs/sets/16_large.ipynb #08070456
 def _judge(table, images, objects, used):
     "(m,) bool: what can be used; and problems by number. Fills in what is odd but usable"
     row = _rows(images['id'], objects['image_id'])
@@ -156,7 +157,7 @@ def clean_source(source, vocab=None):
 
 # %% ../../nbs/sets/16_large.ipynb #fa27ab1d
 def _listed(coco):
-    "Image (T,), x, y, w, h (T,4) and category id (T,) of every object that is no crowd"
+    "Index of the image (T,), x, y, w, h (T,4) and category id (T,) of each object but crowds"
     anns = coco['annotations']
     if isinstance(anns, Entries):
         alone = anns.arrays['iscrowd']==0
@@ -178,7 +179,7 @@ def _frames(images):
 def pack(
     coco # of `clean_source`
 ):       # boxes (T,4) cut at the frame, labels (T,), and each image's begin and end, (n+1,)
-    "Targets of all images, in their order"
+    "Boxes and labels of all images, in the images' order"
     row,xywh,category = _listed(coco)
     order = np.argsort(row, kind='stable')
     row,xywh,category = [o[order] for o in (row, xywh, category)]
@@ -191,7 +192,7 @@ def pack(
 
 # %% ../../nbs/sets/16_large.ipynb #65224eb4
 def _of_images(table, chosen):
-    "The images of a table with these numbers, and what belongs to them"
+    "The table of the images with these indices"
     images = _take(table.images, chosen)
     mine = np.isin(table.objects['image_id'], images['id'])
     held = set(images['id'].tolist()) if table.odd else ()
@@ -215,6 +216,7 @@ def with_objects(
     anns = [a for a in anns if a.get('image_id') in used]
     return replace(source, coco=dict(source.coco, images=images, annotations=anns))
 
+# %% ../../nbs/sets/16_large.ipynb #70373bd1
 def read_sources(
     path,           # folder of a set
     layout=None,    # 'coco', 'voc' or 'yolo'; by default it is recognised

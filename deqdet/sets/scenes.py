@@ -1,4 +1,4 @@
-"""generated images that pretrain the decoder of deqdet_lite
+"""images that pretrain the decoder of deqdet_lite
 
 Docs: https://deqdet.github.io/deqdet/sets/scenes.html.md"""
 
@@ -29,8 +29,9 @@ class Mark(NamedTuple):
     at: np.ndarray # (2,) place, as a part of the object's longest side, from its centre
     rgb: np.ndarray
 
+# %% ../../nbs/sets/07_scenes.ipynb #74c2be79
 class Kind:
-    "What the objects of one class have in common"
+    "The properties that the objects of one class share"
     def __init__(self,
         i # number of the class
     ):
@@ -52,7 +53,7 @@ class Kind:
         self.vary = rng.random() < .3 # every object has an outline of its own
 
     def marks(self):
-        "What is drawn on each object of the class"
+        "The marks on each object of the class"
         return [self.draw_mark(np.random.default_rng((self.seed, j))) for j in range(self.n_marks)]
 
     def draw_mark(self, rng):
@@ -148,7 +149,7 @@ def _window(mask, x, y, img):
     return x0, y0, x1, y1, np.s_[y0-y:y1-y, x0-x:x1-x]
 
 def _hides(owner, hard, style, area):
-    "Would this mask hide too much of an object, or lie within one?"
+    "True if the mask would hide too much of an object, or lie within one"
     for i,n in enumerate(np.bincount(owner[hard], minlength=1)):
         if i and n and (n > style['hide']*style['areas'][i] or n > .75*area): return True
     return False
@@ -201,7 +202,7 @@ def put(
     kind,   # a `Kind`: its class
     side,   # longest side, in pixels
     number, # of the object
-    style   # dict of what the scene decides
+    style   # dict of what all objects of the scene share, from `_style`
 ) -> bool:  # False: no room for it
     "Draw one object"
     H,W = img.shape[:2]
@@ -256,7 +257,7 @@ def _jpeg(im, quality):
 
 # %% ../../nbs/sets/07_scenes.ipynb #3c1d8794
 def _style(rng):
-    "What is the same all over a scene"
+    "Properties that are the same all over a scene"
     upright = rng.random() < .3
     cut = rng.random() < .5
     hide = rng.choice([.05, .4])
@@ -266,7 +267,7 @@ def _style(rng):
     return dict(upright=upright, cut=cut, hide=hide, hues=hues, shadow=shadow, areas={})
 
 def _boxes(owner, labels):
-    "Extents (n,4) of what can be seen, and the labels (n,) of what can be seen at all"
+    "Boxes (n,4) of the visible pixels, and labels (n,), of the objects that are visible"
     boxes = []
     kept = []
     for i,label in enumerate(labels, 1):
@@ -278,6 +279,7 @@ def _boxes(owner, labels):
         kept.append(label)
     return np.array(boxes, np.float32).reshape(-1, 4), np.array(kept, np.int64)
 
+# %% ../../nbs/sets/07_scenes.ipynb #95b6ba28
 def some_kinds(
     rng, # NumPy generator
     n    # objects in the scene

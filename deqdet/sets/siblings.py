@@ -1,4 +1,4 @@
-"""scenes whose classes differ only in a detail
+"""generated scenes whose classes differ only in a detail
 
 Docs: https://deqdet.github.io/deqdet/sets/siblings.html.md"""
 

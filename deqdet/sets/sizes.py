@@ -1,4 +1,4 @@
-"""a warning for objects too small to be detected
+"""a warning for objects too small for the finest features
 
 Docs: https://deqdet.github.io/deqdet/sets/sizes.html.md"""
 
@@ -17,7 +17,7 @@ def fed_sides(
     ds,  # `DetDataset`
     feed # `Feed`
 ):       # (n,) root of each object's area, in pixels of the fed image
-    "How large objects are when a detector sees them"
+    "Sides of all objects, in pixels of the resized image"
     sides = []
     for i,o in enumerate(ds.images):
         h = o.get('height')
@@ -38,7 +38,7 @@ def warn_if_tiny(
     sides = fed_sides(ds, feed)
     share = (sides < stride).float().mean().item() if len(sides) else 0.
     if share <= .1: return
-    tenth = max(sides.quantile(.1).item(), 1e-3)
+    tenth = max(sides.quantile(.1, interpolation='lower').item(), 1e-3)
     long = 32*math.ceil(feed.long*stride/tenth/32)
     warnings.warn(f'{share:.0%} of the objects are smaller than {stride} pixels when an image is '
                   f'fed with {feed.long}; --size {long} would do')

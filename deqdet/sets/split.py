@@ -45,7 +45,7 @@ def divide(
     by='prefix',   # as for `group_of`
     seed=0         # of the order of groups
 ) -> tuple:        # numbers of the images to train and to validate on
-    "Images in two parts, each group whole in one of them"
+    "Images in two parts; all images of a group are in the same part"
     groups = defaultdict(list)
     for i,name in enumerate(names): groups[group_of(name, by)].append(i)
     if len(groups) < 2:

@@ -12,7 +12,7 @@ import math
 from contextlib import contextmanager
 import pandas as pd, torch
 from torch.amp import GradScaler
-from fastcore.basics import noop
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
@@ -49,47 +49,52 @@ class FitLoop(Learner):
         "True if these callbacks are those of `lr_find`"
         return any(isinstance(c, LRFinder) for c in L(cbs))
 
-    def _do_fit(self):
-        for self.epoch in range(self.first_epoch, self.n_epoch):
-            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-
-    def all_batches(self):
-        self.n_iter = len(self.dl)
-        first = 0
-        if self.training and isinstance(self.dl, DetDL): first = self.dl.start//self.dl.bs
-        for i,b in enumerate(self.dl, first): self.one_batch(i, b)
-
     def one_batch(self, i, b):
-        "fastai's; callbacks with a `leave_batch` hear of its end, and of an error's too"
+        "fastai's; then calls `leave_batch` of the callbacks, also after an error"
         try: super().one_batch(i, b)
         finally:
             for cb in self.cbs: getattr(type(cb), 'leave_batch', noop)(cb)
-
-    @contextmanager
-    def quiet(self):
-        "No bars, no lines; `history` has the numbers"
-        with self.no_bar(), self.no_logging(): yield self
-
-    def rows(self):
-        "The rows logged so far"
-        rec = vars(self.recorder)
-        names = [n for n in rec.get('metric_names', ())[1:] if n != 'time']
-        rows = [dict(zip(names, v)) for v in rec.get('values', ())]
-        return pd.DataFrame(rows, columns=names)
 
     @property
     def history(self):
         "The log of the last fit, a row for each epoch; validating does not change it"
         return self.rows() if self.fitting else self.logged
 
+# %% ../../nbs/training/03_callbacks.ipynb #05bf7aa1
+@patch
+def _do_fit(self:FitLoop):
+    for self.epoch in range(self.first_epoch, self.n_epoch):
+        self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+@patch
+def all_batches(self:FitLoop):
+    self.n_iter = len(self.dl)
+    first = 0
+    if self.training and isinstance(self.dl, DetDL): first = self.dl.start//self.dl.bs
+    for i,b in enumerate(self.dl, first): self.one_batch(i, b)
+
+@patch
+@contextmanager
+def quiet(self:FitLoop):
+    "No bars, no lines; `history` has the numbers"
+    with self.no_bar(), self.no_logging(): yield self
+
+@patch
+def rows(self:FitLoop):
+    "The rows logged so far"
+    rec = vars(self.recorder)
+    names = [n for n in rec.get('metric_names', ())[1:] if n != 'time']
+    rows = [dict(zip(names, v)) for v in rec.get('values', ())]
+    return pd.DataFrame(rows, columns=names)
+
 # %% ../../nbs/training/03_callbacks.ipynb #b11882fa
 class Schedule(Callback):
-    "Warm-up and falls of a `Recipe`"
+    "Warm-up and drops of a `Recipe`"
     order = ParamScheduler.order
     run_valid = False
     def __init__(self,
         recipe, # a `Recipe`
-        fitted=False # cut its warm-up to what suits the length of the fit, as `Recipe.fitted` does?
+        fitted=False # shorten the warm-up of a short fit, as `Recipe.fitted` does?
     ):
         self.recipe = recipe
         self.fitted = fitted
@@ -179,7 +184,7 @@ class EMA(Callback):
 
 # %% ../../nbs/training/03_callbacks.ipynb #6a09dc6a
 class SaveBest(Callback):
-    "Keep the weights that were validated, whenever a column of the log is better than before"
+    "Save the validated weights, whenever a column of the log is better than before"
     order = EMA.order-1
     def __init__(self,
         file='best.pt', # relative to the learner's `path`

@@ -1,4 +1,4 @@
-"""truth with noise on it, as further states that the steps must bring home
+"""true boxes with noise, as further states that the steps refine back to the truth
 
 Docs: https://deqdet.github.io/deqdet/training/denoise.html.md"""
 
@@ -55,7 +55,7 @@ def steps_of(
 
 # %% ../../nbs/training/10_denoise.ipynb #09625b1d
 def _repeated(target, groups):
-    "A target each image of which stands `groups` times"
+    "A target with each image repeated `groups` times"
     return type(target)(*[t.repeat_interleave(groups, 0) for t in target])
 
 def _pairs(target, states):
@@ -65,7 +65,7 @@ def _pairs(target, states):
     return torch.cat(every, 1)
 
 def _noisy_preds(model, feats, sizes, target, groups):
-    "What each step says of noisy truth; nothing (very low scores) where a batch is padded"
+    "Predictions of each step for noisy truth; very low scores for padding"
     real = (target.labels >= 0)[..., None]              # (rB,M,1)
     nowhere = target.boxes.new_tensor([0., 0., 4., 4.])
     boxes = torch.where(real, noisy_boxes(target.boxes), nowhere)
@@ -104,7 +104,7 @@ def denoising_loss(
 
 # %% ../../nbs/training/10_denoise.ipynb #3304aa20
 def can_denoise(model):
-    "Do its queries start at boxes, and do its steps read several rows for each image?"
+    "True if its queries start at boxes, and its steps read several rows for each image"
     steps = steps_of(model.decoder)
     return (hasattr(model.queries, 'state')
             and all(getattr(s, 'shares_features', False) for s in steps))
@@ -137,6 +137,7 @@ class Denoise(Callback):
         self.feats = None
         self.hook.remove()
 
+# %% ../../nbs/training/10_denoise.ipynb #1f343041
 def add_denoising(
     learn,   # a learner with a recipe
     cbs=None # callbacks of a fit

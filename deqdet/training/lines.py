@@ -9,27 +9,28 @@ __all__ = ['SHOWN', 'budget_of', 'minutes_passed', 'EpochLines']
 
 # %% ../../nbs/training/09_lines.ipynb #a8195488
 import time
+from fastcore.basics import patch
 from fastai.callback.progress import ProgressCallback
 from ..ops.machine import duration
 
 # %% ../../nbs/training/09_lines.ipynb #53f7502c
 def budget_of(
     learn # a `Learner`, in a fit or after it
-):        # its `TimeBudget`, or None: it counts epochs
+):        # its `TimeBudget`, or None if it counts epochs
     "The callback that ends a training by the clock"
     return vars(learn).get('time_budget')
 
 def minutes_passed(
     budget # `TimeBudget`
 ) -> str:
-    "The minutes passed, of all"
+    "The minutes passed, and those of the whole training"
     return f'{budget.elapsed()/60:.1f} of {budget.seconds/60:g} minutes'
 
 # %% ../../nbs/training/09_lines.ipynb #1f1a07f0
 SHOWN = ('train_loss','valid_loss','AP','AP50','AP75') # columns of the log in a line
 
 class EpochLines(ProgressCallback):
-    "Log an epoch as a line"
+    "Print a line for each epoch, in place of a progress bar"
     def before_fit(self):
         self.old = self.logger
         self.learn.logger = self.row
@@ -41,24 +42,6 @@ class EpochLines(ProgressCallback):
         at = getattr(vars(self.learn).get('run_resume'), 'at', None)
         if at: print(f'going on {self.place(at)}', flush=True)
 
-    def place(self, at):
-        "The epoch at which a training resumes"
-        budget = budget_of(self.learn)
-        if budget: return f'after {minutes_passed(budget)}'
-        done = f"after {at['iter']} of {at['n_iter']} batches"
-        return f"in epoch {at['epoch']+1} of {self.n_epoch}, {done}"
-
-    def row(self, row):
-        if isinstance(row, str): return print(row, flush=True)
-        if not self.on: return # an epoch of before
-        named = dict(zip(self.recorder.metric_names, row))
-        numbers = {k: v for k,v in named.items() if k in SHOWN and isinstance(v, float) and v==v}
-        budget = budget_of(self.learn)
-        if budget and 'AP' not in numbers: return
-        at = minutes_passed(budget) if budget else f'epoch {row[0]+1} of {self.n_epoch}'
-        said = '  '.join(f'{k} {v:.3f}' for k,v in numbers.items())
-        print(f'{at}: {said}', flush=True)
-
     def after_epoch(self):
         if budget_of(self.learn): return
         done = self.epoch + 1 - self.first_epoch
@@ -67,3 +50,24 @@ class EpochLines(ProgressCallback):
 
     def after_fit(self): self.learn.logger = self.old
     before_train = before_validate = after_train = after_validate = after_batch = lambda self: None
+
+# %% ../../nbs/training/09_lines.ipynb #50a08cff
+@patch
+def place(self:EpochLines, at):
+    "The epoch at which a training resumes"
+    budget = budget_of(self.learn)
+    if budget: return f'after {minutes_passed(budget)}'
+    done = f"after {at['iter']} of {at['n_iter']} batches"
+    return f"in epoch {at['epoch']+1} of {self.n_epoch}, {done}"
+
+@patch
+def row(self:EpochLines, row):
+    if isinstance(row, str): return print(row, flush=True)
+    if not self.on: return # an epoch from before the interruption
+    named = dict(zip(self.recorder.metric_names, row))
+    numbers = {k: v for k,v in named.items() if k in SHOWN and isinstance(v, float) and v==v}
+    budget = budget_of(self.learn)
+    if budget and 'AP' not in numbers: return
+    at = minutes_passed(budget) if budget else f'epoch {row[0]+1} of {self.n_epoch}'
+    said = '  '.join(f'{k} {v:.3f}' for k,v in numbers.items())
+    print(f'{at}: {said}', flush=True)

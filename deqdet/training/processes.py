@@ -22,7 +22,7 @@ def deal(
     world,  # how many there are
     drop_last=False # leave out a last batch that is shorter
 ) -> list:  # this process's numbers
-    "One process's batches, dealt in turn; all processes get the same number"
+    "The images of one process; all processes get the same number of batches"
     batches = [list(idxs[i:i+bs]) for i in range(0, len(idxs), bs)]
     if drop_last and len(batches[-1]) < bs: batches.pop()
     n = math.ceil(len(batches)/world)*world
@@ -49,7 +49,7 @@ def shard(
 
 # %% ../../nbs/training/05_processes.ipynb #f8e35967
 def _end_group():
-    "A program that ends with its threads of communication alive may be aborted"
+    "End the communication of processes; a program that exits without it may abort"
     if dist.is_initialized(): dist.destroy_process_group()
 
 class Shards(DistributedTrainer):

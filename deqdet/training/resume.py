@@ -114,7 +114,7 @@ class Resume(Callback):
     def __init__(self,
         file,        # where to save; relative to the learner's `path`
         every=500,   # iterations between saves; before and after an evaluation it saves too
-        resume=False # go on from the file, if there is one?
+        resume=False # continue from the file, if there is one?
     ):
         self.fname = file
         self.every = every
@@ -139,30 +139,35 @@ class Resume(Callback):
         self._put_rng()
         self.clean = False
 
-    def after_batch(self):
-        if not self.training: return
-        self.clean = True
-        self.trained = True
-        self._mark(self.epoch, self.iter+1)
-        if self.train_iter%self.every==0: self.save()
+# %% ../../nbs/training/04_resume.ipynb #8c53ff36
+@patch
+def after_batch(self:Resume):
+    if not self.training: return
+    self.clean = True
+    self.trained = True
+    self._mark(self.epoch, self.iter+1)
+    if self.train_iter%self.every==0: self.save()
 
-    def after_train(self):
-        self._put_rng()
-        self.evaluated = getattr(self.learn, 'validate_now', True)
-        if self.clean and self.evaluated and self.train_iter%self.every: self.save()
+@patch
+def after_train(self:Resume):
+    self._put_rng()
+    self.evaluated = getattr(self.learn, 'validate_now', True)
+    if self.clean and self.evaluated and self.train_iter%self.every: self.save()
 
-    def after_epoch(self):
-        if not self.trained: return
-        self._mark(self.epoch+1, 0)
-        if self.evaluated: self.save()
+@patch
+def after_epoch(self:Resume):
+    if not self.trained: return
+    self._mark(self.epoch+1, 0)
+    if self.evaluated: self.save()
 
-    def after_cancel_fit(self):
-        if self.clean and self.training: self.save()
+@patch
+def after_cancel_fit(self:Resume):
+    if self.clean and self.training: self.save()
 
 # %% ../../nbs/training/04_resume.ipynb #b9f18ccf
 @patch
 def _mark(self:Resume, epoch, i):
-    "Note a place"
+    "Record the position, and the states of loader and generators"
     self.place = dict(epoch=epoch, iter=i, order=self.dls.train.epoch, rng=_rng())
 
 @patch
@@ -173,7 +178,7 @@ def _put_rng(self:Resume):
 
 @patch
 def _go_on(self:Resume, s):
-    "Begin an epoch in the middle"
+    "Continue an epoch at the saved batch"
     self.dl.set_epoch(s['order'], s['iter']*self.dl.bs)
     self.learn.train_iter = s['train_iter']
     self.rng = s['rng'][rank_distrib()]
@@ -227,7 +232,7 @@ def _load_model(model, s, file):
 # %% ../../nbs/training/04_resume.ipynb #5dd8af3e
 @patch
 def _load(self:Resume):
-    "Read the file, and put everything where it was"
+    "Read the file, and restore its state"
     s = _read(self.file)
     then = dict(n_iter=s['n_iter'], processes=len(s['rng']))
     now = dict(n_iter=len(self.dls.train), processes=max(num_distrib(), 1))
@@ -257,7 +262,7 @@ class Stop(Callback):
     "End training between two iterations when a signal comes"
     order = Resume.order-1
     def __init__(self,
-        signals=(signal.SIGINT, signal.SIGTERM) # to heed
+        signals=(signal.SIGINT, signal.SIGTERM) # that end the training
     ):
         self.signals = signals
         self.asked = None # name of the signal that came

@@ -1,4 +1,4 @@
-"""loss terms, NaN checks, a CSV log, and whether the equilibrium settles
+"""loss terms, NaN checks, a CSV log, and the residuals of the equilibrium
 
 Docs: https://deqdet.github.io/deqdet/training/watch.html.md"""
 
@@ -65,7 +65,7 @@ def _finite_images(
 
 # %% ../../nbs/training/06_watch.ipynb #60509476
 class NonFinite(Callback):
-    "Leave out batches with predictions or gradients that are not finite, or stop"
+    "Skip batches with predictions or gradients that are not finite, or raise an error"
     order = MixedPrecision.order+.5
     run_valid = False
     def __init__(self,
@@ -103,7 +103,7 @@ class NonFinite(Callback):
 
 # %% ../../nbs/training/06_watch.ipynb #2c491ec6
 class CSVLog(Callback):
-    "The log as a CSV file, whole after every epoch"
+    "The log as a CSV file, written completely after every epoch"
     order = Recorder.order+5
     def __init__(self,
         file='log.csv' # relative to the learner's `path`

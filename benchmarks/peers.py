@@ -1,0 +1,116 @@
+"""AP against milliseconds for an image on a CPU: our lite at several numbers of steps, and in other forms, beside torchvision's FCOS on the same body
+
+Both are trained by `own_data.py`'s loop for the same minutes of one core, and kept:
+
+    export DEQDET_DATA=...   # holds cards
+    python benchmarks/peers.py --train deqdet_lite --minutes 10 --save runs/cards_lite
+    python benchmarks/peers.py --train fcos --minutes 10 --save runs/cards_fcos.pt
+    python benchmarks/peers.py --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/cards.onnx --out nbs/results/peers.json
+
+AP is that of the whole validation set. Times are of the processor, one image at a time from the fed image to boxes (decoding of the file is left out),
+in turns in one run: every round measures each way on the same images."""
+import argparse, os, time, warnings
+from pathlib import Path
+import torch
+from deqdet.data import det_dls
+from deqdet.export import load_exported
+from deqdet.model import Feed
+from deqdet.predict import load_detector, save_detector
+from deqdet.sets.augment import recipe_1x, recipe_small
+from common import alternate, parser, report
+from own_data import KINDS, Peer, ap, train
+
+STEPS = 1, 2, 3, 5, 10
+TOLS = (.2,)
+TRAINING = dict(seed=0, opt='muon', lr=2.5e-3, body_lr=.1, updates=0, frozen=3, wd=.1, ema=.99) # as `own_data.py` has them
+
+
+def loaders(args, bs):
+    "The loaders of `own_data.py`"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        tfms = recipe_small(args.size), recipe_1x(False, args.size, args.size)
+        return det_dls(Path(os.environ['DEQDET_DATA'])/args.set, bs=bs, tfms=tfms, val_bs=bs, num_workers=0, seed=0)
+
+
+def trained(args):
+    "Train one detector, and write the average of its weights"
+    o = argparse.Namespace(**vars(args) | TRAINING | dict(class_lr=4. if 'lite' in args.train else 1.))
+    torch.manual_seed(o.seed)
+    dls = loaders(o, 4)
+    detector = KINDS[o.train](list(dls.vocab), args=o)
+    n, average = train(detector, dls, o)
+    average.swap()
+    net = detector.net.eval()
+    if isinstance(detector, Peer): return n, torch.save(dict(weights=net.state_dict(), vocab=list(dls.vocab)), o.save)
+    net.feed = Feed(o.size, o.size)
+    return n, save_detector(net, o.save)
+
+
+class Kept:
+    "A detector of this package as it was kept, with the options of its solver"
+    def __init__(self, net, **options):
+        self.net = net
+        self.options = options
+
+    def detect(self, images, sizes, target): return self.net.predict(images, sizes, orig=target.orig, **self.options)
+
+
+class Half(Kept):
+    "The same in bfloat16 where autocast uses it"
+    def detect(self, *batch):
+        with torch.autocast('cpu', torch.bfloat16): return super().detect(*batch)
+
+
+def fcos(file, args):
+    "The peer that was kept"
+    held = torch.load(file, weights_only=True)
+    peer = Peer('fcos', held['vocab'], argparse.Namespace(size=args.size, frozen=3))
+    peer.net.load_state_dict(held['weights'])
+    peer.net.eval()
+    return peer
+
+
+def exported(model, file, steps):
+    "The exported detector; converting takes a minute, so a file that is there is taken"
+    if not Path(file).exists(): model.export(file, steps=steps)
+    return load_exported(file)
+
+
+def ways(args):
+    "Each way by name; the first one is the peer"
+    model, fast = (load_detector(args.ours, device='cpu') for _ in range(2))
+    fast.compile()
+    found = {'FCOS': fcos(args.fcos, args)}
+    found |= {f'lite, T={t}': Kept(model, steps=t) for t in STEPS}
+    found |= {f'lite, tol={t}': Kept(model, tol=t) for t in TOLS}
+    t = args.form_steps
+    found |= {f'lite, T={t}, compiled': Kept(fast, steps=t), f'lite, T={t}, bf16': Half(model, steps=t)}
+    return found | {f'lite, T={t}, onnxruntime': Kept(exported(model, args.onnx, t))}
+
+
+def ms(found, batches, rounds):
+    "Processor milliseconds for an image, and the ratio to the first"
+    fns = {k: (lambda m=m: [m.detect(*b) for b in batches]) for k, m in found.items()}
+    times = alternate(fns, rounds, clock=time.process_time)
+    return {k: dict(ms=1000*v['median']/len(batches), over_fcos=v['ratio']) for k, v in times.items()}
+
+
+@torch.no_grad()
+def measured(args):
+    "AP and milliseconds of each way"
+    dls = loaders(args, 1)
+    batches = [b for b, _ in zip(dls.valid, range(args.images))]
+    found = ways(args)
+    times = ms(found, batches, args.rounds)
+    return {k: ap(m, dls) | times[k] for k, m in found.items()}
+
+
+def main():
+    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., train='', save='', ours='', fcos='', images=16, form_steps=2, onnx='lite.onnx').parse_args()
+    torch.set_num_threads(args.threads)
+    if args.train: print(f'{args.save}: {trained(args)[0]} updates')
+    else: report(measured(args), args.out, set=args.set, size=args.size, images=args.images)
+
+
+if __name__ == '__main__': main()
