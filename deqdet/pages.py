@@ -135,9 +135,11 @@ def neat_column(
 # %% ../nbs/24_pages.ipynb #9bd4f1bc
 _re_row = re.compile(r'<tr.*?</tr>', re.S)
 _re_cell = re.compile(r'<td>(.*?)</td>', re.S)
+_re_first = re.compile(r'(<tr[^>]*>)\s*<th.*?</th>', re.S) # heading of a row
 
 def _aligned(tag, text, numbers):
     side = 'right' if numbers else 'left'
+    text = text.replace(' ± ', '&nbsp;±&nbsp;') # a number and its deviation stay in one line
     return f'<{tag} style="text-align: {side};">{text}</{tag}>'
 
 def _head(row, is_number):
@@ -166,7 +168,8 @@ def neat_table(
     head = _re_row.sub(lambda m: _head(m[0], is_number), head)
     rest = _re_cell.sub(lambda m: next(cells), rest)
     if _is_count(rest) and head.count('<tr')==1:
-        head,rest = (re.sub(r'(<tr[^>]*>)\s*<th.*?</th>', r'\1', part, flags=re.S) for part in (head, rest))
+        head = _re_first.sub(r'\1', head)
+        rest = _re_first.sub(r'\1', rest)
     return head + body + rest
 
 # %% ../nbs/24_pages.ipynb #3cdfb09c
@@ -204,7 +207,8 @@ def _describe(cell, words):
     alt = f'<img alt="{escape(words)}" '
     for output in cell.outputs:
         html = ''.join(output.get('data', {}).get('text/html', ''))
-        if '<img ' in html: output['data']['text/html'] = re.sub(r'<img (?!alt=)', lambda m: alt, html)
+        if '<img ' not in html: continue
+        output['data']['text/html'] = re.sub(r'<img (?!alt=)', lambda m: alt, html)
 
 class Words(Processor):
     "Give figures the words of the text before them"
@@ -229,10 +233,9 @@ def _opened(output):
     return Image.open(BytesIO(b64decode(''.join(found)))) if found else None
 
 def _is_plot(image):
-    "Are three quarters of a PNG white?"
-    if image.format!='PNG': return False
+    "Are three quarters of an image white, or nearly, as JPEG has it?"
     counts = image.convert('L').histogram()
-    return sum(counts[250:]) >= .75*sum(counts)
+    return sum(counts[245:]) >= .75*sum(counts)
 
 def figure_classes(
     outputs # of a cell

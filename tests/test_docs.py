@@ -86,7 +86,7 @@ def test_source_is_on_the_page(site, processed):
             source = f'```python\n{c.source.strip()}\n```'
             assert any('<details' in t and source in t for t in texts), f'{p.path} lacks the source {c.source[:80]!r}'
 
-def test_entries_stand_in_the_order_of_the_source(site, processed):
+def test_entries_follow_the_source(site, processed):
     "What one cell exports is shown in its order"
     for p in site.pages.values():
         if p.path.endswith('.qmd'): continue
