@@ -48,6 +48,13 @@ class Constant:
     def step(self, memory, z, fz): return None, moved(fz, [a*d for a,d in zip(self.by, moves(z, fz))])
 
 
+class First(Constant):
+    "`Constant` after the first application, Picard after that"
+    def step(self, memory, z, fz):
+        if memory is not None: return memory, fz
+        return z.content.new_ones(len(z.content)), super().step(None, z, fz)[1]
+
+
 class Mix(nn.Module):
     "Go beyond `f(z)` by parts of the last two moves, which a small network reads from their lengths and angles"
     def __init__(self, width=32):
@@ -186,11 +193,11 @@ def detection_loss(model, data, method, steps):
     return total/len(data)
 
 
-def search(model, data, steps=(2,3), grid=(-.5, -.25, 0., .25, .5)):
+def search(model, data, kind=Constant, steps=(2,3), grid=(-.5, -.25, 0., .25, .5)):
     "The constants whose loss after a few applications is least: boxes first, then content"
     tried = {}
     def loss(c, b):
-        if (c, b) not in tried: tried[c, b] = detection_loss(model, data, Constant(c, b), steps)
+        if (c, b) not in tried: tried[c, b] = detection_loss(model, data, kind(c, b), steps)
         return tried[c, b]
     boxes = min(grid, key=lambda b: loss(0., b))
     content = min(grid, key=lambda c: loss(c, boxes))
@@ -394,6 +401,7 @@ def main():
     p.add_argument('--steps', type=int, default=10, help='most applications of the other methods')
     p.add_argument('--updates', type=int, default=32, help='updates through the applications')
     p.add_argument('--epochs', type=int, default=30, help='epochs over stored states')
+    p.add_argument('--only-first', action='store_true', help='measure Picard and `First` alone')
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--threads', type=int, default=1)
@@ -429,6 +437,10 @@ def main():
 
     methods = {'Picard': Picard()}
     measured('Picard', walks)
+    best,tried = search(model, train[:3], First, grid=(-.75, -.5, -.25, 0.))
+    keep(first=dict(best=best, tried=tried))
+    measure('first', First(*best))
+    if args.only_first: return
     keep(evidence=evidence_table(model, train, valid, dataset, paths, valid_paths, length))
     best,tried = search(model, train[:3])
     keep(constants=dict(best=best, tried=tried))

@@ -9,7 +9,7 @@ Both are trained by `own_data.py`'s loop for the same minutes of one core, and k
 
 AP is that of the whole validation set. Times are of the processor, one image at a time from the fed image to boxes (decoding of the file is left out),
 in turns in one run: every round measures each way on the same images."""
-import argparse, os, time, warnings
+import argparse, os, sys, time, warnings
 from pathlib import Path
 import torch
 from deqdet.data import det_dls
@@ -79,14 +79,14 @@ def exported(model, file, steps):
 
 def ways(args):
     "Each way by name; the first one is the peer"
-    model, fast = (load_detector(args.ours, device='cpu') for _ in range(2))
-    fast.compile()
+    model = load_detector(args.ours, device='cpu')
+    t = args.form_steps
     found = {'FCOS': fcos(args.fcos, args)}
     found |= {f'lite, T={t}': Kept(model, steps=t) for t in STEPS}
     found |= {f'lite, tol={t}': Kept(model, tol=t) for t in TOLS}
-    t = args.form_steps
-    found |= {f'lite, T={t}, compiled': Kept(fast, steps=t), f'lite, T={t}, bf16': Half(model, steps=t)}
-    return found | {f'lite, T={t}, onnxruntime': Kept(exported(model, args.onnx, t))}
+    forms = dict(bf16=lambda: Half(model, steps=t), compiled=lambda: Kept(load_detector(args.ours, device='cpu').compile(), steps=t),
+                 onnxruntime=lambda: Kept(exported(model, args.onnx, t)))
+    return found | {f'lite, T={t}, {k}': forms[k]() for k in args.forms.split(',') if k}
 
 
 def ms(found, batches, rounds):
@@ -99,15 +99,19 @@ def ms(found, batches, rounds):
 @torch.no_grad()
 def measured(args):
     "AP and milliseconds of each way"
-    dls = loaders(args, 1)
-    batches = [b for b, _ in zip(dls.valid, range(args.images))]
+    batches = [b for b, _ in zip(loaders(args, 1).valid, range(args.images))]
     found = ways(args)
     times = ms(found, batches, args.rounds)
-    return {k: ap(m, dls) | times[k] for k, m in found.items()}
+    dls = loaders(args, 8)
+    rows = {}
+    for k, m in found.items():
+        rows[k] = ap(m, dls) | times[k]
+        print(k, rows[k], file=sys.stderr, flush=True)
+    return rows
 
 
 def main():
-    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., train='', save='', ours='', fcos='', images=16, form_steps=2, onnx='lite.onnx').parse_args()
+    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., train='', save='', ours='', fcos='', images=16, form_steps=2, onnx='lite.onnx', forms='bf16,compiled,onnxruntime').parse_args()
     torch.set_num_threads(args.threads)
     if args.train: print(f'{args.save}: {trained(args)[0]} updates')
     else: report(measured(args), args.out, set=args.set, size=args.size, images=args.images)

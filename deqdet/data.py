@@ -86,36 +86,40 @@ class DetDataset:
                 warnings.warn(f'{e}: the next image stands in for it')
         raise DataError(f'{self.file}: not one of {n} images can be read')
 
-    def sample(self,
-        i # number of the image, 0..len-1
-    ):    # image and `Target`
-        "Item `i`, or an error"
-        o = self.images[i]
-        name = o['file_name'] # or the image itself
-        hw = o.get('height'), o.get('width')
-        img = load_image(self.folder/name if isinstance(name, (str,Path)) else name, hw)
-        shape = tuple(img.shape[1:])
-        if all(hw) and shape!=hw:
-            raise DataError(f'{self.folder/name}: height and width are {shape}, '
-                            f'{self.file} says {hw}')
-        part = slice(self.ends[i], self.ends[i+1])
-        size = torch.tensor(shape)
-        t = Target(self.boxes[part], self.labels[part], size, torch.tensor(o['id']))
-        return self.tfm(img, t) if self.tfm else (img, t)
+# %% ../nbs/02_data.ipynb #de41e367
+@patch
+def sample(self:DetDataset,
+    i # number of the image, 0..len-1
+):    # image and `Target`
+    "Item `i`, or an error"
+    o = self.images[i]
+    name = o['file_name'] # or the image itself
+    hw = o.get('height'), o.get('width')
+    img = load_image(self.folder/name if isinstance(name, (str,Path)) else name, hw)
+    shape = tuple(img.shape[1:])
+    if all(hw) and shape!=hw:
+        raise DataError(f'{self.folder/name}: height and width are {shape}, '
+                        f'{self.file} says {hw}')
+    part = slice(self.ends[i], self.ends[i+1])
+    size = torch.tensor(shape)
+    t = Target(self.boxes[part], self.labels[part], size, torch.tensor(o['id']))
+    return self.tfm(img, t) if self.tfm else (img, t)
 
-    def test(self,
-        items # images, as `load_image` takes them
-    ):        # a dataset
-        "New images with the same vocabulary and transform, and no boxes"
-        res = self.new_empty()
-        res.images = [dict(id=i, file_name=o) for i,o in enumerate(items)]
-        res.ends = torch.zeros(len(items)+1, dtype=torch.long)
-        return res
+@patch
+def test(self:DetDataset,
+    items # images, as `load_image` takes them
+):        # a dataset
+    "New images with the same vocabulary and transform, and no boxes"
+    res = self.new_empty()
+    res.images = [dict(id=i, file_name=o) for i,o in enumerate(items)]
+    res.ends = torch.zeros(len(items)+1, dtype=torch.long)
+    return res
 
-    def new_empty(self):
-        "The same dataset without images, for export with a model"
-        empty = Source(dict(self.coco, images=[], annotations=[]))
-        return type(self)(empty, self.vocab, self.tfm, self.on_error)
+@patch
+def new_empty(self:DetDataset):
+    "The same dataset without images, for export with a model"
+    empty = Source(dict(self.coco, images=[], annotations=[]))
+    return type(self)(empty, self.vocab, self.tfm, self.on_error)
 
 # %% ../nbs/02_data.ipynb #c4707203
 @contextmanager

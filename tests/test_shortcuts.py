@@ -9,7 +9,7 @@ from deqdet.sets.images import Target
 from deqdet.solver import Picard, solve, take
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
-from acceleration import Constant, Jump, Mix, by_query, calibration_error, fit_stored, fit_unrolled, foreseen, halting, judged, moved, moves
+from acceleration import Constant, First, Jump, Mix, by_query, calibration_error, fit_stored, fit_unrolled, foreseen, halting, judged, moved, moves
 
 class Slow(nn.Module):
     "Contents and boxes go a part of the way to their place in every application"
@@ -32,7 +32,7 @@ def loud(kind, **kwargs):
     nn.init.normal_(m.net[-1].weight, std=.02 if kind is Mix else .001)
     return m
 
-METHODS = {'constant': lambda: Constant(.2, .3), 'mix': lambda: loud(Mix), 'jump': lambda: loud(Jump, width=8)}
+METHODS = {'constant': lambda: Constant(.2, .3), 'first': lambda: First(-.5, -.5), 'mix': lambda: loud(Mix), 'jump': lambda: loud(Jump, width=8)}
 
 @pytest.mark.parametrize('kind', METHODS)
 @torch.no_grad()
@@ -48,7 +48,7 @@ def test_batch_equals_single(kind):
         assert one.n.item()==whole.n[i].item()
         for a,b in zip(one.z, take(whole.z, row)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
-@pytest.mark.parametrize('method', [Constant(), Mix(), Jump(width=8)], ids=['constant','mix','jump'])
+@pytest.mark.parametrize('method', [Constant(), First(), Mix(), Jump(width=8)], ids=['constant','first','mix','jump'])
 @torch.no_grad()
 def test_off_is_picard_bit_for_bit(method):
     f,z,args = problem()
@@ -118,15 +118,16 @@ def test_calibration_error():
 def test_halting_without_tolerance_is_the_whole_walk(monkeypatch):
     f,z,(goal,_) = problem(2)
     step = Slow()
-    step.forward = lambda z, goal: Slow.forward(step, z, goal, torch.tensor([.1, .6]))
+    step.forward = lambda z, feats: Slow.forward(step, z, *feats)
+    feats = goal, torch.tensor([.1, .6])
     import acceleration
     seen = []
     def ap(preds, *_):
         seen.append(preds[0])
         return {}
     monkeypatch.setattr(acceleration, 'average_precision', ap)
-    rows = halting(detector(step), [SimpleNamespace(z0=z, feats=goal)], None, (1e-9, .05, 1e9), 6)
+    rows = halting(detector(step), [SimpleNamespace(z0=z, feats=feats)], None, (1e-9, .05, 1e9), 6)
     n = [r['applications'] for r in rows]
     assert n[0]==6 and 1 < n[1] < 6 and n[2]==1
-    plain = solve(lambda z, goal: step(z, goal), z, (goal,), max_iter=6).z
+    plain = solve(step, z, (feats,), max_iter=6).z
     assert torch.equal(seen[0].boxes, plain.boxes)

@@ -11,7 +11,7 @@ __all__ = ['decoder_name', 'zoo_row', 'describe']
 def decoder_name(
     strategy # of a record of hyper-parameters
 ) -> str:
-    "How steps are strung together, in words"
+    "Name of the strategy, for a table"
     kind = type(strategy).__name__
     if kind=='Settled': return 'equilibrium'
     return f'{strategy.stages} stages' if kind=='Stacked' else kind.lower()

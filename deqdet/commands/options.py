@@ -25,7 +25,7 @@ from ..zoo import create_detector, published
 # %% ../../nbs/commands/01_options.ipynb #9c809db3
 @dataclass(frozen=True)
 class Diet:
-    "How the images of a recipe are fed and varied"
+    "Image size and augmentation of a recipe"
     feed: Feed=Feed()   # size of images, where the detector's folder says none
     augment: str='flip' # as in `feed_tfm`
 
@@ -37,7 +37,7 @@ DIETS |= {'tiny': Diet(Feed(128, 128), 'small'), 'finetune': Diet(Feed(320, 320)
 def recipe_and_feed(
     model # name in the zoo, or folder of a detector
 ):        # name of a recipe, `Feed`
-    "What a training takes from the detector that it starts from, where nothing else is asked for"
+    "Recipe and image size of the detector that a training starts from"
     if Path(model).is_dir():
         old = load_detector(model, device='cpu')
         return old.recipe or '1x', old.feed or Feed()
@@ -49,7 +49,7 @@ def recipe_and_feed(
 def has_start(
     model # name in the zoo, or folder of a detector
 ) -> bool:
-    "Does the package hold trained weights for it?"
+    "True if the package holds trained weights for it"
     return not Path(model).is_dir() and published(model).start is not None
 
 def complete_options(
@@ -87,7 +87,7 @@ def resumed_options(
     given, # dict of options that were given now
     saved  # dict of options that the training began with
 ) -> dict: # the options that count
-    "The options of a training that goes on"
+    "The options of a resumed training"
     for k,v in given.items():
         same = v==saved.get(k)
         if k=='size' and k in saved: same = Feed.parse(v)==Feed.parse(saved[k])
@@ -102,7 +102,7 @@ def resumed_options(
 def saved_options(
     folder # of a training
 ):         # dict of options, or None where there is none
-    "What the training in a folder was begun with"
+    "Options with which the training in a folder began"
     file = Path(folder)/'config.json'
     if not file.exists(): return None
     with blame(f'{file}: no configuration of a training', ValueError, KeyError, TypeError):
@@ -157,7 +157,7 @@ def _changed(hyper, n_queries):
     return {k: getattr(new, k) for k in ('n_queries','grid') if hasattr(new, k)}
 
 def _pretrained(model, pretrained, **kwargs):
-    "A detector of the zoo with weights; where there are none, what to do"
+    "A detector of the zoo with weights; if there are none, the error names the alternatives"
     try:
         with blame(f'--pretrained {pretrained}', OSError, RuntimeError, ValueError, KeyError):
             return create_detector(model, pretrained=pretrained=='yes' or pretrained, **kwargs)

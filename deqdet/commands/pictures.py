@@ -1,4 +1,4 @@
-"""Which options reach `detect`, where drawings go, and the line for each image
+"""options for tiles, names of drawings, and the line for each image
 
 Docs: https://deqdet.github.io/deqdet/commands/pictures.html.md"""
 
@@ -16,7 +16,7 @@ def look_options(
     tiles=None, # text: side, or side,overlap
     nms=None    # 0..1
 ) -> dict:      # for `detect`
-    "How images are looked at, of what was asked for"
+    "Keyword arguments for `detect`, from the options that were given"
     if tiles is not None:
         with blame('tiles=', ValueError): tile_size(tiles)
     return {k: v for k,v in dict(tiles=tiles, nms=nms).items() if v is not None}
@@ -27,7 +27,7 @@ def drawing(
     file,   # of the image
     taken   # set of the names that are used; grows
 ):          # path
-    "Where to draw an image: its own name, or a numbered one when another image has it"
+    "Path of an image's drawing: the image's name, numbered if another image has it"
     name = f'{file.stem}.png'
     n = 1
     while name in taken:
@@ -39,7 +39,7 @@ def drawing(
 def counted(
     names # of the classes of detections
 ) -> str:
-    "Names with how often each occurs"
+    "Counts of the names, as a text"
     return ', '.join(f'{names.count(o)} {o}' for o in dict.fromkeys(names)) or 'nothing'
 
 # %% ../../nbs/commands/02_pictures.ipynb #c0608c76
@@ -47,7 +47,7 @@ def set_folder(
     folder, # of the predictions
     layout  # coco, voc or yolo; None: no set is written
 ):          # folder in it for the set, or None
-    "Where a set to correct goes; refused before the work if something is there"
+    "Folder for a set to correct; an error before the work if it is not empty"
     if layout is None: return None
     folder = folder/layout
     if folder.exists() and any(folder.iterdir()):

@@ -104,6 +104,7 @@ def adopt(
     if fresh or hyper.n_queries != old.hyper.n_queries: tell(_told(name, old, new, kept, fresh))
     return new
 
+# %% ../../nbs/families/06_adopt.ipynb #765c3349
 def _told(name, old, new, kept, fresh):
     "One line on what was kept"
     classes = f'{old.hyper.n_classes} classes there, {new.hyper.n_classes} here'

@@ -1,4 +1,4 @@
-"""a linear layer that runs large matmuls on the faster of two CPU libraries
+"""large matmuls by the faster of two CPU libraries
 
 Docs: https://deqdet.github.io/deqdet/ops/linear.html.md"""
 

@@ -29,7 +29,7 @@ def clock_factor(
 MANY = 100_000 # epochs of a fit that a clock ends
 
 class MaySkip:
-    "For a learner: evaluate after an epoch only where `validate_now` says so"
+    "A base of a learner: it evaluates after an epoch only if `validate_now` is set"
     validate_now = True
     def _do_epoch_validate(self, *args, **kwargs):
         if self.validate_now: super()._do_epoch_validate(*args, **kwargs)
@@ -69,12 +69,14 @@ class TimeBudget(Callback):
         "Seconds of training before the last evaluation"
         return max(self.seconds - self.reserve - 1.1*self.needed(), .05*self.seconds)
 
-    def guess(self):
-        "Estimated seconds of an evaluation: a batch costs half as much as one of training"
-        if not self.batches: return .1*self.seconds
-        each = (self.elapsed() - self.started)/self.batches
-        images = len(self.dls.valid)*self.dls.valid.bs/self.dls.train.bs
-        return min(.5*each*images, .5*self.seconds)
+# %% ../../nbs/training/08_minutes.ipynb #397006af
+@patch
+def guess(self:TimeBudget):
+    "Estimated seconds of an evaluation: a batch costs half as much as one of training"
+    if not self.batches: return .1*self.seconds
+    each = (self.elapsed() - self.started)/self.batches
+    images = len(self.dls.valid)*self.dls.valid.bs/self.dls.train.bs
+    return min(.5*each*images, .5*self.seconds)
 
 # %% ../../nbs/training/08_minutes.ipynb #4db582fa
 @patch

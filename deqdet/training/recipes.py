@@ -11,6 +11,7 @@ __all__ = ['deqdet_1x', 'deqdet_2x', 'adamixer_1x', 'adamixer_3x', 'deformable',
 # %% ../../nbs/training/01_recipes.ipynb #334efa97
 import math, re
 from dataclasses import dataclass, replace
+from fastcore.basics import patch
 from numbers import Number
 from typing import NamedTuple
 from fastai.optimizer import OptimWrapper
@@ -18,11 +19,11 @@ from fastai.optimizer import OptimWrapper
 # %% ../../nbs/training/01_recipes.ipynb #2d59b702
 @dataclass(frozen=True)
 class Recipe:
-    "A training run: every number of it, once"
+    "All numbers of a training run"
     epochs: int=12
-    drops: tuple=(8,11)      # epochs, counted from 0, that begin with a fall of the rate
+    drops: tuple=(8,11)      # epochs, counted from 0, that begin with a drop of the rate
     drop: float=.1           # to this part of what it was
-    cosine: bool=False       # instead of falls: along half a cosine, to nothing
+    cosine: bool=False       # instead of drops: half a cosine, down to 0
     lr: float=2.5e-5         # learning rate of parameters that no pattern names
     wd: float=.01            # weight decay, likewise
     mults: tuple=(('^decoder', 4., 10.),) # (pattern, times lr, times wd); the first match counts
@@ -48,18 +49,21 @@ class Recipe:
         n_drops = sum(epoch >= d for d in self.drops)
         return up*self.drop**n_drops
 
-    def fitted(self,
-        total # updates of a fit that is shorter or longer than the recipe's
-    ):        # a `Recipe`
-        "With a warm-up of 5 % of the updates, at most its own"
-        return replace(self, warmup=min(self.warmup, max(1, round(.05*total))))
+# %% ../../nbs/training/01_recipes.ipynb #4790d18a
+@patch
+def fitted(self:Recipe,
+    total # updates of a fit that is shorter or longer than the recipe's
+):        # a `Recipe`
+    "With a warm-up of 5 % of the updates, at most its own"
+    return replace(self, warmup=min(self.warmup, max(1, round(.05*total))))
 
-    def epochs_for(self,
-        n # updates in an epoch of the set
-    ) -> int:
-        "Epochs over a set: the recipe's, or those of its updates, within 6 to 60"
-        if not self.updates: return self.epochs
-        return min(60, max(6, round(self.updates/max(n, 1))))
+@patch
+def epochs_for(self:Recipe,
+    n # updates in an epoch of the set
+) -> int:
+    "Epochs over a set: the recipe's, or those of its updates, within 6 to 60"
+    if not self.updates: return self.epochs
+    return min(60, max(6, round(self.updates/max(n, 1))))
 
 # %% ../../nbs/training/01_recipes.ipynb #708330cc
 _no_decay = 'norm|relative_position_bias_table|absolute_pos_embed' # of a Swin
