@@ -1,4 +1,4 @@
-"""the dynamic head as a step
+"""a neck, RoIAlign and the dynamic head, as a step of this package
 
 Docs: https://deqdet.github.io/deqdet/families/sparse_rcnn.html.md"""
 
