@@ -87,7 +87,7 @@ def some(self:Pieces):
     self.alone = True
     return [first]
 
-# %% ../../nbs/sets/14_arrays.ipynb #4231cb2d
+# %% ../../nbs/sets/14_arrays.ipynb #2abc74c8
 @patch
 def batches(self:Pieces):
     "The values of a list, in lists of some"

@@ -233,7 +233,7 @@ def _cast(self:Film, rng):
             actors.append(Actor(sprite, k, spin=spin, growth=growth, **path))
     return actors
 
-# %% ../../nbs/sets/12_films.ipynb #c300faaa
+# %% ../../nbs/sets/12_films.ipynb #6a3dc533
 @patch
 def __getitem__(self:Film, t):
     "Frame `t`"
