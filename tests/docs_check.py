@@ -19,8 +19,9 @@ from nbdev.processors import FilterDefaults
 
 KINDS = ('sidebar entry without a page', 'page without a sidebar entry', 'dead link', 'dead anchor', 'missing image',
          'no stored output', 'stored error', 'unknown symbol', 'import beside other code', 'path of a machine',
-         'lost text', 'long output', 'heavy notebook', 'image without words', 'missing file of the site', 'fetched from outside')
+         'lost text', 'long output', 'long text', 'heavy notebook', 'image without words', 'missing file of the site', 'fetched from outside')
 LINES,KB = 20,400 # an output has less, a notebook no more
+WORDS = 60 # a text cell has no more, beside code, tables and formulas
 
 class Fault(NamedTuple):
     kind: str   # one of KINDS
@@ -328,6 +329,21 @@ def check_words(site):
     for p in site.pages.values():
         for src in (s for _,t in p.texts for s in t.wordless): yield Fault('image without words', p.path, src)
 
+def words(src):
+    "Words of the paragraphs of a text cell; a name in backticks is one, formulas are none"
+    tokens = parser.parse(re.sub(r'\$\$.*?\$\$|\$[^$\n]+\$', '', src, flags=re.S))
+    said = [t for before,t in zip(tokens, tokens[1:]) if before.type=='paragraph_open']
+    texts = [c.content if c.type=='text' else 'name' for t in said for c in t.children if c.type in ('text','code_inline')]
+    return len(' '.join(texts).split())
+
+def check_long_text(site):
+    "A text cell says one thing, and a plot or a line of code follows"
+    for p in site.pages.values():
+        if not p.path.endswith('.ipynb'): continue # a page of one cell
+        for c in p.raw.cells:
+            n = words(c.source) if c.cell_type=='markdown' else 0
+            if n > WORDS: yield Fault('long text', p.path, f'{n} words, the first: {c.source[:60]!r}')
+
 def check_fetched(site):
     "A page works without a network: it loads nothing from another host, and neither do the options of the site"
     for p in site.pages.values():
@@ -347,7 +363,7 @@ def check_files(site):
         if f and Path(f).suffix and not (site.nbs/f).is_file(): yield Fault('missing file of the site', '_quarto.yml', f)
 
 CHECKS = (check_sidebar, check_links, check_images, check_outputs, check_symbols, check_imports, check_machine,
-          check_title, check_size, check_words, check_fetched, check_files)
+          check_title, check_size, check_words, check_long_text, check_fetched, check_files)
 def faults(site): return [f for check in CHECKS for f in check(site)]
 
 if __name__=='__main__':
