@@ -161,7 +161,7 @@ def train_command(
     best = f"best AP {k.result['AP']:.3f}, AP50 {k.result['AP50']:.3f}"
     after = _when(learn, k)
     if not FIRST: return
-    print(f'{folder}: {best}, {after}, {duration(k.seconds)} of training')
+    print(f'{folder}: {best}, {after}; {duration(k.seconds)} of training in all')
     ds = learn.dls.valid_ds
     image = ds.folder/ds.images[0]['file_name']
     if push: print(f'shared: {push_training(folder, push, image)}')
@@ -170,7 +170,7 @@ def _when(learn, keep):
     "At which point a training was best"
     if keep.best is None: return 'never evaluated'
     if 'minutes' not in learn.options: return f'after epoch {keep.best+1} of {learn.n_epoch}'
-    return f"after {keep.best_point()['seconds']/60:.1f} minutes of training"
+    return f"after {keep.best_point()['seconds']/60:.1f} minutes"
 
 # %% ../nbs/21_cli.ipynb #527c5dcf
 @command

@@ -262,7 +262,7 @@ def demo_options(
     from deqdet.data import synth_coco
     if data: return dict(data=data, seed=seed)
     shapes = folder/'shapes'
-    print(f'drawing {n_train} + {n_valid} images of shapes, which it has never seen', flush=True)
+    print(f'drawing {n_train} + {n_valid} images of shapes to learn from', flush=True)
     with blame(folder, OSError): synth_coco(shapes, n_train, n_valid, size=128, seed=seed)
     return dict(data=str(shapes), seed=seed, size='160', augment='flip')
 
@@ -286,8 +286,10 @@ def deqdet_demo(
     quick:bool=False    # a few updates only, to see that everything runs
 ):
     "First detections in seconds, then a detector of your own, and a page: deqdet_demo --out demo"
+    from deqdet.sets.formats import find_layout
+    if data: find_layout(data) # a wrong folder ends it here
     folder = make_folder(out)
-    print('the shipped detector looks at new scenes', flush=True)
+    print('first detections, on generated scenes', flush=True)
     first = first_detections(folder)
     print(f"first detections: {folder/'first.png'} ({first['objects']} objects, "
           f"{first['seconds']:.0f} s)", flush=True)

@@ -57,6 +57,7 @@ deqdet_demo stray                                       | stray
 deqdet_demo --minutes 0 --out out                       | minutes
 deqdet_demo --n-train -3 --out out                      | n_train
 deqdet_demo --out {notes}                               | notes.txt
+deqdet_demo --data nowhere --out out                     | nowhere: no such folder
 '''.strip().splitlines()
 
 

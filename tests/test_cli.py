@@ -625,7 +625,7 @@ def test_minutes(world, tmp_path, capsys):
     begun = time.time()
     train(world, out, epochs=None, minutes=.1)
     text = capsys.readouterr().out
-    assert 'of 0.1 minutes: train_loss' in text and 'minutes of training' in text and '100000' not in text
+    assert 'of 0.1 minutes: train_loss' in text and 'of training in all' in text and '100000' not in text
     m = json.loads((out/'metrics.json').read_text())
     log = (out/'log.csv').read_text().splitlines()
     assert m['minutes'] == .1 and m['curve'] and m['last']['AP'] is not None and m['pictures_seen'] == 2*m['curve'][-1]['updates']
