@@ -182,11 +182,16 @@ def read_junit(path):
         res.append(Result(f"{case.get('classname')}::{case.get('name')}", status, float(case.get('time', 0)), why))
     return res
 
-def check_pytest(root):
-    "pytest on tests/: its cases, and one more failure where pytest itself did not finish"
+def halves(root):
+    "The files of tests/ in two lists, for two processes"
+    files = sorted(str(p.relative_to(root)) for p in (root/'tests').rglob('test_*.py'))
+    return files[::2], files[1::2]
+
+def check_pytest(root, files=('tests',)):
+    "pytest on tests/ or some of its files: its cases, and one more failure where pytest itself did not finish"
     with tempfile.TemporaryDirectory() as d:
         xml = Path(d)/'junit.xml'
-        cmd = [sys.executable, '-m', 'pytest', '-q', 'tests', '--continue-on-collection-errors', f'--junitxml={xml}']
+        cmd = [sys.executable, '-m', 'pytest', '-q', *files, '--continue-on-collection-errors', f'--junitxml={xml}']
         code,out,secs = call(cmd, root, timeout=4*TIMEOUT)
         res = read_junit(xml) if xml.exists() else []
     if not code: return res
@@ -228,7 +233,7 @@ def main():
         copy.mkdir()
         copy_tree(ROOT, copy)
         results = show(check_export(copy)) + show(check_clean(copy))
-        jobs = [(check_pytest, ROOT)] + [(check_notebook, copy, nb) for nb in notebooks(copy)]
+        jobs = [(check_pytest, ROOT, files) for files in halves(ROOT)] + [(check_notebook, copy, nb) for nb in notebooks(copy)]
         with ThreadPoolExecutor(WORKERS) as pool:
             for res in pool.map(lambda j: show(j[0](*j[1:])), jobs): results += res
     print(f'\n{time.time()-start:.0f} s with {WORKERS} workers')

@@ -138,6 +138,12 @@ def test_pytest(tmp_path):
         'test_a': 'passed', 'test_b': 'failed', 'test_c': 'skipped', 'test_d': 'failed', 'tests.test_y': 'failed'}
     assert res['test_c'].note=='no data'
 
+def test_each_file_of_tests_is_in_one_half():
+    first,second = run.halves(run.ROOT)
+    files = {str(p.relative_to(run.ROOT)) for p in (run.ROOT/'tests').rglob('test_*.py')}
+    assert set(first) | set(second)==files and not set(first) & set(second)
+    assert abs(len(first) - len(second)) <= 1
+
 def test_pytest_that_finds_nothing_fails(tmp_path):
     (tmp_path/'tests').mkdir()
     assert [r.status for r in check_pytest(tmp_path)]==['failed']
