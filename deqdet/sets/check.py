@@ -165,7 +165,7 @@ def _count(coco):
 class Report:
     "The problems of a data set"
     path: Path     # folder of the set
-    layout: str    # 'coco', 'voc' or 'yolo'
+    layout: str    # 'coco', 'voc', 'yolo' or 'hf'
     splits: dict   # name -> a line on it
     problems: list # of `Problem`
 
@@ -191,7 +191,7 @@ class Report:
 # %% ../../nbs/sets/04_check.ipynb #e441fcb3
 def verify_data(
     path,           # folder of a detection set
-    layout=None,    # 'coco', 'voc' or 'yolo'; by default it is recognised
+    layout=None,    # 'coco', 'voc', 'yolo' or 'hf'; by default it is recognised
     splits=('train','valid'), # names of the splits
     valid_pct=None, # share 0..1 to validate on, for a set that is not divided
     vocab=None,     # class names; by default those of the training split

@@ -302,7 +302,7 @@ def _part(src, chosen):
 
 def read_data(
     path,           # folder of a set
-    layout=None,    # 'coco', 'voc' or 'yolo'; by default it is recognised
+    layout=None,    # 'coco', 'voc', 'yolo' or 'hf'; by default it is recognised
     splits=('train','valid'), # names of the two
     valid_pct=None, # share 0..1 of the images to validate on, when they are not divided
     seed=0          # of that division

@@ -79,7 +79,7 @@ def split_data(
     out,           # folder to write
     valid_pct=.2,  # share 0..1 of the images to validate on
     by='prefix',   # 'folder', 'prefix', 'video', or a regular expression with one group
-    layout=None,   # 'coco', 'voc' or 'yolo'; by default it is recognised
+    layout=None,   # 'coco', 'voc', 'yolo' or 'hf'; by default it is recognised
     seed=0         # of the division
 ) -> Path:         # the folder
     "Divide a set by groups of images: a new set, which refers to the images of the old one"
