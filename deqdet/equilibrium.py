@@ -240,13 +240,12 @@ def compile(self:Equilibrium, **kwargs):
     for m in (self.init, self.step, self.measure): m.compile(**kwargs)
 
 @patch
-@torch.no_grad()
 def path(self:Equilibrium, z, feats):
     "The states to supervise, computed without gradient from the first guess"
     noise = self.plan.perturb
     device = z[0].device.type
-    f = cast_once(self.step, device)
-    walk = f if noise is None else lambda z, feats: f(noise(z), feats)
-    with _no_cast_cache(device):
+    with torch.no_grad(), _no_cast_cache(device):
+        f = cast_once(self.step, device)
+        walk = f if noise is None else lambda z, feats: f(noise(z), feats)
         sol = solve(walk, z, (feats,), max_iter=self.plan.steps, keep=self.plan.supervise)
     return [sol.kept[i] for i in self.plan.supervise]

@@ -189,14 +189,14 @@ def compare(self:SetLoss,
     return set_terms(logits, boxes, target, where, *options)
 
 @patch
-@torch.no_grad()
 def match(self:SetLoss,
     logits: Tensor, # (S,B,N,K)
     boxes: Tensor,  # (S,B,N,4) xyxy in pixels
     target          # as for `__call__`
 ) -> Tensor:        # (4,n) rows of indices: state, image, query, object
     "The query of each object, in every state and image"
-    costs = match_costs(logits, boxes, target, self.alpha, self.gamma, self.form)
+    with torch.no_grad():
+        costs = match_costs(logits, boxes, target, self.alpha, self.gamma, self.form)
     total = sum(getattr(self, f'cost_{k}')*v for k,v in costs.items()).cpu() # (S,B,N,M)
     labels = target.labels.cpu()
     if not total.isfinite().all():

@@ -176,13 +176,14 @@ class Proposed(Pred):
     "Proposals of all cells; the first class means an object of any class"
 
 @patch
-@torch.no_grad()
 def best(self:Proposals, memory, masks):
     "(B,N,4) the proposals with the highest scores, cx, cy, w, h as fractions of the image"
-    x,box = self.cells(memory, masks)
-    score = self.cls(x)[..., 0]                                        # (B,S)
-    at = score.topk(min(self.n, x.shape[1]))[1][..., None]             # (B,N,1)
-    return (self.reg(x.take_along_dim(at, 1)) + box.take_along_dim(at, 1)).sigmoid()
+    with torch.no_grad():
+        x,box = self.cells(memory, masks)
+        score = self.cls(x)[..., 0]                                    # (B,S)
+        at = score.topk(min(self.n, x.shape[1]))[1][..., None]         # (B,N,1)
+        x = x.take_along_dim(at, 1)
+        return (self.reg(x) + box.take_along_dim(at, 1)).sigmoid()
 
 @patch
 def preds(self:Proposals, feats):

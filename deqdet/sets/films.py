@@ -214,6 +214,7 @@ class Film:
         if self.actors is None: self.actors = self._cast(rng)
 
     def __len__(self): return self.n
+    def __getitem__(self, t): return self.frame(t)
     def __iter__(self): return (self[t] for t in range(self.n))
 
 # %% ../../nbs/sets/12_films.ipynb #4edcd87b
@@ -235,8 +236,8 @@ def _cast(self:Film, rng):
 
 # %% ../../nbs/sets/12_films.ipynb #6a3dc533
 @patch
-def __getitem__(self:Film, t):
-    "Frame `t`"
+def frame(self:Film, t):
+    "The `Frame` at time `t`"
     if not 0 <= t < self.n: raise IndexError(t)
     offset = self.camera[t]
     y,x = (self.margin - np.round(offset)).astype(int)

@@ -73,11 +73,14 @@ def all_batches(self:FitLoop):
     if self.training and isinstance(self.dl, DetDL): first = self.dl.start//self.dl.bs
     for i,b in enumerate(self.dl, first): self.one_batch(i, b)
 
-@patch
 @contextmanager
+def _without_output(loop):
+    with loop.no_bar(), loop.no_logging(): yield loop
+
+@patch
 def quiet(self:FitLoop):
-    "No bars, no lines; `history` has the numbers"
-    with self.no_bar(), self.no_logging(): yield self
+    "A context without bars and lines; `history` has the numbers"
+    return _without_output(self)
 
 @patch
 def rows(self:FitLoop):
