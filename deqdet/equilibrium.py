@@ -12,7 +12,6 @@ __all__ = ['rag', 'phantom', 'implicit', 'RAG', 'Phantom', 'Implicit', 'Perturb'
 import torch
 from dataclasses import dataclass, field, replace
 from functools import partial
-from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -212,40 +211,34 @@ class Equilibrium(nn.Module):
         if not (self.plan.recompute and torch.is_grad_enabled()): return step(z, feats)
         return checkpoint(step, z, feats, use_reentrant=False)
 
-# %% ../nbs/08_equilibrium.ipynb #2b515d38
-@patch
-def length(self:Equilibrium, steps=None):
-    "Applications of f at inference"
-    return self.plan.extra + (self.plan.steps if steps is None else steps)
+    def length(self, steps=None):
+        "Applications of f at inference"
+        return self.plan.extra + (self.plan.steps if steps is None else steps)
 
-@patch
-def solve(self:Equilibrium, state, feats, steps=None, warm_start=None, **kwargs):
-    "`Solution` of T + `extra` applications at most, from g's guess or a known state"
-    feats = prepared(self.step, feats)
-    z0 = self.init(state, feats) if warm_start is None else warm_start
-    options = dict(max_iter=self.length(steps), measure=self.measure) | kwargs
-    return solve(self.step, z0, (feats,), **options)
+    def solve(self, state, feats, steps=None, warm_start=None, **kwargs):
+        "`Solution` of T + `extra` applications at most, from g's guess or a known state"
+        feats = prepared(self.step, feats)
+        z0 = self.init(state, feats) if warm_start is None else warm_start
+        options = dict(max_iter=self.length(steps), measure=self.measure) | kwargs
+        return solve(self.step, z0, (feats,), **options)
 
-@patch
-def trajectory(self:Equilibrium, state, feats, steps=None, **kwargs):
-    "[(State, Pred)]: g's guess, then the state after every application of f"
-    keep = range(self.length(steps) + 1)
-    kept = self.solve(state, feats, steps, keep=keep, **kwargs).kept
-    makers = [self.init] + [self.step]*(len(kept)-1)
-    return [(z, maker.read(z)) for maker,z in zip(makers, kept.values())]
+    def trajectory(self, state, feats, steps=None, **kwargs):
+        "[(State, Pred)]: g's guess, then the state after every application of f"
+        keep = range(self.length(steps) + 1)
+        kept = self.solve(state, feats, steps, keep=keep, **kwargs).kept
+        makers = [self.init] + [self.step]*(len(kept)-1)
+        return [(z, maker.read(z)) for maker,z in zip(makers, kept.values())]
 
-@patch
-def compile(self:Equilibrium, **kwargs):
-    "`torch.compile` for both steps and for the measure; keywords are its own"
-    for m in (self.init, self.step, self.measure): m.compile(**kwargs)
+    def compile(self, **kwargs):
+        "`torch.compile` for both steps and for the measure; keywords are its own"
+        for m in (self.init, self.step, self.measure): m.compile(**kwargs)
 
-@patch
-def path(self:Equilibrium, z, feats):
-    "The states to supervise, computed without gradient from the first guess"
-    noise = self.plan.perturb
-    device = z[0].device.type
-    with torch.no_grad(), _no_cast_cache(device):
-        f = cast_once(self.step, device)
-        walk = f if noise is None else lambda z, feats: f(noise(z), feats)
-        sol = solve(walk, z, (feats,), max_iter=self.plan.steps, keep=self.plan.supervise)
-    return [sol.kept[i] for i in self.plan.supervise]
+    def path(self, z, feats):
+        "The states to supervise, computed without gradient from the first guess"
+        noise = self.plan.perturb
+        device = z[0].device.type
+        with torch.no_grad(), _no_cast_cache(device):
+            f = cast_once(self.step, device)
+            walk = f if noise is None else lambda z, feats: f(noise(z), feats)
+            sol = solve(walk, z, (feats,), max_iter=self.plan.steps, keep=self.plan.supervise)
+        return [sol.kept[i] for i in self.plan.supervise]
