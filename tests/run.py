@@ -1,7 +1,7 @@
 """What `make test` runs: everything that CI checks, counted.
 
 In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbdev-test passes on every notebook.
-In the tree itself: pytest. The last line is `N passed, M failed`, `, K skipped` following where something was.
+In the tree itself: pytest, in two processes. The last line is `N passed, M failed`, `, K skipped` following where something was.
 A notebook of which no cell runs is not a pass. Each notebook has a process of its own, a fork of one that has
 imported `LIBRARIES` and nothing of ours: importing them takes longer than many a notebook."""
 import atexit, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
