@@ -76,3 +76,14 @@ def test_faults_in_one_line(model, tmp_path):
         assert '\n' not in str(e.value)
     with pytest.raises(CommandError, match='providers are for .onnx'): load_exported(tmp_path/'m.pt2', providers='CPUExecutionProvider')
     with pytest.raises(CommandError, match='TPU is not there; there are .*CPUExecutionProvider'): load_exported(tmp_path/'m.onnx', providers=['TPU'])
+
+
+def test_a_body_that_pads_by_size(tmp_path):
+    "EfficientNet's same padding is recorded as constants: seconds, and the detector's own results"
+    torch.manual_seed(0)
+    lite = create_detector('deqdet_lite', vocab=['a', 'b'], pretrained=False).eval()
+    lite.feed = Feed(96, 128)
+    exported = load_exported(lite.export(tmp_path/'lite.pt2', steps=1))
+    for hw in SIZES:
+        if min(hw) > 32: agree(exported.predict(noise(*hw), min_score=0.), predict(lite, noise(*hw), min_score=0., steps=1))
+    assert any(type(m).__name__ == 'Conv2dSame' for m in lite.modules()), 'the detector itself is left as it was'
