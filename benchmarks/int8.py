@@ -7,7 +7,7 @@ import argparse, logging, shutil, tempfile, time
 from pathlib import Path
 import torch
 from deqdet.evaluate import coco_ap, predict_dl
-from deqdet.export import load_exported
+from deqdet.export import load_exported, to_int8
 from deqdet.predict import eval_loader, load_detector
 from common import alternate, report
 
@@ -20,14 +20,14 @@ class Fed:
 
 def quantised(file, dl, n, kinds):
     "The files of a detector in int8, by name"
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
     CalibrationDataReader.register(Fed)
     ready, out = file.with_suffix('.ready.onnx'), {}
     quant_pre_process(file, ready, skip_symbolic_shape=True)
     for kind, ops in kinds.items():
         out[kind] = file.with_suffix(f'.{kind}.onnx')
-        if kind == 'dynamic': quantize_dynamic(ready, out[kind], op_types_to_quantize=ops, weight_type=QuantType.QInt8)
+        if kind == 'dynamic': to_int8(shutil.copyfile(file, out[kind]))
         else: quantize_static(ready, out[kind], Fed(dl, n), quant_format=QuantFormat.QDQ, op_types_to_quantize=ops, per_channel=True)
     return out
 

@@ -295,14 +295,16 @@ def deqdet_export(
     format:Annotated[str, 'torch or onnx; by default by the name of the file',
                      dict(choices=('torch','onnx'))]=None,
     steps:int=None,   # applications of the step; by default as many as at inference
-    max_dets:int=100  # detections per image
+    max_dets:int=100, # detections per image
+    int8:bool=False   # weights of matmuls in eight bits; for ONNX
 ):
     "A detector as a file that runs without this package: deqdet_export runs/shapes shapes.onnx"
     import deqdet.export # it gives a `Detector` the method
     from deqdet.model import Feed
     detector = open_detector(model, None, 'cpu')
     check_writable(out)
-    with blame(out, OSError, ImportError): file = detector.export(out, format, steps, max_dets)
+    with blame(out, OSError, ImportError, ValueError):
+        file = detector.export(out, format, steps, max_dets, int8)
     feed = detector.feed or Feed()
     size = f'{feed.short}x{feed.long}, padded to a multiple of 32'
     print(f'{file}: {Path(file).stat().st_size/1e6:.1f} MB; feed images of {size}')

@@ -1,7 +1,7 @@
 "Exported files, used as detectors are: both formats say what the detector says, on ten odd sizes"
 import numpy as np, pytest, torch
 from PIL import Image
-from deqdet.export import load_exported
+from deqdet.export import load_exported, to_int8
 from deqdet.model import Feed
 from deqdet.ops.errors import CommandError
 from deqdet.predict import predict
@@ -22,6 +22,7 @@ def model():
 @pytest.fixture(scope='module', params=['.pt2', '.onnx'])
 def file(request, model, tmp_path_factory):
     if request.param == '.onnx':
+        if torch.__version__ < '2.7': pytest.skip('ONNX needs torch 2.7')
         for o in 'onnxruntime', 'onnxscript': pytest.importorskip(o, reason=f'{o} is not installed')
     return model.export(tmp_path_factory.mktemp('exported')/f'm{request.param}', steps=0)
 
@@ -87,3 +88,18 @@ def test_a_body_that_pads_by_size(tmp_path):
     for hw in SIZES:
         if min(hw) > 32: agree(exported.predict(noise(*hw), min_score=0.), predict(lite, noise(*hw), min_score=0., steps=1))
     assert any(type(m).__name__ == 'Conv2dSame' for m in lite.modules()), 'the detector itself is left as it was'
+
+
+def test_int8_is_smaller_and_near(model, file, tmp_path):
+    "The weights of matmuls in eight bits: names are kept, scores change little; a torch program has no such form"
+    if file.suffix == '.pt2':
+        with pytest.raises(ValueError, match='int8: only ONNX'): model.export(tmp_path/'x.pt2', int8=True)
+        return
+    small = tmp_path/'int8.onnx'
+    small.write_bytes(file.read_bytes())
+    to_int8(small)
+    assert small.stat().st_size < .8*file.stat().st_size
+    exported = load_exported(small)
+    assert (exported.vocab, exported.feed) == (['a', 'b'], Feed(96, 128))
+    a, b = (m.predict(noise(64, 96), min_score=0.) for m in (exported, load_exported(file)))
+    assert 0 < (a.scores - b.scores).abs().max() < .02
