@@ -84,15 +84,15 @@ def qmd_as_html(text, css, dark=False):
 MEASURE = """<script>addEventListener('load', () => { const d = document.documentElement
   const wide = [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth &&
     getComputedStyle(e).overflowX=='visible').map(e => e.outerHTML.slice(0, 160)).reverse()
-  parent.postMessage({page: PAGE, excess: d.scrollWidth - d.clientWidth, wide: wide.slice(0, 3)}, '*') })</script>"""
+  parent.postMessage({page: PAGE, excess: d.scrollWidth - d.clientWidth, height: d.scrollHeight, wide: wide.slice(0, 3)}, '*') })</script>"""
 FRAMES = """<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre><script>const pages = PAGES, found = []
   let frame; function next() { if (frame) frame.remove(); if (!pages.length) return
     frame = document.createElement('iframe'); frame.width = WIDTH; frame.height = 800; frame.src = pages.shift(); document.body.append(frame) }
   addEventListener('message', e => { found.push(e.data); document.getElementById('found').textContent = JSON.stringify(found); next() })
   next()</script>"""
 
-def excess(pages, folder, width=390):
-    "name -> (pixels by which a page is wider than the window, elements that make it so), for name -> HTML"
+def measured(pages, folder, width):
+    "[dict]: what Chromium says of each page, for name -> HTML, in a window of that width"
     folder.mkdir(exist_ok=True)
     files = []
     for i,(name,html) in enumerate(pages.items()):
@@ -104,8 +104,17 @@ def excess(pages, folder, width=390):
            '--timeout=120000', f'--virtual-time-budget={1000*len(files) + 5000}', frames.resolve().as_uri()]
     dom = subprocess.run(cmd, capture_output=True, text=True, timeout=900).stdout
     import html as h
-    found = json.loads(h.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.S)[1]))
-    return {o['page']: (o['excess'], o['wide']) for o in found}
+    return json.loads(h.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.S)[1]))
+
+def excess(pages, folder, width=390):
+    "name -> (pixels by which a page is wider than the window, elements that make it so), for name -> HTML"
+    return {o['page']: (o['excess'], o['wide']) for o in measured(pages, folder, width)}
+
+SCREEN = 800 # pixels
+
+def screens(pages, folder, width=1280):
+    "name -> height in screens of 1280 by 800 pixels, for name -> HTML"
+    return {o['page']: o['height']/SCREEN for o in measured(pages, folder, width)}
 
 if __name__=='__main__':
     source,out = map(Path, sys.argv[1:3])
