@@ -10,6 +10,7 @@ __all__ = ['STRIDES', 'MEAN', 'STD', 'four_levels', 'normalisation', 'freeze', '
            'load_timm', 'pretrained_net']
 
 # %% ../nbs/03_backbone.ipynb #5c405d87
+from fastcore.basics import patch
 from pathlib import Path
 import timm
 import torch
@@ -108,26 +109,6 @@ class Body(nn.Module):
         self.norms = nn.ModuleList(norms)
         self.train()
 
-    def frozen(self) -> list[nn.Module]:
-        "The frozen parts"
-        k = self.frozen_stages
-        if k < 0: return []
-        if None in self.stages:
-            raise ValueError(f'cannot tell the stages of {type(self.net).__name__} apart: '
-                'pass frozen_stages=-1')
-        names,parts = zip(*parts_in_order(self.net, self.stages))
-        stop = names.index(self.stages[k-1]) + 1 if k else names.index(self.stages[0])
-        return [*parts[:stop], *self.norms[:k]]
-
-    def train(self, mode=True):
-        "As `nn.Module.train`, except that frozen parts stay frozen"
-        super().train(mode)
-        for m in self.frozen(): freeze(m)
-        if self.norm_eval:
-            for m in self.modules():
-                if isinstance(m, _BatchNorm): m.eval()
-        return self
-
     def level(self, f, norm):
         "One level, channels first, normalised if it has a norm"
         f = f if self.channels_last else f.movedim(1, -1)
@@ -139,6 +120,31 @@ class Body(nn.Module):
         "The four levels"
         feats = self.net(x)
         return [self.level(feats[i], norm) for i,norm in zip(self.levels, self.norms)]
+
+# %% ../nbs/03_backbone.ipynb #0eb90f71
+@patch
+def frozen(self:Body) -> list[nn.Module]:
+    "The frozen parts"
+    k = self.frozen_stages
+    if k < 0: return []
+    if None in self.stages:
+        raise ValueError(f'cannot tell the stages of {type(self.net).__name__} apart: '
+            'pass frozen_stages=-1')
+    names,parts = zip(*parts_in_order(self.net, self.stages))
+    stop = names.index(self.stages[k-1]) + 1 if k else names.index(self.stages[0])
+    return [*parts[:stop], *self.norms[:k]]
+
+@patch
+def train(self:Body,
+    mode=True # training mode?
+):
+    "As `nn.Module.train`, except that frozen parts stay frozen"
+    nn.Module.train(self, mode)
+    for m in self.frozen(): freeze(m)
+    if self.norm_eval:
+        for m in self.modules():
+            if isinstance(m, _BatchNorm): m.eval()
+    return self
 
 # %% ../nbs/03_backbone.ipynb #223e967e
 class PaddedBlock(SwinTransformerBlock):

@@ -9,11 +9,13 @@ __all__ = ['xyxy_to_cxcywh', 'cxcywh_to_xyxy', 'xyzr_to_xyxy', 'xyxy_to_xyzr', '
            'iof', 'giou', 'Record']
 
 # %% ../nbs/01_boxes.ipynb #25ecefe6
-from collections.abc import Iterator
-from operator import itemgetter
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
+from .ops.record import Record
+
+# %% ../nbs/01_boxes.ipynb #eea955dd
+_all_ = ['Record']
 
 # %% ../nbs/01_boxes.ipynb #cecdf045
 def xyxy_to_cxcywh(
@@ -117,35 +119,3 @@ def giou(
     right_bottom = torch.max(a[..., 2:], b[..., 2:])
     hull = (right_bottom - left_top).clamp(min=0).prod(-1).clamp(min=eps)
     return inter/union - (hull - union)/hull
-
-# %% ../nbs/01_boxes.ipynb #03f7fb5a
-class Record(tuple):
-    "A tuple with named fields that both `type(x)([...])` and `type(x)(*fields)` rebuild"
-    _fields = ()
-
-    def __new__(cls,
-        *fields, # the fields in order, or one list, tuple or iterator of them
-        **named  # fields by name
-    ):
-        one = len(fields)==1 and isinstance(fields[0], (list,tuple,Iterator))
-        if one: fields = tuple(fields[0])
-        by_name = cls._fields[len(fields):]
-        missing = [f for f in by_name if f not in named]
-        unknown = [f for f in named if f not in by_name]
-        if missing or unknown or len(fields) > len(cls._fields): raise TypeError(
-            f"{cls.__name__} has fields {cls._fields}: {len(fields)} given in order, {missing=}, "
-            f"unknown or given twice={unknown}")
-        return super().__new__(cls, (*fields, *(named[f] for f in by_name)))
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls._fields = (*cls._fields, *(f for f in cls.__annotations__ if f not in cls._fields))
-        for i,f in enumerate(cls._fields): setattr(cls, f, property(itemgetter(i)))
-
-    _make = classmethod(lambda cls, fields: cls(list(fields)))
-    def _asdict(self): return dict(zip(self._fields, self))
-    def _replace(self, **changed): return Record.__new__(type(self), **(self._asdict() | changed))
-    def __getnewargs__(self): return (tuple(self),)
-    def __repr__(self):
-        fields = ', '.join(f'{k}={v!r}' for k,v in self._asdict().items())
-        return f'{type(self).__name__}({fields})'

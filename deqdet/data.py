@@ -195,39 +195,61 @@ class DetDL(TfmdDL):
         self.epoch = epoch
         self.start = start
 
-    def shuffle_fn(self, idxs):
-        wide = None
-        if self.group:
-            wide = [o.get('width', 0) >= o.get('height', 0) for o in self.dataset.images]
-            if self.chosen: wide = [wide[i] for i in self.chosen]
-        return epoch_order(len(idxs), self.seed, self.epoch, wide, self.bs)
+# %% ../nbs/02_data.ipynb #e90a9e5c
+@patch
+def shuffle_fn(self:DetDL, idxs):
+    "The order of the coming epoch"
+    wide = None
+    if self.group:
+        wide = [o.get('width', 0) >= o.get('height', 0) for o in self.dataset.images]
+        if self.chosen: wide = [wide[i] for i in self.chosen]
+    return epoch_order(len(idxs), self.seed, self.epoch, wide, self.bs)
 
-    def get_idxs(self): return list(super().get_idxs())[self.start:]
+@patch
+def get_idxs(self:DetDL):
+    "Numbers of the samples that the coming pass loads"
+    return list(TfmdDL.get_idxs(self))[self.start:]
 
-    def after_iter(self):
-        super().after_iter()
-        self.set_epoch(self.epoch+1 if self.shuffle else self.epoch)
+@patch
+def create_item(self:DetDL, i):
+    "Sample `i`, with its own random numbers"
+    image = self.chosen[i] if self.chosen else i
+    with seeded(self.seed, self.epoch, i): return self.dataset[image]
 
-    def create_item(self, i):
-        image = self.chosen[i] if self.chosen else i
-        with seeded(self.seed, self.epoch, i): return self.dataset[image]
+@patch
+def after_iter(self:DetDL):
+    "After a full pass: go to the next epoch"
+    TfmdDL.after_iter(self)
+    self.set_epoch(self.epoch+1 if self.shuffle else self.epoch)
 
-    def create_batch(self, b): return collate(b)
-    def retain(self, res, b): return res
+# %% ../nbs/02_data.ipynb #ed24e18e
+@patch
+def create_batch(self:DetDL, b): return collate(b)
 
-    def _one_pass(self): # fastai would load a sample to find these out
-        self._n_inp = 2
-        self._types = {}
+@patch
+def retain(self:DetDL, res, b): return res
 
-    def decode(self, b): return to_cpu(b)
-    def decode_batch(self, b, max_n=9, full=True): return uncollate(self.decode(b))[:max_n]
+@patch
+def _one_pass(self:DetDL): # fastai would load a sample to find these out
+    self._n_inp = 2
+    self._types = {}
 
-    def new(self, dataset=None, cls=None, **kwargs):
-        if isinstance(dataset, (str,Path,Image.Image)): dataset = [dataset]
-        if is_listy(dataset): dataset = self.dataset.test(list(dataset))
-        chosen = self.chosen if dataset is None else None
-        own = dict(seed=self.seed, group=self.group, epoch=self.epoch, chosen=chosen)
-        return super().new(dataset, cls, **merge(own, kwargs))
+@patch
+def decode(self:DetDL, b): return to_cpu(b)
+
+@patch
+def decode_batch(self:DetDL, b, max_n=9, full=True):
+    "Images and targets of a batch"
+    return uncollate(self.decode(b))[:max_n]
+
+@patch
+def new(self:DetDL, dataset=None, cls=None, **kwargs):
+    "A loader with the same options for another data set, or for files"
+    if isinstance(dataset, (str,Path,Image.Image)): dataset = [dataset]
+    if is_listy(dataset): dataset = self.dataset.test(list(dataset))
+    chosen = self.chosen if dataset is None else None
+    own = dict(seed=self.seed, group=self.group, epoch=self.epoch, chosen=chosen)
+    return TfmdDL.new(self, dataset, cls, **merge(own, kwargs))
 
 # %% ../nbs/02_data.ipynb #5b1f0b06
 @patch

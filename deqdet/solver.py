@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Callable, NamedTuple
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .ops.acceleration import Anderson, Broyden, anderson, broyden
 from .ops.states import by_autograd, by_differences, flat, jac_penalty, part_norms
@@ -134,34 +135,39 @@ class _Book:
         self.last = res if self.out is None else put(self.last, self.rows, res)
         self.trace.append(self.last)
 
-    def stop(self, i, fz):
-        "Record the images that end after `i` applications; return the rows left, None for all"
-        if self.moving.all(): return None # the usual answer, at little cost
-        bad = ~_finite_images(fz)         # (b,)
-        done = flat(self.settled).all(1)  # (b,)
-        end = bad | done
-        if not end.any(): return None
-        self.out = self.full(fz)
-        self._note(self.rows[end], i, bad[end], Status.CONVERGED)
-        left = (~end).nonzero().squeeze(1)
-        self.rows = self.rows[left]
-        self.settled = self.settled[left]
-        return left
+# %% ../nbs/07_solver.ipynb #3c2e27be
+@patch
+def stop(self:_Book, i, fz):
+    "Record the images that end after `i` applications; return the rows left, None for all"
+    if self.moving.all(): return None # the usual answer, at little cost
+    bad = ~_finite_images(fz)         # (b,)
+    done = flat(self.settled).all(1)  # (b,)
+    end = bad | done
+    if not end.any(): return None
+    self.out = self.full(fz)
+    self._note(self.rows[end], i, bad[end], Status.CONVERGED)
+    left = (~end).nonzero().squeeze(1)
+    self.rows = self.rows[left]
+    self.settled = self.settled[left]
+    return left
 
-    def _note(self, rows, i, bad, status):
-        self.n.index_fill_(0, rows, i)
-        self.status[rows] = torch.where(bad, int(Status.NON_FINITE), int(status))
+@patch
+def _note(self:_Book, rows, i, bad, status):
+    self.n.index_fill_(0, rows, i)
+    self.status[rows] = torch.where(bad, int(Status.NON_FINITE), int(status))
 
-    def full(self, z):
-        "The whole batch: finished images as they ended, the others from `z`"
-        return z if self.out is None else put(self.out, self.rows, z)
+@patch
+def full(self:_Book, z):
+    "The whole batch: finished images as they ended, the others from `z`"
+    return z if self.out is None else put(self.out, self.rows, z)
 
-    def close(self, i, z, kept, keep):
-        "The `Solution`; images that are left have had `i` applications"
-        self._note(self.rows, i, ~_finite_images(z), Status.MAX_ITER)
-        z = self.full(z)
-        trace = Residual(*map(torch.stack, zip(*self.trace))) if self.trace else None
-        return Solution(z, self.status, self.n, trace, {k: kept.get(k, z) for k in keep})
+@patch
+def close(self:_Book, i, z, kept, keep):
+    "The `Solution`; images that are left have had `i` applications"
+    self._note(self.rows, i, ~_finite_images(z), Status.MAX_ITER)
+    z = self.full(z)
+    trace = Residual(*map(torch.stack, zip(*self.trace))) if self.trace else None
+    return Solution(z, self.status, self.n, trace, {k: kept.get(k, z) for k in keep})
 
 # %% ../nbs/07_solver.ipynb #09c525ee
 def _check_batch(tree, n):

@@ -1,10 +1,11 @@
 """A page of the site without Quarto: nbdev's processed notebook through pandoc, measured in Chromium.
 
 It has the site's own styles.css on a plain base, so it shows what is too wide or what pandoc changes, not how Quarto's themes look.
-`python tests/render.py PROCESSED OUT` writes HTML of all processed notebooks of a folder."""
+`python tests/render.py PROCESSED OUT` writes HTML of all processed notebooks of a folder, and prints their heights."""
 import json, re, shutil, subprocess, sys
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 import yaml
 from fastcore.nbio import read_nb
 
@@ -84,33 +85,47 @@ def qmd_as_html(text, css, dark=False):
 MEASURE = """<script>addEventListener('load', () => { const d = document.documentElement
   const wide = [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth &&
     getComputedStyle(e).overflowX=='visible').map(e => e.outerHTML.slice(0, 160)).reverse()
-  parent.postMessage({page: PAGE, excess: d.scrollWidth - d.clientWidth, wide: wide.slice(0, 3)}, '*') })</script>"""
+  parent.postMessage({page: PAGE, excess: d.scrollWidth - d.clientWidth, wide: wide.slice(0, 3)}, '*')
+  addEventListener('resize', () => parent.postMessage({height: document.body.offsetHeight}, '*'), {once: true}) })</script>"""
 FRAMES = """<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre><script>const pages = PAGES, found = []
-  let frame; function next() { if (frame) frame.remove(); if (!pages.length) return
+  let frame, seen; function next() { if (frame) frame.remove(); if (!pages.length) return
     frame = document.createElement('iframe'); frame.width = WIDTH; frame.height = 800; frame.src = pages.shift(); document.body.append(frame) }
-  addEventListener('message', e => { found.push(e.data); document.getElementById('found').textContent = JSON.stringify(found); next() })
+  addEventListener('message', e => { if (!('height' in e.data)) { seen = e.data; frame.width = DESK; return }
+    found.push({...seen, ...e.data}); document.getElementById('found').textContent = JSON.stringify(found); next() })
   next()</script>"""
 
-def excess(pages, folder, width=390):
-    "name -> (pixels by which a page is wider than the window, elements that make it so), for name -> HTML"
+DESK,SCREEN = 1280,800 # pixels of a window on a desk
+
+class Measure(NamedTuple):
+    excess: int    # pixels by which a page is wider than a narrow window
+    wide: list     # elements that make it so
+    screens: float # height in a window on a desk, in such windows
+
+def measured(pages, folder, width=390):
+    "name -> `Measure`, for name -> HTML"
     folder.mkdir(exist_ok=True)
     files = []
     for i,(name,html) in enumerate(pages.items()):
         files.append(f'{i}.html')
         (folder/files[-1]).write_text(html + MEASURE.replace('PAGE', json.dumps(name)), encoding='utf-8')
     frames = folder/'frames.html'
-    frames.write_text(FRAMES.replace('PAGES', json.dumps(files)).replace('WIDTH', str(width)), encoding='utf-8')
+    frames.write_text(FRAMES.replace('PAGES', json.dumps(files)).replace('WIDTH', str(width)).replace('DESK', str(DESK)), encoding='utf-8')
     cmd = [chromium(), '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={folder}/profile', '--dump-dom',
            '--timeout=120000', f'--virtual-time-budget={1000*len(files) + 5000}', frames.resolve().as_uri()]
     dom = subprocess.run(cmd, capture_output=True, text=True, timeout=900).stdout
     import html as h
     found = json.loads(h.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.S)[1]))
-    return {o['page']: (o['excess'], o['wide']) for o in found}
+    return {o['page']: Measure(o['excess'], o['wide'], o['height']/SCREEN) for o in found}
 
-if __name__=='__main__':
-    source,out = map(Path, sys.argv[1:3])
+def main(source, out):
     css = (source/'styles.css').read_text(encoding='utf-8')
-    for f in sorted(source.rglob('*.ipynb')):
-        file = (out/f.relative_to(source)).with_suffix('.html')
+    pages = {f.relative_to(source).as_posix(): as_html(read_nb(f), css) for f in sorted(source.rglob('*.ipynb'))}
+    for path,page in pages.items():
+        file = (out/path).with_suffix('.html')
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(as_html(read_nb(f), css), encoding='utf-8')
+        file.write_text(page, encoding='utf-8')
+    if not chromium(): return
+    found = measured(pages, out/'measured')
+    for path,m in sorted(found.items(), key=lambda o: -o[1].screens): print(f'{m.screens:5.1f} screens {path}')
+
+if __name__=='__main__': main(*map(Path, sys.argv[1:3]))

@@ -140,13 +140,27 @@ def test_every_image_has_words(html):
 def test_formulas_are_mathml(html):
     for path,page in html.items(): assert 'class="math' not in page, f'{path}: pandoc cannot say a formula in MathML'
 
+@pytest.fixture(scope='module')
+def measured(html, tmp_path_factory):
+    "path -> what Chromium says of the page"
+    found = render.measured(html, tmp_path_factory.mktemp('measured'))
+    assert found.keys()==html.keys()
+    return found
+
 @needs_pandoc
 @needs_browser
-def test_no_page_scrolls_sideways(html, tmp_path):
-    found = render.excess(html, tmp_path/'narrow')
-    assert found.keys()==html.keys()
-    wide = {path: said for path,said in found.items() if said[0] > 0}
-    assert not wide, '\n'.join(f'{path}: {px} px too wide: {parts}' for path,(px,parts) in wide.items())
+def test_no_page_scrolls_sideways(measured):
+    wide = {path: m for path,m in measured.items() if m.excess > 0}
+    assert not wide, '\n'.join(f'{path}: {m.excess} px too wide: {m.wide}' for path,m in wide.items())
+
+SCREENS = 15 # a page is no higher
+
+@needs_pandoc
+@needs_browser
+def test_no_page_is_long(measured):
+    "A longer page holds a second idea, which has a page of its own; the index of names is looked through"
+    long = {path: m.screens for path,m in measured.items() if m.screens > SCREENS and path!='api.ipynb'}
+    assert not long, '\n'.join(f'{path}: {n:.1f} screens, of {SCREENS}' for path,n in long.items())
 
 @needs_pandoc
 @needs_browser
@@ -156,9 +170,11 @@ def test_a_wide_page_is_seen(tmp_path):
     css = (ROOT/'nbs/styles.css').read_text(encoding='utf-8')
     pages = {'bad': render.as_html(new_nb([md(f'<div>{line}</div>')]), css),
              'code': render.as_html(new_nb([md(f'```python\n{line}\n```')]), css),
+             'long': render.as_html(new_nb([md('word\n\n'*40)]), css),
              'formula': render.as_html(new_nb([md('$$' + '+'.join(f'a_{{{i}}}' for i in range(60)) + '$$')]), css)}
-    found = render.excess(pages, tmp_path/'wide')
-    assert found['bad'][0] > 100 and found['code'][0]==0 and found['formula'][0]==0, found
+    found = render.measured(pages, tmp_path/'wide')
+    assert found['bad'].excess > 100 and found['code'].excess==0 and found['formula'].excess==0, found
+    assert found['bad'].screens < 1 < found['long'].screens < 3, found
 
 def test_backticks_become_links():
     "The package's entry point is installed, so that nbdev knows where its symbols are documented"

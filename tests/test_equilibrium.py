@@ -272,6 +272,28 @@ def test_a_scaled_loss_scales_the_gradient(toy):
     for once, scaled in zip(gradient(1), gradient(1024)): assert_close(scaled, 1024*once, atol=1e-8*1024, rtol=0)
 
 
+def test_gradients_of_images_add_up(toy):
+    "As gradient accumulation needs"
+    g, f, start, feats = toy
+    def gradient(rows):
+        preds = Equilibrium(g, f, perturb=None)(Toy(*[t[rows] for t in start]), (feats[0][rows],))
+        return grads_of(preds, [g, f])
+    parts = gradient(slice(0, 1)), gradient(slice(1, 2))
+    for whole, a, b in zip(gradient(slice(None)), *parts): assert_close(a + b, whole, atol=1e-10, rtol=0)
+
+
+def test_a_path_of_supervised_guesses_is_differentiated_throughout(toy):
+    "`init_steps` as long as the path: the gradient of every application, with one prediction each"
+    g, f, start, feats = toy
+    preds = Equilibrium(g, f, steps=20, supervise=(), init_steps=20)(start, feats)
+    z, plain = start, []
+    for s in [g] + [f]*20:
+        z = s(z, feats)
+        plain.append(s.read(z))
+    assert len(preds) == len(plain) == 21
+    for a, b in zip(grads_of(preds, [g, f]), grads_of(plain, [g, f])): assert_close(a, b, atol=1e-10, rtol=0)
+
+
 def test_every_weight_of_the_mixing_learns_under_autocast():
     torch.manual_seed(0)
     small = dict(width=32, feat_width=32, groups=2, points=16, out_points=32, heads=4, hidden=64)

@@ -287,6 +287,32 @@ def test_shares_of_images():
     with pytest.raises(TypeError, match='cost_iou'): SetLoss(cost_iou=2)
 
 
+def test_an_image_has_the_same_share_alone():
+    "Apart from the divisor: three objects in one image, one in the other"
+    logits, boxes, target = two_images()
+    def alone(i):
+        one = SimpleNamespace(**{k: v[i:i+1] for k, v in vars(target).items()})
+        return LOSS(preds_of(logits[:, i:i+1], boxes[:, i:i+1]), one)
+    torch.testing.assert_close(LOSS(preds_of(logits, boxes), target), (3*alone(0) + alone(1))/4)
+
+
+def test_matching_is_also_found_in_the_loss():
+    "Names that older code imports from here"
+    import deqdet.loss
+    import deqdet.ops.matching as matching
+    for name in ('assign', 'focal_cost', 'match_costs', 'upright'): assert getattr(deqdet.loss, name) is getattr(matching, name)
+
+
+@pytest.mark.parametrize('form', ['xyxy', 'cxcywh'])
+def test_relative_boxes_fill_their_image(form):
+    from deqdet.ops.matching import relative_boxes
+    size = torch.tensor([[96, 128], [64, 80]])
+    whole = torch.cat([torch.zeros(2, 2), size.flip(-1)], -1)[:, None] # (2,1,4)
+    want = dict(xyxy=[0., 0, 1, 1], cxcywh=[.5, .5, 1, 1])[form]
+    found = relative_boxes(torch.stack([whole, whole]), size, form) # two states
+    torch.testing.assert_close(found, torch.tensor(want).expand(2, 2, 1, 4))
+
+
 def flat(target):
     boxes = target.boxes.clone()
     boxes[0, 0] = torch.tensor([30., 30, 30, 50])

@@ -263,6 +263,15 @@ def test_relative_rule_is_blind_at_zero():
     assert stuck.status.tolist() == [Status.MAX_ITER]
     assert_close(stuck.trace.rel, torch.ones(30,1,1), atol=1e-2, rtol=0)
 
+def test_a_measure_sees_what_a_norm_over_mixed_units_hides():
+    "Pixels and the logarithm of a size in one part: the pixels settle, and the logarithm is wrong by five"
+    def mix(z): return torch.stack([300 + 0.2*(z[:,0]-300), 8 + 0.95*(z[:,1]-8)], -1)
+    def by_column(z, fz): return per_image(z.unbind(-1), fz.unbind(-1))
+    fooled = solve(mix, torch.zeros(1,2), tol=1e-3, max_iter=200)
+    seeing = solve(mix, torch.zeros(1,2), tol=1e-3, max_iter=200, measure=by_column)
+    assert fooled.converged.item() and fooled.z[0,1] < 3
+    assert seeing.converged.item() and seeing.z[0,1] > 7.8
+
 def rotations(n=6):
     "Linear maps that shrink by a known rate each"
     torch.manual_seed(0)

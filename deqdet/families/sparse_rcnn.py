@@ -10,6 +10,7 @@ __all__ = ['BoxState', 'TopDown', 'box_levels', 'cut_out', 'DynamicHead', 'move_
 # %% ../../nbs/families/02_sparse_rcnn.ipynb #54ec37b1
 import math, torch
 from dataclasses import dataclass
+from fastcore.basics import patch
 from typing import NamedTuple
 from torch import nn, Tensor
 from torchvision.ops import FeaturePyramidNetwork, roi_align
@@ -158,18 +159,21 @@ class SparseStep(nn.Module):
         self.reg = tower(width, 4, layers[1], bias=False)
         nn.init.zeros_(self.attn.out.bias)
 
-    def forward(self, state, feats):
-        boxes = state.boxes if self.learned_boxes else state.boxes.detach()
-        x = cut_out(feats, boxes, **self.cut)                                # (B,N,cells,C)
-        q = self.attn_norm(state.content + self.attn(state.content))         # (B,N,D)
-        q = self.mix_norm(q + self.mixing(q, x))
-        q = self.ffn_norm(q + self.ffn(q))
-        delta = self.reg(q).to(boxes.dtype)                                  # (B,N,4)
-        return BoxState(q, move_corners(boxes, delta, **self.move))
-
     def read(self, state): return Pred(self.cls(state.content), state.boxes)
 
     shares_features = True # rB rows of queries may read B images, r rows each
+
+# %% ../../nbs/families/02_sparse_rcnn.ipynb #a2715f9a
+@patch
+def forward(self:SparseStep, state, feats):
+    "The next `BoxState`"
+    boxes = state.boxes if self.learned_boxes else state.boxes.detach()
+    x = cut_out(feats, boxes, **self.cut)                                # (B,N,cells,C)
+    q = self.attn_norm(state.content + self.attn(state.content))         # (B,N,D)
+    q = self.mix_norm(q + self.mixing(q, x))
+    q = self.ffn_norm(q + self.ffn(q))
+    delta = self.reg(q).to(boxes.dtype)                                  # (B,N,4)
+    return BoxState(q, move_corners(boxes, delta, **self.move))
 
 # %% ../../nbs/families/02_sparse_rcnn.ipynb #1c5b0e2e
 @dataclass(frozen=True)
