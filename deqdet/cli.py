@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 from .commands.about import decoder_name, describe, zoo_row
 from .ops.errors import CommandError, blame, check_writable, make_folder
-from .ops.files import finite, write_json # `finite` for who imports it from here
+from .ops.files import finite, write_json # benchmarks import `finite` from here
 from .shell import bar, command, open_detector, say, solver_options
 
 # %% ../nbs/21_cli.ipynb #bb35b333
@@ -25,9 +25,9 @@ def deqdet_check(
     train:str='train', # name of the split to train on
     valid:str='valid', # name of the split to validate on
     valid_pct:float=None, # share 0..1 to validate on, for a set that is not divided
-    fast:bool=False    # only look whether images are there, do not decode them
-) -> int:              # 0: fine, 1: something is odd
-    "What is odd about a detection set, file by file; status 1 if anything is: deqdet_check shapes"
+    fast:bool=False    # only check that the images exist; do not decode them
+) -> int:              # 0: no faults, 1: faults
+    "Faults of a detection set, file by file; status 1 if there are any: deqdet_check shapes"
     from deqdet.data import verify_data
     report = verify_data(data, layout, (train, valid), valid_pct, decode=not fast)
     print(report)
@@ -36,14 +36,14 @@ def deqdet_check(
 # %% ../nbs/21_cli.ipynb #1af995ca
 @command
 def deqdet_split(
-    data:str,          # folder of a set that is not divided, in COCO, VOC, YOLO or HF layout
-    out:str,           # folder to write; it refers to the images of the old one
+    data:str,          # folder of an undivided set, in COCO, VOC, YOLO or HF layout
+    out:str,           # folder to write; it refers to the images in `data`
     by:str='prefix',   # folder, video, prefix (the name without its last digits), or a pattern
     valid_pct:float=.2, # share 0..1 to validate on
     layout:str=None,   # coco, voc, yolo or hf; by default it is recognised
-    seed:int=0         # of the order of groups
+    seed:int=0         # for the random order of groups
 ):
-    "Divide a set, and keep groups of images together: deqdet_split photos divided --by folder"
+    "Divide a set, keeping groups of images together: deqdet_split photos divided --by folder"
     from deqdet.sets.formats import read_data
     from deqdet.sets.split import split_data
     if any(Path(out).glob('annotations/*.json')): raise CommandError(f'{out}: there is a set')
@@ -59,7 +59,7 @@ def deqdet_models(
                       dict(nargs='?', opt=False)]='*',
     cost:bool=False # parameters, and multiply-adds for an image of 800x1280; some seconds for each
 ):
-    "The detectors that have a name, with their authors' COCO AP: deqdet_models swin --cost"
+    "Detectors by name, with the COCO AP that their authors report: deqdet_models swin --cost"
     import pandas as pd
     from deqdet.zoo import list_detectors, zoo
     is_pattern = set(pattern) & set('*?[')
@@ -86,7 +86,7 @@ def deqdet_convert(
     checkpoint:str,   # file of the published code, .pth or .safetensors
     out:str,          # folder to write
     names:str=None,   # class names: a file with one on each line, or a COCO annotation file
-    size:str='800x1333' # bounds of the sides of its images, in pixels
+    size:str='800x1333' # input size: short side x long side in pixels, at most
 ):
     "A published checkpoint as a folder for the other commands: deqdet_convert r50.pth models/r50"
     from deqdet.model import Feed
@@ -106,10 +106,10 @@ def deqdet_convert(
 def deqdet_eval(
     model:str,       # folder of a detector or of a training, or a file that deqdet_export wrote
     data:str,        # folder of a detection set in COCO, VOC, YOLO or HF layout
-    split:str='valid', # which part of it; '' for a set that is not divided
-    size:str=None,   # pixels of the long side, or 800x1333 for both; by default as it was trained
+    split:str='valid', # the split to evaluate on; '' for a set that is not divided
+    size:str=None,   # pixels of the long side, or 800x1333 for both; by default as in training
     steps:int=None,  # refinement steps; by default those of the detector
-    tol:float=None,  # relative residual at which an image is done; by default each takes all steps
+    tol:float=None,  # relative residual at which an image stops; by default none stops early
     max_dets:int=100, # detections in an image
     bs:int=8,        # images in a batch
     layout:str=None, # coco, voc, yolo or hf; by default it is recognised
@@ -118,7 +118,7 @@ def deqdet_eval(
     fast:bool=False, # compute the numbers by the package hotcoco
     out:str=None     # file for the detections, in COCO's format of results
 ):
-    "COCO's numbers of a detector on a set: deqdet_eval runs/shapes shapes --steps 8"
+    "COCO AP of a detector on a set: deqdet_eval runs/shapes shapes --steps 8"
     from deqdet.evaluate import coco_ap, predict_dl, write_results
     from deqdet.predict import eval_loader
     from deqdet.using.stream import check_max_dets
@@ -138,13 +138,13 @@ def deqdet_eval(
 
 # %% ../nbs/21_cli.ipynb #a8ee3a81
 def train_command(
-    given, # dict of the options that were given
+    given, # dict of the given options
     out,   # folder to write
-    resume, # go on?
-    begun=None, # when the clock of `minutes` began, by `time.monotonic`
-    push=None # 'user/name': where the best detector is shared
+    resume, # continue the run in the folder?
+    begun=None, # start of `minutes`, by `time.monotonic`
+    push=None # 'user/name' on the hub, to share the best detector
 ):
-    "Train, and say where everything is"
+    "Train, and print folder, best AP and time"
     from deqdet.commands.tracking import may_push, push_training
     from deqdet.ops.machine import duration
     from deqdet.runs import FIRST, resumed_options, saved_options, train
@@ -167,7 +167,7 @@ def train_command(
     if push: print(f'shared: {push_training(folder, push, image)}')
 
 def _when(learn, keep):
-    "At which point a training was best"
+    "The epoch or time at which a training had its best AP, in words"
     if keep.best is None: return 'never evaluated'
     if 'minutes' not in learn.options: return f'after epoch {keep.best+1} of {learn.n_epoch}'
     return f"after {keep.best_point()['seconds']/60:.1f} minutes"
@@ -178,7 +178,7 @@ def deqdet_train(
     data:str,          # folder of a detection set in COCO, VOC, YOLO or HF layout
     model:str=None,    # a name of deqdet_models, or a folder; or deqdet_lite
     out:str=None,      # folder to write; by default runs/ and the name of the set
-    minutes:float=None, # of the whole command, instead of epochs
+    minutes:float=None, # time of the whole command, instead of epochs
     epochs:int=None,   # passes over the set; by default the recipe's
     queries:int=None,  # boxes to start from; by default the detector's
     size:str=None,     # pixels of the long side, or 800x1333 for both
@@ -192,10 +192,10 @@ def deqdet_train(
     pretrained:str=None, # yes: ImageNet's body, trained start; no; or a file
     amp:Annotated[str, 'half precision: bf16 or fp16',
                   dict(choices=('bf16','fp16'), metavar='(str)')]=None,
-    ema:float=None,    # of an average of weights this part stays each time
-    patience:int=None, # end after so many evaluations without a better AP
-    mosaic:float=None, # share of batches 0..1 that are mosaics of four images
-    rare:float=None,   # classes in a smaller part of the images come more often
+    ema:float=None,    # decay of a moving average of weights, as .998
+    patience:int=None, # stop after this many evaluations without a better AP
+    mosaic:float=None, # share of batches 0..1 made of mosaics of four images
+    rare:float=None,   # repeat images of classes in less than this share of images
     seed:int=None,     # of weights, order and augmentation; by default 0
     layout:str=None,   # coco, voc, yolo or hf; by default it is recognised
     train:str=None,    # name of the split to train on; by default train
@@ -207,7 +207,7 @@ def deqdet_train(
     track:str=None,    # log for tensorboard, wandb (offline) or mlflow too
     push:str=None,     # user/name: share the best on the Hugging Face hub
     every:int=None,    # iterations between saves; by default 500
-    resume:bool=False  # go on in --out, with its options
+    resume:bool=False  # continue the run in --out, with its options
 ):
     "Train; on several GPUs: accelerate launch --no_python deqdet_train DATA"
     begun = time.monotonic()
@@ -224,13 +224,13 @@ def deqdet_train(
 
 # %% ../nbs/21_cli.ipynb #45913bff
 def _tell_end(done, bad, folder, min_score):
-    "What a user wants to know after many images"
+    "Print the number of images, and a hint if there are no detections"
     images = 'image' if len(done)==1 else 'images'
     unread = f', {bad} could not be read' if bad else ''
     print(f'{len(done)} {images} in {folder}{unread}')
     if done and not any(len(o.dets['scores']) for o in done):
-        bar = 'its bar' if min_score is None else f'{min_score:g}'
-        say(f'no score reaches {bar}; --min_score lowers the bar')
+        bar = 'the threshold' if min_score is None else f'{min_score:g}'
+        say(f'no score reaches {bar}; --min_score sets a lower threshold')
 
 # %% ../nbs/21_cli.ipynb #8fdb809e
 @command
@@ -238,19 +238,19 @@ def deqdet_predict(
     model:str, # folder of a detector or of a training, or a file that deqdet_export wrote
     images:Annotated[str, 'images, folders, patterns such as "photos/*.jpg"; or films, cameras',
                      dict(nargs='+')],
-    out:str='predictions', # folder: an image each, and predictions.json; for a film a film.mp4
-    min_score:float=None, # leave out detections below; by default a training's choice, or .3
+    out:str='predictions', # folder for drawings and predictions.json; for a film a file, film.mp4
+    min_score:float=None, # leave out scores below; by default as chosen in training, or .3
     max_dets:int=100,   # detections in an image, at most
     size:str=None,      # pixels of the long side, or 800x1333 for both; by default as trained
     steps:int=None,     # refinement steps; by default those of the detector
-    tol:float=None,     # relative residual at which an image is done; by default all steps
+    tol:float=None,     # relative residual at which an image stops; by default all steps
     bs:int=8,           # images in a batch
-    tiles:str=None,     # look at tiles of large images: side, or side,overlap, as 640,64
-    nms:float=None,     # remove what overlaps a better one of its class by this, 0..1
+    tiles:str=None,     # cut large images into tiles: side, or side,overlap, as 640,64
+    nms:float=None,     # remove boxes that overlap a better one of their class by this IoU
     device:str=None,    # cpu, cuda, mps, …; by default the accelerator if there is one
     layout:Annotated[str, 'coco, voc or yolo: write a set too, to correct and to train on',
                      dict(choices=('coco','voc','yolo'))]=None,
-    json_only:bool=False # write no images and no films, only what was found
+    json_only:bool=False # write only the detections, no images and films
 ) -> int:
     "Detections in images: deqdet_predict runs/shapes photos --out found"
     from deqdet.commands.pictures import counted, drawing, look_options, set_folder

@@ -59,7 +59,7 @@ class DetDataset:
         source,     # `Source` or `Table`
         vocab=None, # class names; by default those of the source, by id
         tfm=None,   # (image, target) -> (image, target)
-        on_error='raise' # an image that cannot be read: 'raise', or 'skip': the next one stands in
+        on_error='raise' # for an unreadable image: 'raise', or 'skip': the next one replaces it
     ):
         if on_error not in ('raise','skip'):
             raise ValueError(f"on_error={on_error!r}: 'raise' or 'skip' was expected")
@@ -184,7 +184,7 @@ class DetDL(TfmdDL):
         self.seed = seed
         self.group = group
         self.set_epoch(epoch, start)
-        # seeds of the workers: nothing that matters draws from them
+        # fastai draws seeds for workers from it; order and augmentation do not use these
         self.fake_l.generator = torch.Generator()
 
     def set_epoch(self,
@@ -291,7 +291,7 @@ def det_dls(
     vocab=None,       # class names, in order; by default those of the training split
     val_bs=None,      # images in a validation batch; by default `bs`
     num_workers=None, # processes that load; by default up to 4
-    on_error='raise', # an image that cannot be read: 'raise', or 'skip': the next one stands in
+    on_error='raise', # for an unreadable image: 'raise', or 'skip': the next one replaces it
     seed=0,           # of order, augmentation and division
     group=None,       # batch wide images with wide ones; by default from 1000 images on
     keep_empty=True,  # train on images without objects too

@@ -56,7 +56,7 @@ def on_first(
 # %% ../nbs/13_evaluate.ipynb #75b131a6
 def _tag(out, image_ids):
     "Predictions on the CPU with their image ids"
-    def keep(p): # pickling a view sends all that it looks at: clone
+    def keep(p): # clone: pickling a view would send its whole storage
         return {k:p[k].detach().cpu().clone() for k in ('boxes', 'scores', 'labels')}
     return [dict(image_id=i, **keep(p)) for i,p in zip(image_ids.tolist(), out)]
 

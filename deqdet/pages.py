@@ -233,9 +233,14 @@ def _opened(output):
     return Image.open(BytesIO(b64decode(''.join(found)))) if found else None
 
 def _is_plot(image):
-    "Are three quarters of an image white, or nearly, as JPEG has it?"
+    "True if an image is mostly white, or has few flat colours beside the white and no dark areas"
     counts = image.convert('L').histogram()
-    return sum(counts[245:]) >= .75*sum(counts)
+    n = sum(counts)
+    white = sum(counts[245:])/n # or nearly, as JPEG has it
+    if white >= .75 or white < .6: return white >= .75
+    coarse = image.convert('RGB').point(lambda v: v & 0xf0).getcolors(4096)
+    eight = sorted((count for count,_ in coarse), reverse=True)[:8]
+    return sum(eight) >= .95*n and sum(counts[:32]) < .1*n
 
 def figure_classes(
     outputs # of a cell

@@ -25,9 +25,9 @@ NUMBERS = {
     'a number from 0 to 1': (lambda v: 0 <= v <= 1, 'min_score mosaic nms')}
 
 def check_numbers(
-    options # dict of what was given
+    options # dict of the given options
 ):
-    "Raises an error for numbers out of range"
+    "Raise an error for a number out of range"
     for wanted,(ok,names) in NUMBERS.items():
         for k in names.split():
             v = options.get(k)
@@ -56,20 +56,20 @@ def in_options(
 def is_script(
     frame # of a call
 ) -> bool:
-    "True in the top frame of a script, such as pip's commands"
+    "True in the top frame of a script, such as the commands that pip installs"
     names = frame.f_globals
     is_top = frame.f_locals is names
     return is_top and names.get('__name__')=='__main__' and '__file__' in names
 
 def _refuse(name, message):
-    "A line on options that cannot be read, and exit status 2"
+    "Print a line on an unreadable option and exit with status 2"
     say(f'{name}: {message}; {name} --help lists the options')
     raise SystemExit(2)
 
 def parser_of(
     f # function
 ):    # `ArgumentParser`
-    "Reads a function's options; one line of usage"
+    "A parser of a function's options, with one line of usage"
     parser = anno_parser(f, f.__name__)
     needed = [k for k,v in signature(f).parameters.items() if v.default is Parameter.empty]
     parser.usage = ' '.join([f.__name__, *needed, '[options]'])
@@ -79,7 +79,7 @@ def parser_of(
 def read_options(
     f # function
 ) -> dict: # arguments
-    "Options from the command line; `--min-score` and `--min_score` are the same"
+    "Arguments from the command line; `--min-score` and `--min_score` are equal"
     def hyphens(name): return name[0].replace('_', '-')
     words = [re.sub(r'^--[^=]+', hyphens, o) for o in sys.argv[1:]]
     given = vars(parser_of(f).parse_args(words))
@@ -87,7 +87,7 @@ def read_options(
 
 # %% ../nbs/20_shell.ipynb #3a2fabe6
 def say(*text):
-    "Print to the error stream at once"
+    "Print to the error stream, without buffering"
     print(*text, file=sys.stderr, flush=True)
 
 def is_users(
@@ -111,7 +111,7 @@ def _output_closed():
 def command(
     f # function
 ):    # the function as a command
-    "Expected errors end in one line and exit status 2, Ctrl-C in 130"
+    "A command: errors of the user print one line and exit with 2, Ctrl-C with 130"
     @wraps(f)
     def _f(*args, **kwargs):
         from_shell = not args and not kwargs and is_script(currentframe().f_back)
@@ -148,7 +148,7 @@ def open_detector(
     size,  # as in `Feed.parse`, or None
     device # name, or None
 ):         # `Detector`, or `Exported`
-    "The detector that the options name; an error names the wrong option"
+    "The detector of the given options; an error names the wrong option"
     from deqdet.model import Feed
     from deqdet.ops.devices import pick_device
     from deqdet.predict import load_detector
@@ -159,7 +159,7 @@ def open_detector(
     return load_detector(path, size, device)
 
 def _open_exported(file, size, device):
-    "An exported file; a device other than the processor is a provider of onnxruntime"
+    "An exported file; a device other than the CPU selects a provider of onnxruntime"
     from deqdet.export import load_exported
     providers = None
     if device not in (None, 'cpu'): providers = [f'{device.upper()}ExecutionProvider']

@@ -207,6 +207,6 @@ def test_a_push_that_fails_loses_nothing(world, tmp_path, capsys, logged_in, mon
     def gone(self, *args, **kwargs): raise ConnectionError('gone')
     with monkeypatch.context() as m:
         m.setattr(HfApi, 'upload_folder', gone)
-        bad(capsys, 'the training is whole: --resume --push user/shapes tries again', train, world, tmp_path/'run', epochs=1, push='user/shapes')
+        bad(capsys, 'the training is complete: --resume --push user/shapes tries again', train, world, tmp_path/'run', epochs=1, push='user/shapes')
     cli.deqdet_train(str(world/'shapes'), out=str(tmp_path/'run'), resume=True, push='user/shapes', device='cpu')
     assert 'model.safetensors' in Hub.repos['user/shapes']

@@ -19,6 +19,19 @@ def test_plots_are_told_from_photographs(kind):
     assert figure_classes([output(.5, kind)])==[]
     assert figure_classes([output(.1, kind), output(.9, kind)])==[] # one photograph is enough
 
+def flat(color, share=.35):
+    "An output with an image of which a share has one colour, as bars in a plot have"
+    image = Image.new('RGB', (100, 100), 'white')
+    image.paste(color, (0, 0, round(100*share), 100))
+    image.save(file := io.BytesIO(), 'png')
+    return dict(data={'image/png': base64.b64encode(file.getvalue()).decode()})
+
+def test_bars_are_a_plot():
+    assert figure_classes([flat((31,119,180))])==['plot']
+    assert figure_classes([flat((0,0,0))])==[] # dark: a part of a photograph, or letters on black
+    assert figure_classes([flat((31,119,180), .5)])==[]
+    assert figure_classes([output(.35, 'png')])==[] # many colours
+
 def test_wide_figures():
     assert figure_classes([output(.5, 'png', 700)])==['wide']
     assert figure_classes([output(.1, 'png', 700)])==['plot','wide']

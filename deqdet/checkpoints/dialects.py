@@ -112,7 +112,7 @@ def _original_names(ours, model):
     return [name, f'transformer.decoder.{name}']
 
 def _detrex_conv(name, model):
-    "detrex's name: projections of maps and of made levels are apart, with names for both parts"
+    "detrex's name: it names projections of backbone maps and of extra levels differently"
     m = re.match(r'input_proj\.(\d+)\.([01])\.(.*)', name)
     if not m: return name
     i = int(m[1])

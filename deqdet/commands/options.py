@@ -26,7 +26,7 @@ from ..zoo import create_detector, published
 @dataclass(frozen=True)
 class Diet:
     "Image size and augmentation of a recipe"
-    feed: Feed=Feed()   # size of images, where the detector's folder says none
+    feed: Feed=Feed()   # input size, unless the detector's folder has one
     augment: str='flip' # as in `feed_tfm`
 
 _cropped = Diet(augment='crop')
@@ -49,13 +49,13 @@ def recipe_and_feed(
 def has_start(
     model # name in the zoo, or folder of a detector
 ) -> bool:
-    "True if the package holds trained weights for it"
+    "True if the package has trained weights for the detector"
     return not Path(model).is_dir() and published(model).start is not None
 
 def complete_options(
     given,      # dict of the options that were given
     processes=1 # that train together
-) -> dict:      # with those that were left open; `epochs` may follow from the set
+) -> dict:      # with defaults for all others; `epochs` may follow later, from the set
     "All options of a training"
     o = dict(model='deqdet_lite', accumulate=1, seed=0, every=500) | given
     name,feed = recipe_and_feed(o['model'])
@@ -75,8 +75,8 @@ def complete_options(
 def with_epochs(
     o,      # options, complete
     batches # in an epoch of each process
-) -> dict:  # options that say how long
-    "The number of epochs, where neither it nor minutes are given"
+) -> dict:  # options with `epochs` or `minutes`
+    "The options, with a number of epochs if no length is given"
     if 'epochs' in o or 'minutes' in o: return o
     return o | dict(epochs=recipes[o['recipe']].epochs_for(batches//o['accumulate']))
 
@@ -84,9 +84,9 @@ def with_epochs(
 MAY_CHANGE = {'data','layout','epochs','minutes','every','workers','device','skip_bad','track'}
 
 def resumed_options(
-    given, # dict of options that were given now
-    saved  # dict of options that the training began with
-) -> dict: # the options that count
+    given, # dict of options, given now
+    saved  # dict of options, stored when the training began
+) -> dict: # options of the resumed run
     "The options of a resumed training"
     for k,v in given.items():
         same = v==saved.get(k)
@@ -102,7 +102,7 @@ def resumed_options(
 def saved_options(
     folder # of a training
 ):         # dict of options, or None where there is none
-    "Options with which the training in a folder began"
+    "Options stored when the training in a folder began"
     file = Path(folder)/'config.json'
     if not file.exists(): return None
     with blame(f'{file}: no configuration of a training', ValueError, KeyError, TypeError):
@@ -152,7 +152,7 @@ def start_detector(
     return _pretrained(model, pretrained, vocab=vocab, **changes)
 
 def _changed(hyper, n_queries):
-    "The fields that another number of queries changes"
+    "The fields that change with the number of queries"
     new = with_queries(hyper, n_queries)
     return {k: getattr(new, k) for k in ('n_queries','grid') if hasattr(new, k)}
 

@@ -16,7 +16,7 @@ def look_options(
     tiles=None, # text: side, or side,overlap
     nms=None    # 0..1
 ) -> dict:      # for `detect`
-    "Keyword arguments for `detect`, from the options that were given"
+    "Keyword arguments for `detect`, from the given options"
     if tiles is not None:
         with blame('tiles=', ValueError): tile_size(tiles)
     return {k: v for k,v in dict(tiles=tiles, nms=nms).items() if v is not None}
@@ -25,7 +25,7 @@ def look_options(
 def drawing(
     folder, # to write into
     file,   # of the image
-    taken   # set of the names that are used; grows
+    taken   # set of the names in use; the new name is added
 ):          # path
     "Path of an image's drawing: the image's name, numbered if another image has it"
     name = f'{file.stem}.png'

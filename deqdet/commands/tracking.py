@@ -33,7 +33,7 @@ class BeginWandb(Callback):
         self.folder = Path(folder)
         self.options = options
     def before_fit(self):
-        self.learn.gather_args = dict # fastai's own list fails; the options say more
+        self.learn.gather_args = dict # fastai's own list fails here; the options replace it
         if rank_distrib(): return
         import wandb
         wandb.init(project='deqdet', name=self.folder.name, config=self.options,
@@ -104,7 +104,7 @@ def trackers(
 # %% ../../nbs/commands/04_tracking.ipynb #f2e3c8d6
 def about_training(
     folder # of a training that is done
-) -> tuple: # numbers, and what else is known
+) -> tuple: # numbers, and further facts
     "Numbers and facts about a training, for its model card"
     folder = Path(folder)
     metrics,config = (json.loads((folder/f'{o}.json').read_text()) for o in ('metrics','config'))
@@ -135,5 +135,5 @@ def push_training(
     numbers,about = about_training(folder)
     try: return model.push_to_hub(name, numbers=numbers, about=about, sample=sample)
     except CommandError as e:
-        how = f'the training is whole: --resume --push {name} tries again'
+        how = f'the training is complete: --resume --push {name} tries again'
         raise CommandError(f'--push {e}; {how}') from e

@@ -35,7 +35,7 @@ def draw_box(
     ax,           # matplotlib axes with an image
     box,          # x1, y1, x2, y2 in pixels
     color,        # r, g, b in 0..1
-    text='',      # on the upper edge, inside the image where it would leave it
+    text='',      # at the upper edge of the box, moved inside the image if needed
     width=1.6,    # of the line, in points
     style='-',    # matplotlib's line style
     alpha=1.      # opacity

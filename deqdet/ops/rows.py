@@ -171,13 +171,13 @@ def _files_of(path, split, others):
 
 # %% ../../nbs/ops/10_rows.ipynb #7081fb7f
 def _fresh(made, files):
-    "Is a file there, and newer than its sources?"
+    "True if a file exists and is newer than its sources"
     return made.exists() and made.stat().st_mtime >= max(f.stat().st_mtime for f in files)
 
 def coco_of_folder(
     path,       # folder of files of rows
     split=None, # name of a split; None: all files
-    others=()   # names under which it is looked for
+    others=()   # other names of the split
 ) -> tuple:     # COCO dict, folder of the images, file that messages name
     "One split of a folder in COCO's terms"
     path = Path(path)

@@ -71,7 +71,7 @@ def save_cache(
     file,  # of `cache_files`
     key    # `digest` of the JSON
 ) -> bool: # was it written?
-    "Write a cache; False if the place cannot be written"
+    "Write a cache; False if the file cannot be written"
     body = _packed(table)
     def write(f):
         f.write(_head(key, body))

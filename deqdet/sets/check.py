@@ -20,7 +20,7 @@ from .formats import Problem, find_layout, read_data
 from .images import DataError, load_image
 
 # %% ../../nbs/sets/04_check.ipynb #31e484eb
-KEPT = {'box cut', 'duplicate id'} # problems that cost no object
+KEPT = {'box cut', 'duplicate id'} # problems after which the object is kept
 
 def _is_box(b):
     "True for four finite numbers"

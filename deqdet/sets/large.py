@@ -113,7 +113,7 @@ def _judge(table, images, objects, used):
     return keep, problems
 
 def _repeated(table, objects, keep):
-    "Problems by number: ids that a usable annotation before has too"
+    "Problems by number: ids that an earlier usable annotation has"
     own = np.flatnonzero(keep & (objects['id']!=NO_ID))
     _,first = np.unique(objects['id'][own], return_index=True)
     odd = _odd(table) if len(first) < len(own) else {}

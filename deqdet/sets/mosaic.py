@@ -18,8 +18,8 @@ def windowed(
     image,   # (3,h,w)
     target,  # `Target`
     window,  # top, left, height, width in pixels
-    hw,      # height and width that it becomes
-    least=.3 # part of an object's area that must be left
+    hw,      # height and width of the result
+    least=.3 # share of an object's area that must be inside
 ):           # image (3,*hw), boxes (m,4), labels (m,)
     "A window of an image at another size"
     top,left,height,width = window

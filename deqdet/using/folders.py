@@ -18,9 +18,9 @@ from ..ops.errors import CommandError, blame
 # %% ../../nbs/using/01_folders.ipynb #6d9453cf
 def save_detector(
     model, # `Detector`
-    folder # to write; what was there stays until the new files are whole
+    folder # to write; existing files stay until the new ones are complete
 ):         # the folder
-    "Write a detector's folder, so that it never holds half a file"
+    "Write a detector's folder, one complete file after the other; returns the folder"
     folder = Path(folder)
     new = folder.with_name(f'.{folder.name}.new')
     shutil.rmtree(new, ignore_errors=True)
@@ -29,17 +29,17 @@ def save_detector(
             model.save_pretrained(new)
             folder.mkdir(exist_ok=True)
             for file in sorted(new.iterdir()): file.replace(folder/file.name)
-            (folder/'feed.json').unlink(missing_ok=True) # of older versions; now in config.json
+            (folder/'feed.json').unlink(missing_ok=True) # of older versions
     finally: shutil.rmtree(new, ignore_errors=True)
     return folder
 
 # %% ../../nbs/using/01_folders.ipynb #dc796b0a
 def load_detector(
     folder,     # what `save_detector` or `save_pretrained` wrote, or the folder of a training
-    size=None,  # how to feed images, as `Feed.parse` reads it; None: as the folder says
-    device=None # where to; None: the accelerator, if there is one
+    size=None,  # input size, as `Feed.parse` reads it; None: the size in the folder
+    device=None # to compute on; None: the accelerator, if there is one
 ) -> Detector:  # in evaluation mode
-    "Read a detector, and put it where it can compute"
+    "A detector read from a folder, on its device"
     folder = Path(folder)
     if (folder/'best').is_dir(): folder = folder/'best'
     weights = folder/'model.safetensors'

@@ -1,4 +1,4 @@
-"""boxes, scores and names of an image, as text, drawing, table, and in other formats
+"""boxes, scores and class names found in an image, as text, drawing, table, and in other formats
 
 Docs: https://deqdet.github.io/deqdet/using/found.html.md"""
 
@@ -44,17 +44,17 @@ def names_of(
     return [str(vocab[i]) if vocab else str(i) for i in torch.as_tensor(labels).tolist()]
 
 def _nothing():
-    "Detections of an image in which nothing was found"
+    "Empty detections"
     labels = torch.zeros(0, dtype=torch.long)
     return dict(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=labels)
 
 class Found(dict):
     "What was found in an image: a dict of `boxes`, `scores`, `labels` and `names`"
     def __init__(self,
-        picture,    # as it was given: a path, an image, an array
+        picture,    # the image as the caller gave it: a path, a PIL image, an array
         hw,         # its height and width in pixels
         dets=None,  # dict(boxes (n,4) corners in its pixels, scores (n,), labels (n,))
-        error=None, # why it could not be read; then nothing was found
+        error=None, # why it could not be read; then there are no boxes
         vocab=None  # class names
     ):
         super().__init__(dets or _nothing())
@@ -78,12 +78,12 @@ class Found(dict):
     def pick(self,
         which # (n,) bool, or (m,) numbers of detections
     ):
-        "Some of the detections"
+        "A `Found` with the chosen detections only"
         dets = {k: v[which] for k,v in self.dets.items()}
         return Found(self.picture, self.hw, dets, self.error, self.vocab)
 
     def __eq__(self, other):
-        "The same detections, or the same error"
+        "True for equal detections, or the same error"
         if not isinstance(other, Found): return NotImplemented
         mine = self.hw,self.error,self.names
         theirs = other.hw,other.error,other.names
@@ -100,7 +100,7 @@ class Found(dict):
         draw_detections(self.picture, self, file, self.vocab)
 
     def _repr_png_(self):
-        "What a notebook shows"
+        "PNG of the drawing, which notebooks show"
         if self.error: return None
         file = BytesIO()
         self.save(file)
@@ -132,7 +132,7 @@ def _lines(found, most=8):
 # %% ../../nbs/using/02_found.ipynb #897fe83d
 def to_frame(
     found # several of `Found`
-) -> pd.DataFrame: # a row for each detection: image, name, score, x1, y1, x2, y2
+) -> pd.DataFrame: # a row for each detection: picture, name, score, x1, y1, x2, y2
     "Detections as a table"
     rows = [(str(o.picture) if isinstance(o.picture, (str, Path)) else i, name, score, *box)
             for i,o in enumerate(found)
@@ -143,7 +143,7 @@ def to_frame(
 def to_supervision(
     dets # `Found`, or dict(boxes, scores, labels, names)
 ):       # `supervision.Detections`
-    "Detections as the package supervision has them"
+    "The same detections as an object of the package supervision"
     try: import supervision
     except ImportError: raise ImportError('to_supervision: pip install supervision') from None
     boxes,scores,labels = (torch.as_tensor(dets[k]).cpu().numpy()
@@ -155,10 +155,10 @@ def to_supervision(
 # %% ../../nbs/using/02_found.ipynb #b7ce4c96
 def to_coco(
     found,      # several of `Found`
-    vocab=None, # class names; None: those that the detector knew
+    vocab=None, # class names; None: the detector's
     n_classes=0 # without names: how many classes
 ) -> dict:
-    "Detections in COCO's own form: images, annotations with a `score`, categories"
+    "A dict in COCO's format: images, annotations with a `score`, categories"
     images = []
     annotations = []
     for i,o in enumerate((o for o in found if not o.error), 1):
@@ -175,7 +175,7 @@ def _file_name(picture, i):
     return str(picture) if isinstance(picture, (str, Path)) else f'picture_{i}.png'
 
 def _annotations(dets, image_id, n):
-    "The detections of one image; `n` came before"
+    "The detections of one image, numbered after the `n` before"
     res = []
     for box,score,label in zip(*(dets[k].tolist() for k in ('boxes','scores','labels'))):
         x1,y1,x2,y2 = box
@@ -187,7 +187,7 @@ def _annotations(dets, image_id, n):
 
 # %% ../../nbs/using/02_found.ipynb #b73f2f13
 def _placed(picture, folder, i):
-    "Copy an image into a folder under a stem that is free there; its name"
+    "Copy an image into a folder, under an unused name; returns the name"
     name = Path(_file_name(picture, i))
     taken = {o.stem for o in folder.iterdir()}
     stem = name.stem
@@ -201,7 +201,7 @@ def _placed(picture, folder, i):
     return file.name
 
 def _inside(found):
-    "Detections with their boxes cut at the edges of the image"
+    "Detections with boxes clipped at the edges of the image"
     h,w = found.hw
     boxes = found.boxes.clamp(min=0).minimum(torch.tensor([w, h, w, h])) # (n,4)
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
@@ -256,12 +256,12 @@ def _write_voc(kept, folder, names):
 
 # %% ../../nbs/using/02_found.ipynb #781293e2
 def save_as(
-    found,         # several of `Found`; a generator will do
+    found,         # `Found` of several images: a list or a generator
     folder,        # to write; it should be new or empty
     layout='coco', # 'coco', 'voc' or 'yolo'
-    vocab=None     # class names; None: those that the detector knew
+    vocab=None     # class names; None: the detector's
 ) -> Path:         # the folder
-    "A detection set of images and what was found in them, to be corrected and trained on"
+    "Write images and their detections as a set, to correct and to train on; returns the folder"
     writers = dict(coco=_write_coco, voc=_write_voc, yolo=_write_yolo)
     if layout not in writers:
         raise ValueError(f"layout={layout!r}: one of {', '.join(writers)} was expected")

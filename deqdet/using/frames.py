@@ -1,4 +1,4 @@
-"""Films and cameras as a stream of images, and images as a film
+"""read films and cameras frame by frame, and write films
 
 Docs: https://deqdet.github.io/deqdet/using/frames.html.md"""
 
@@ -19,19 +19,19 @@ from ..ops.errors import CommandError, blame, make_folder, one_line
 # %% ../../nbs/using/06_frames.ipynb #85896608
 @dataclass
 class Shot:
-    "A frame as a film has it"
+    "A frame of a film, and its time"
     image: np.ndarray # (h,w,3) uint8, RGB, upright
     time: float       # seconds since the first frame
 
 def needs_av():
-    "The module `av`, or how to get it"
+    "The module `av`; an error says how to install it"
     try: import av
     except ImportError:
         raise CommandError('films need PyAV: pip install "deqdet[film]"') from None
     return av
 
 def _upright(frame, size):
-    "Pixels (h,w,3) of a decoded frame, as large as the first"
+    "Pixels (h,w,3) of a decoded frame, upright, in the size of the first"
     image = frame.to_ndarray(format='rgb24', width=size[0], height=size[1])
     turns = round(frame.rotation/90) % 4 # anticlockwise
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
@@ -42,11 +42,11 @@ _CAMERAS = {'linux': ('v4l2', '/dev/video{}'), 'darwin': ('avfoundation', '{}')}
 def is_camera(
     source # a path, or a number
 ) -> bool:
-    "Does the source name a camera?"
+    "True if the source is the number of a camera"
     return str(source).isdecimal() and not Path(str(source)).exists()
 
 def _where(source):
-    "What PyAV opens, and the format that it has to be told"
+    "File or device for PyAV, and its format"
     if not is_camera(source): return str(source), None
     if sys.platform not in _CAMERAS:
         raise CommandError(f'camera {source}: no camera can be opened by number on {sys.platform}')
@@ -55,7 +55,7 @@ def _where(source):
 
 # %% ../../nbs/using/06_frames.ipynb #2e3e74fa
 class FilmReader:
-    "The shots of a film or a camera, in order, each once"
+    "Iterates once over the frames of a film or a camera, as `Shot`s"
     def __init__(self,
         source # path of a film, or number of a camera
     ):
@@ -70,18 +70,18 @@ class FilmReader:
         self.stream = self.container.streams.video[0]
         self.stream.thread_type = 'AUTO'
         self.damaged = 0  # packets that could not be decoded
-        self.given = 0    # frames
+        self.given = 0    # frames that were yielded
         self.fault = None # a line, when the film ended badly
 
     def _said(self, e):
-        "A line on an error of PyAV"
+        "An error of PyAV, in a line"
         return f"{self.name}: {getattr(e, 'strerror', None) or one_line(e)}"
 
     @property
     def rate(self): return float(self.stream.average_rate or self.stream.guessed_rate or 25)
     @property
     def n(self):
-        "Frames, as far as the file says; 0: unknown"
+        "Number of frames, by the file's header; 0: unknown"
         if self.stream.frames: return self.stream.frames
         seconds = (self.container.duration or 0)/1e6
         return round(seconds*self.rate)
@@ -135,14 +135,14 @@ def _evened(image):
     h,w = image.shape[:2]
     return np.pad(image, ((0, h%2), (0, w%2), (0, 0)), mode='edge') if h%2 or w%2 else image
 
-FILMS = {'.mp4', '.mov', '.mkv', '.avi', '.webm', '.m4v'} # what can be written
-CLOCK = 90000 # ticks of a second
+FILMS = {'.mp4', '.mov', '.mkv', '.avi', '.webm', '.m4v'} # formats that can be written
+CLOCK = 90000 # ticks in a second
 
 class FilmWriter:
-    "A film that grows frame by frame; it can be played up to the last one, once it is closed"
+    "Writes a film frame by frame; once closed, it can be played"
     def __init__(self,
-        file,    # to write; its suffix says the format
-        rate=25. # frames per second, about
+        file,    # to write; its suffix decides the format
+        rate=25. # frames per second, approximately
     ):
         self.file = Path(file)
         if self.file.suffix.lower() not in FILMS:
@@ -154,7 +154,7 @@ class FilmWriter:
         self.ticks = -1
 
     def _start(self, h, w):
-        "The file and its stream, once the size is known"
+        "Open the file and its stream, for frames of this size"
         with blame(self.file, OSError): self.container = needs_av().open(str(self.file), 'w')
         self.hw = h, w
         codec = 'libvpx-vp9' if self.file.suffix.lower()=='.webm' else 'libx264'
@@ -169,7 +169,7 @@ class FilmWriter:
         image,    # (h,w,3) uint8
         time=None # seconds; None: one frame after the last
     ):
-        "One more frame"
+        "Write one more frame"
         av = needs_av()
         frame = av.VideoFrame.from_ndarray(_evened(np.asarray(image)), format='rgb24')
         if self.stream is None: self._start(frame.height, frame.width)
@@ -182,7 +182,7 @@ class FilmWriter:
         self.container.mux(self.stream.encode(frame))
 
     def close(self):
-        "Write what is left"
+        "Write the last frames and close the file"
         if self.container is None: return
         self.container.mux(self.stream.encode(None))
         self.container.close()

@@ -1,4 +1,4 @@
-"""In a film, queries that hold an object start from their last fixed point, and the object keeps its number
+"""detect and number objects in a film: a query starts from its fixed point in the last frame
 
 Docs: https://deqdet.github.io/deqdet/using/held.html.md"""
 
@@ -24,23 +24,23 @@ from ..solver import solve
 # %% ../../nbs/using/07_held.ipynb #38f6ab90
 @dataclass(frozen=True)
 class Hold:
-    "When a query takes an object, sees it, and gives it up"
-    take: float=.4     # score from which a query takes a new object; or one for each class (K,)
-    keep: float=.5     # part of that score from which it still sees the object that it holds
-    double: float=.6   # overlap (IoU) from which two boxes of a class are one object
-    regain: float=.3   # overlap of a new box with the expected box of a lost object
-    patience: int=25   # frames that a lost object is waited for
-    inertia: float=.6  # part of the velocity that stays from frame to frame, 0..1
-    refresh: int=3     # frames from one fresh start of the queries without an object to the next
+    "Thresholds: when a query takes, keeps and gives up an object"
+    take: float=.4     # score from which a query takes a new object; or (K,) for each class
+    keep: float=.5     # share of that score from which it still sees its object
+    double: float=.6   # IoU from which two boxes of a class are the same object
+    regain: float=.3   # IoU of a new box with the expected box of a lost object
+    patience: int=25   # frames after which a lost object is given up
+    inertia: float=.6  # share of the old velocity in the new one, 0..1
+    refresh: int=3     # frames between fresh starts of the queries without an object
 
     def bar(self, labels):
-        "The score that a query of each class needs"
+        "Score from which a query takes a new object, for each label"
         take = torch.as_tensor(self.take, device=labels.device)
         return take[labels] if take.ndim else take
 
 class Slots(NamedTuple):
-    "What the queries of one film hold"
-    state: State     # (N,D) contents and (N,4) positions, as they were last seen
+    "State and object of each query of a film"
+    state: State     # (N,D) contents and (N,4) positions, when the object was last seen
     ids: Tensor      # (N,) number of the object; -1: none
     age: Tensor      # (N,) frames since it was seen
     velocity: Tensor # (N,2) pixels per frame
@@ -59,7 +59,7 @@ class Slots(NamedTuple):
     @property
     def held(self): return self.ids >= 0
     def expected(self):
-        "Where the objects should be in the next frame"
+        "The states, moved to where the objects are expected in the next frame"
         x = self.state.xyzr
         return self.state._replace(xyzr=torch.cat([x[:, :2] + self.velocity, x[:, 2:]], 1))
 
@@ -67,13 +67,13 @@ def blend(
     which, # (...,N) bool
     a,     # state
     b      # state of the same shape
-):         # the queries of `a` where `which`, of `b` elsewhere
-    "A state made of two"
+):         # state
+    "The queries of `a` where `which` is true, of `b` elsewhere"
     return type(b)(*[torch.where(which[..., None], x, y) for x,y in zip(a, b)])
 
 # %% ../../nbs/using/07_held.ipynb #9ec8f141
 class Look(NamedTuple):
-    "What the queries say about one frame"
+    "Predictions of the queries for one frame"
     scores: Tensor # (N,) of the best class
     labels: Tensor # (N,) the best class
     boxes: Tensor  # (N,4) corners in pixels of the fed image
@@ -84,7 +84,7 @@ def single(
     expected, # (N,4) where the objects should be
     hold      # `Hold`
 ):            # (N,) bool: queries that still see their object; (N,) bool: doubles
-    "Which queries see an object that no better query sees"
+    "Which held queries still see their object, and which queries are duplicates"
     seen = slots.held & (look.scores >= hold.keep*hold.bar(look.labels))
     fit = box_iou(look.boxes, expected).diagonal() - .02*slots.age
     rank = torch.where(seen, 2 + fit, look.scores)
@@ -101,7 +101,7 @@ def regained(
     new,      # (m,) queries
     hold      # `Hold`
 ):            # the slots and the queries (k,) that belong together
-    "Lost objects among those that fresh queries found"
+    "Pairs of a lost object and the fresh query that found it"
     near = box_iou(expected[lost], look.boxes[new])
     near = near*(slots.labels[lost][:, None]==look.labels[new]) # (n,m)
     pairs = linear_sum_assignment(near.cpu().numpy(), maximize=True)
@@ -148,7 +148,7 @@ def _moved(slots, expected, now, seen, hold):
     return slots._replace(state=blend(lost, expected, now), velocity=velocity, age=age)
 
 def _freed(slots, hw, hold):
-    "Slots without the objects that are given up"
+    "Slots after giving up objects that left or were lost for too long"
     x,y = slots.state.xyzr[:, :2].unbind(1) # (N,) each
     outside = (x < 0) | (y < 0) | (x > hw[1]) | (y > hw[0])
     gone = (slots.age > 0) & (outside | (slots.age > hold.patience))
@@ -158,7 +158,7 @@ def _freed(slots, hw, hold):
 STEPS = 2 # applications of f in a frame
 
 class Follower:
-    "Detections with identities, frame after frame"
+    "Called with the next frame, returns its detections, with identities"
     def __init__(self,
         model,       # `Detector` whose decoder is an equilibrium
         steps=None,  # applications of f in a frame, after g; None: `STEPS`
@@ -179,7 +179,7 @@ class Follower:
         images,    # (B,3,H,W), one frame of each film
         sizes=None # (B,2) height and width without padding
     ): # list of dict(boxes (n,4), scores (n,), labels (n,), ids (n,)); `ids` -1: held by no query
-        "What is in the next frame"
+        "Detections in the next frame"
         with evaluating(self.model):
             z = self.settle(*self.model.start(images, sizes))
             pred = self.model.decoder.step.read(z)
@@ -191,7 +191,7 @@ class Follower:
                 for i,(look,hw) in enumerate(zip(looks, hws))]
 
     def settle(self, first, feats):
-        "The state after g on all queries and f from the held ones' last states"
+        "The state on the new frame: g for fresh queries, then f for all"
         decoder = self.model.decoder
         feats = prepared(decoder.step, feats)
         renew = self.frame % self.hold.refresh == 0
@@ -205,13 +205,13 @@ class Follower:
         return solution.z
 
     def begin(self, fresh):
-        "Where the queries (B,N) start; `fresh` None: all go on"
+        "Start of the queries (B,N): held ones go on, others take `fresh`, if given"
         wanted = State(*map(torch.stack, zip(*[s.expected() for s in self.slots])))
         held = torch.stack([s.held for s in self.slots])
         return wanted if fresh is None else blend(held, wanted, fresh)
 
     def answer(self, i, state, look, hw):
-        "Detections of film `i`, after its slots have been brought up to date"
+        "Update the slots of film `i`; returns its detections"
         slots,source,double = advance(self.slots[i], state, look, hw, self.hold)
         self.slots[i] = slots
         live = slots.held & (slots.age==0)

@@ -19,13 +19,13 @@ from .folders import load_detector, save_detector
 
 # %% ../../nbs/using/05_hub.ipynb #4d744d91
 def _head(numbers, dataset):
-    "What the hub reads: YAML between lines of dashes"
+    "The header for the hub: YAML between lines of dashes"
     head = dict(library_name='deqdet', pipeline_tag='object-detection', tags=['deqdet'])
     if dataset and re.fullmatch(r'[\w.-]+/[\w.-]+', str(dataset)): head['datasets'] = [dataset]
     return f'---\n{yaml.safe_dump(head, sort_keys=False)}---\n'
 
 def _facts(model):
-    "What a detector says about itself"
+    "Family, sizes and input size of a detector"
     h = model.hyper
     feed = model.feed or Feed()
     millions = sum(p.numel() for p in model.parameters())/1e6
@@ -51,10 +51,10 @@ def model_card(
     model,        # `Detector`
     name,         # 'user/name'
     numbers=None, # dict of numbers, such as a `Result`: AP, AP50, …
-    about=None,   # dict of what else is known: data, recipe, commit, …
+    about=None,   # dict of further facts: data, recipe, commit, …
     picture=None  # file of an image beside the card
 ) -> str:
-    "A text about a detector, as the hub shows it"
+    "The model card of a detector, as Markdown"
     about = about or {}
     parts = [_head(numbers, about.get('data')) + f'# {name}',
              'An object detector, trained with [deqdet](https://github.com/deqdet/deqdet).']
@@ -67,7 +67,7 @@ def model_card(
 # %% ../../nbs/using/05_hub.ipynb #f631acee
 @contextmanager
 def _on_the_hub(name):
-    "Faults of a transfer, in one line"
+    "Raise errors of a transfer as a `CommandError` of one line"
     from huggingface_hub import errors as e
     wire = e.HfHubHTTPError.__mro__[1] # any error of the HTTP library that the hub's package uses
     try: yield
@@ -88,14 +88,14 @@ def _on_the_hub(name):
 # %% ../../nbs/using/05_hub.ipynb #2768c4bb
 @patch
 def push_to_hub(self:Detector,
-    name,          # 'user/name'; it is made if it is not there
-    private=False, # only for those who may see it
+    name,          # 'user/name'; created if it does not exist
+    private=False, # hide it from the public
     numbers=None,  # dict of numbers for the card, such as a `Result`
-    about=None,    # dict of what else the card should say
+    about=None,    # dict of further facts for the card
     sample=None,   # `Found`, drawn into the card
     **kwargs       # for `huggingface_hub.HfApi`, such as `token`
 ) -> str:          # address of the detector
-    "Share a detector on the Hugging Face hub"
+    "Share a detector on the Hugging Face hub; returns its address"
     from huggingface_hub import HfApi
     with TemporaryDirectory() as folder, _on_the_hub(name):
         folder = save_detector(self, Path(folder)/'detector')
@@ -113,7 +113,7 @@ def check_push(
     name,    # 'user/name'
     **kwargs # for `huggingface_hub.HfApi`, such as `token`
 ):
-    "An error if the hub would refuse a detector of this name"
+    "Raise an error if the name is malformed or the login is missing"
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
     if not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name):
@@ -128,7 +128,7 @@ def fetch(
     name,    # 'user/name'
     **kwargs # for `huggingface_hub.snapshot_download`, such as `revision`, `token`
 ) -> Path:   # folder of the detector, in the cache
-    "A detector's files from the hub"
+    "Fetch a detector's files from the hub"
     from huggingface_hub import snapshot_download
     with _on_the_hub(name):
         return Path(snapshot_download(name, allow_patterns=['*.json','*.safetensors'], **kwargs))
@@ -140,7 +140,7 @@ def from_pretrained(cls:Detector,
     source,  # folder that `save_pretrained` wrote, or 'user/name' on the hub
     **kwargs # for `fetch`
 ): # the detector, in evaluation mode
-    "Read a detector, from a folder or from the hub"
+    "A detector from a folder or from the hub"
     is_name = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(source)) and not Path(source).exists()
     if not is_name: return folder_from_pretrained(source)
     return load_detector(fetch(str(source), **kwargs), device='cpu')

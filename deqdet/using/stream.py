@@ -1,4 +1,4 @@
-"""a path, an image, a folder, a pattern, a list or a generator, with detections in the same order
+"""detections in a path, an image, a folder, a pattern, a list or a generator, in the same order
 
 Docs: https://deqdet.github.io/deqdet/using/stream.html.md"""
 
@@ -31,7 +31,7 @@ SUFFIXES = {k for k,v in Image.registered_extensions().items()
             if v in Image.OPEN and v not in _NO_PICTURES}
 
 def _in_folder_or_pattern(item):
-    "Image files in a folder, or of a pattern"
+    "Image files in a folder, or that match a pattern"
     path = Path(item)
     found = path.rglob('*') if path.is_dir() else map(Path, glob(str(item), recursive=True))
     return sorted(o for o in found if o.suffix.lower() in SUFFIXES and o.is_file())
@@ -39,7 +39,7 @@ def _in_folder_or_pattern(item):
 def find_pictures(
     items # files, folders, patterns
 ) -> list: # of paths, each once
-    "All image files that are meant"
+    "All image files that the items name"
     res = {}
     for item in items:
         found = [Path(item)] if Path(item).is_file() else _in_folder_or_pattern(item)
@@ -49,13 +49,13 @@ def find_pictures(
 
 # %% ../../nbs/using/04_stream.ipynb #b8e8272f
 def _is_picture(item):
-    "Is it one image in memory?"
+    "True for one image in memory"
     return isinstance(item, Image.Image) or getattr(item, 'ndim', 0) in (2, 3)
 
 def each_picture(
     items # a path, image, folder, pattern, or several of these
 ):        # yields paths and images
-    "Every image that is meant, in order"
+    "Every image that the items name, in order"
     if isinstance(items, (str, Path)): yield from find_pictures([items])
     elif _is_picture(items): yield items
     elif isinstance(items, Iterable):
@@ -63,7 +63,7 @@ def each_picture(
     else: raise TypeError(f'{type(items).__name__}: a path, an image or several were expected')
 
 def _as_they_come(items):
-    "As `each_picture`; a file that is missing is only found so when it is opened"
+    "As `each_picture`, item by item; a missing file is noticed when it is opened"
     for o in items:
         is_file = isinstance(o, (str, Path)) and not Path(o).is_dir()
         if is_file: yield Path(o)
@@ -71,7 +71,7 @@ def _as_they_come(items):
 
 # %% ../../nbs/using/04_stream.ipynb #3eec8a1d
 class _View:
-    "An image or a part of it, as the detector gets it, until it has detections"
+    "An image or a tile of it, resized for the detector, and later its detections"
     def __init__(self, img, window, tfm):
         x,y,w,h = window
         hw = torch.tensor([h, w])
@@ -110,7 +110,7 @@ class _Waiting:
         mine.append(view)
         if len(mine)==self.bs: self.run(self.by_shape.pop(view.shape))
     def flush(self):
-        "Run all that wait"
+        "Run all waiting views"
         views = [v for shape in sorted(self.by_shape) for v in self.by_shape[shape]]
         self.by_shape.clear()
         for i in range(0, len(views), self.bs): self.run(views[i:i+self.bs])
@@ -120,7 +120,7 @@ def score_bars(
     model,    # `Detector`
     min_score # a number, or None: the detector's threshold for each class, or .3
 ):            # one number (), or one for each class (K,)
-    "The scores that detections have to reach"
+    "The lowest score of a detection that is kept"
     own = getattr(model, 'thresholds', None)
     if min_score is None and own is not None: return torch.tensor(own)
     return torch.tensor(.3 if min_score is None else float(min_score))
@@ -129,7 +129,7 @@ def check_max_dets(
     model,        # `Detector`
     max_dets=None # detections in an image, or None
 ):
-    "An error if more than 100 detections are asked for, and more than the detector can give"
+    "An error if `max_dets` is over 100 and over the number that the detector can give"
     hyper = getattr(model, 'hyper', None)
     if hyper is None or max_dets is None: return
     n = hyper.n_queries
@@ -139,7 +139,7 @@ def check_max_dets(
                            f'({n} queries x {k} classes)')
 
 def _run(views, model, **kwargs):
-    "Give each view its detections, in pixels of the view"
+    "Set the detections of each view, in pixels of the view"
     images,sizes,t = collate([o.sample for o in views])
     device = next((o.device for o in model.parameters()), 'cpu')
     dets = model.predict(images.to(device), sizes.to(device), orig=t.orig.to(device), **kwargs)
@@ -148,7 +148,7 @@ def _run(views, model, **kwargs):
         view.sample = None
 
 def _answer(opened, bar, nms, vocab):
-    "`Found` of an image whose views have their detections"
+    "The `Found` of an image, from the detections of its views"
     if opened.error: return Found(opened.picture, None, None, opened.error, vocab)
     dets = join_views([(o.window, o.dets) for o in opened.views], opened.hw)
     reached = dets['scores'] >= (bar[dets['labels']] if bar.ndim else bar)
@@ -156,7 +156,7 @@ def _answer(opened, bar, nms, vocab):
     return Found(opened.picture, opened.hw, dets, None, vocab)
 
 def detect(
-    model,    # `Detector`; its `feed` says what size it wants
+    model,    # `Detector`; its `feed` is the input size
     pictures, # any number of paths, PIL images, arrays or tensors
     bs=8,     # images in a batch
     min_score=0., # leave out detections below; None: the detector's threshold for each class, or .3
@@ -182,7 +182,7 @@ def detect(
 
 # %% ../../nbs/using/04_stream.ipynb #a267d1ff
 def _summed_up(found):
-    "The same; at the end a warning on what could not be read"
+    "The same results; at the end a warning counts unreadable images"
     n = 0
     bad = []
     for o in found:
@@ -203,7 +203,7 @@ def predict(
     progress=False, # show a bar
     **kwargs      # for `Detector.predict`: `max_dets`, `steps`, `tol`
 ):                # `Found`, a list of them, or for a generator a generator
-    "What is in an image, or in many"
+    "Detections in one image or in many"
     run = partial(detect, model, bs=bs, min_score=min_score, tiles=tiles, nms=nms, **kwargs)
     if isinstance(items, Iterator): return _summed_up(run(_as_they_come(items)))
     pictures = list(each_picture(items))

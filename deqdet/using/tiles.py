@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 
 # %% ../../nbs/using/03_tiles.ipynb #c540f937
 def _starts(length, size, overlap):
-    "Where tiles begin on one axis"
+    "First pixel of each tile on one axis, evenly spaced"
     if length <= size: return [0]
     n = -(-(length - overlap)//(size - overlap)) # rounded up
     return [round(i*(length - size)/(n - 1)) for i in range(n)]
@@ -21,7 +21,7 @@ def _starts(length, size, overlap):
 def tile_size(
     tiles # side of the tiles in pixels, (side, overlap), or text: '640', '640,64'
 ) -> tuple: # side, overlap; by default a fifth of the side
-    "What `tiles=` says, checked"
+    "Side and overlap of the tiles; an error if they make no sense"
     wanted = f'tiles={tiles!r}: (side, overlap) was expected, 0 <= overlap < side'
     if isinstance(tiles, str):
         if not re.fullmatch(r'\d+([x,]\d+)?', tiles): raise ValueError(wanted)
@@ -33,9 +33,9 @@ def tile_size(
 
 def windows(
     hw,   # height and width of an image in pixels
-    tiles=None # as for `tile_size`; None: only the whole image
+    tiles=None # as in `tile_size`; None: only the whole image
 ) -> list: # of (x, y, w, h) in pixels, the whole image first
-    "The parts of an image that a detector looks at"
+    "The parts of an image that the detector gets"
     h,w = hw
     whole = [(0, 0, w, h)]
     if tiles is None: return whole
@@ -50,7 +50,7 @@ def is_cut(
     window, # x, y, w, h of the tile that they were found in
     hw      # height and width of the image
 ):          # (n,) bool
-    "Does a box touch an inner edge of its tile?"
+    "True for boxes that touch an inner edge of their tile"
     x,y,w,h = window
     H,W = hw
     near = .02*max(w, h)
@@ -62,7 +62,7 @@ def is_cut(
 
 # %% ../../nbs/using/03_tiles.ipynb #ffaff91e
 def _covered(box, boxes, cut):
-    "Overlap of boxes (n,4) with `box` (4,): IoU, or of parts the share that lies inside"
+    "Overlap of boxes (n,4) with `box` (4,): IoU, or for cut boxes the share inside it"
     lt = torch.maximum(box[:2], boxes[:, :2])
     rb = torch.minimum(box[2:], boxes[:, 2:])
     inter = (rb - lt).clamp(min=0).prod(1)        # (n,)
@@ -75,10 +75,10 @@ def without_doubles(
     scores, # (n,)
     labels, # (n,)
     tile,   # (n,) number of the tile of each
-    cut,    # (n,) is it a part, as `is_cut` says?
-    share=.5 # overlap from which on two are the same object
-):          # (m,) numbers of those that stay, best score first
-    "Detections of several tiles, each object once"
+    cut,    # (n,) is the box cut off, by `is_cut`?
+    share=.5 # overlap from which on two boxes are the same object
+):          # (m,) numbers of the boxes that stay, best score first
+    "Which detections of several tiles to keep, so that each object has one"
     order = torch.argsort(scores - 2*cut.float(), descending=True, stable=True)
     kept = []
     while len(order):
@@ -96,7 +96,7 @@ def join_views(
     views, # list of (window, dets): x, y, w, h, and dict(boxes in pixels of the window, …)
     hw     # height and width of the image
 ) -> dict: # boxes (m,4) in its pixels, scores (m,), labels (m,), best first
-    "Detections of all views of an image as one"
+    "The detections of all views of an image, joined"
     if len(views)==1: return views[0][1]
     corners = [torch.tensor([x, y, x, y]) for (x,y,_,_),_ in views]
     boxes = [dets['boxes'] + c for c,(_,dets) in zip(corners, views)]
@@ -111,7 +111,7 @@ def join_views(
 def suppress(
     dets, # dict(boxes (n,4), scores (n,), labels (n,))
     iou   # 0..1; None: nothing is removed
-) -> dict: # those that stay, best first
+) -> dict: # the detections that stay, best first
     "Non-maximum suppression within each class"
     if iou is None: return dets
     kept = batched_nms(dets['boxes'], dets['scores'], dets['labels'], iou)

@@ -1,4 +1,4 @@
-"""Objects in a film, each with a number that stays, and the film with them drawn
+"""detect and number objects in a film or camera, and write the film with boxes
 
 Docs: https://deqdet.github.io/deqdet/using/video.html.md"""
 
@@ -32,7 +32,7 @@ def draw_seen(
     image, # (h,w,3) uint8
     seen   # `Seen`
 ):         # image of Pillow
-    "A frame with boxes, names and numbers; a colour for each object"
+    "A frame with boxes, names and numbers, each object in its own colour"
     picture = Image.fromarray(np.asarray(image))
     draw = ImageDraw.Draw(picture)
     width = max(2, max(picture.size)//250)
@@ -46,7 +46,7 @@ def draw_seen(
     return picture
 
 class Seen(Found):
-    "What was found in a frame: `boxes`, `scores`, `labels`, `names` and `ids`"
+    "Detections of a frame: `boxes`, `scores`, `labels`, `names` and `ids`"
     def __init__(self,
         image,      # (h,w,3) uint8
         dets,       # dict(boxes (n,4) corners in its pixels, scores, labels, ids (n,))
@@ -63,14 +63,14 @@ class Seen(Found):
     @property
     def dets(self): return {k: self[k] for k in ('boxes','scores','labels','ids')}
     def pick(self, which):
-        "Some of the detections"
+        "A `Seen` with the chosen detections only"
         dets = {k: v[which] for k,v in self.dets.items()}
         return Seen(self.picture, dets, self.time, self.number, self.vocab)
     def save(self, file):
         "Draw the frame with its boxes"
         draw_seen(self.picture, self).save(file, None if isinstance(file, (str, Path)) else 'png')
     def to_supervision(self):
-        "As `supervision` has it, with `tracker_id`"
+        "`supervision.Detections` with `tracker_id`"
         dets = super().to_supervision()
         dets.tracker_id = self.ids.cpu().numpy()
         return dets
@@ -79,7 +79,7 @@ class Seen(Found):
 def each_shot(
     source # path of a film, number of a camera, or images
 ):         # iterable of `Shot`
-    "The frames of a film"
+    "The frames of a film, as `Shot`s or images"
     if isinstance(source, (str, Path, int)): return FilmReader(source)
     return source
 
@@ -90,7 +90,7 @@ def _as_shot(o, i):
     return Shot(load_image(image).permute(1, 2, 0).numpy(), i/25)
 
 class _Fed:
-    "A frame as the detector gets it, and boxes in the frame's own pixels"
+    "A frame resized for the detector; `own` maps detections back to its pixels"
     def __init__(self, image, tfm, device):
         x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
         nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long),
@@ -100,7 +100,7 @@ class _Fed:
         self.scale = (sizes/truth.orig).flip(-1) # (1,2) of x and of y
 
     def own(self, dets):
-        "Detections in pixels of the frame, of what queries hold, best first"
+        "Detections of held objects, in pixels of the frame, best first"
         held = dets['ids'] >= 0
         dets = {k: v[held].cpu() for k,v in dets.items()}
         order = dets['scores'].argsort(descending=True, stable=True)
@@ -120,7 +120,7 @@ def _tracked(follow, shots):
 
 # %% ../../nbs/using/08_video.ipynb #21941695
 def _apart(model, shots, **kwargs):
-    "`Seen` of each shot, every frame on its own"
+    "`Seen` of each shot, without a warm start"
     times = []
     def images():
         for i,o in enumerate(shots):
@@ -134,14 +134,14 @@ def _apart(model, shots, **kwargs):
 def predict_video(
     model,        # `Detector`
     source,       # path of a film, number of a camera, or an iterable of images
-    min_score=None, # of an object, to be taken; None: a threshold for each class, or .3
+    min_score=None, # score from which an object counts; None: a threshold for each class, or .3
     track=True,   # objects keep their numbers, by a warm start; False: each frame on its own
     steps=None,   # applications of f in a frame; None: 2 with `track`, else the detector's
-    hold=None,    # `Hold`: when queries take objects and give them up
+    hold=None,    # `Hold`: thresholds to take objects and to give them up
     bs=8,         # frames in a batch, without `track`
     **kwargs      # for the solver with `track`, else for `Detector.predict`
-):                # yields `Seen`, one for each frame
-    "What is in a film, frame by frame"
+):                # yields a `Seen` for each frame
+    "Detections in a film, frame by frame"
     shots = each_shot(source)
     hold = replace(hold or Hold(), take=score_bars(model, min_score))
     if track: return _tracked(Follower(model, steps, hold, **kwargs), shots)
@@ -160,20 +160,20 @@ def _rows(seen):
 
 @dataclass
 class FilmResult:
-    "What came of a film"
+    "Summary of a film: counts, and the files that were written"
     source: str      # its name
     frames: int      # frames that were looked at
     objects: Counter # class -> objects, or without numbers detections
-    film: Path       # that was written; None: none
-    table: Path      # that was written
-    fault: str=None  # why the source ended badly, in a line
+    film: Path       # the film that was written; None: only the table
+    table: Path      # the table that was written
+    fault: str=None  # why the source ended early, in a line
 
     def __repr__(self):
         found = ', '.join(f'{n} {k}' for k,n in self.objects.most_common()) or 'nothing'
         return f'{self.source}: {self.frames} frames: {found}'
 
 def _write(seens, table, film, objects):
-    "Write each frame's rows, and the frame; the number of frames"
+    "Write the rows of each frame, and the frame; returns the number of frames"
     n = 0
     known = set()
     with open(table, 'w', newline='', buffering=1, encoding='utf-8') as file:
@@ -195,7 +195,7 @@ def predict_film(self:Detector,
     progress=False, # show a bar
     **kwargs        # for `predict_video`
 ): # `FilmResult`, or without `out` a generator of `Seen`
-    "What is in a film; with `out`, a film with the objects drawn, and a table"
+    "Detections in a film; with `out`, written as a film and a table"
     if out is None: return predict_video(self, source, **kwargs)
     out = Path(out)
     table = out.with_suffix('.csv')
@@ -214,7 +214,7 @@ def predict_film(self:Detector,
 def films_in(
     items # arguments of a command
 ) -> list: # films and cameras; [] if there is none
-    "The films among arguments, which may not be mixed with images"
+    "The films among the arguments; an error if images are there too"
     films = [o for o in items if is_camera(o) or Path(o).suffix.lower() in FILMS]
     if films and len(films) < len(items):
         other = next(o for o in items if o not in films)
@@ -225,7 +225,7 @@ def film_names(
     films, # paths and cameras
     out    # a film, or a folder
 ) -> list: # of paths, one for each
-    "Where the films with their objects are written"
+    "Paths of the films to write"
     if Path(out).suffix.lower() in FILMS:
         if len(films) > 1: raise CommandError(f'{out}: {len(films)} films need a folder')
         return [Path(out)]
@@ -240,7 +240,7 @@ def predict_films(
     say=print, # gets a line on each fault
     **kwargs # for `predict_film`
 ) -> int:    # 2 if a film ended badly, else 0
-    "Go through films; a line on each"
+    "Detect in films and print a line on each; returns the exit status"
     status = 0
     track = isinstance(model.decoder, Equilibrium)
     for film,name in zip(films, film_names(films, out)):
@@ -252,7 +252,7 @@ def predict_films(
     return status
 
 def _one_film(model, film, name, **kwargs):
-    "Print what came of a film; the line on what went wrong, or None"
+    "Detect in one film and print a line; returns its fault, or None"
     try: result = model.predict_film(film, name, progress=sys.stdout.isatty(), **kwargs)
     except CommandError as e: return str(e)
     print(f'{result} in {result.film or result.table}')
