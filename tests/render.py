@@ -85,13 +85,13 @@ def qmd_as_html(text, css, dark=False):
 MEASURE = """<script>addEventListener('load', () => { const d = document.documentElement
   const wide = [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth &&
     getComputedStyle(e).overflowX=='visible').map(e => e.outerHTML.slice(0, 160)).reverse()
-  parent.postMessage({page: PAGE, excess: d.scrollWidth - d.clientWidth, wide: wide.slice(0, 3)}, '*')
-  addEventListener('resize', () => parent.postMessage({height: document.body.offsetHeight}, '*'), {once: true}) })</script>"""
-FRAMES = """<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre><script>const pages = PAGES, found = []
-  let frame, seen; function next() { if (frame) frame.remove(); if (!pages.length) return
-    frame = document.createElement('iframe'); frame.width = WIDTH; frame.height = 800; frame.src = pages.shift(); document.body.append(frame) }
-  addEventListener('message', e => { if (!('height' in e.data)) { seen = e.data; frame.width = DESK; return }
-    found.push({...seen, ...e.data}); document.getElementById('found').textContent = JSON.stringify(found); next() })
+  parent.postMessage({page: PAGE, excess: d.scrollWidth - d.clientWidth, wide: wide.slice(0, 3), height: document.body.offsetHeight}, '*') })</script>"""
+# each page is loaded twice, narrow and as on a desk: a frame that changes its width is laid out when the browser has time
+FRAMES = """<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre><script>const loads = PAGES.flatMap(p => [[p, WIDTH], [p, DESK]]), found = []
+  let frame; function next() { if (frame) frame.remove(); if (!loads.length) return
+    frame = document.createElement('iframe'); frame.height = 800; [frame.src, frame.width] = loads.shift(); document.body.append(frame) }
+  addEventListener('message', e => { if (frame.width==WIDTH) found.push(e.data); else found.at(-1).height = e.data.height
+    document.getElementById('found').textContent = JSON.stringify(found); next() })
   next()</script>"""
 
 DESK,SCREEN = 1280,800 # pixels of a window on a desk
@@ -111,7 +111,7 @@ def measured(pages, folder, width=390):
     frames = folder/'frames.html'
     frames.write_text(FRAMES.replace('PAGES', json.dumps(files)).replace('WIDTH', str(width)).replace('DESK', str(DESK)), encoding='utf-8')
     cmd = [chromium(), '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={folder}/profile', '--dump-dom',
-           '--timeout=120000', f'--virtual-time-budget={1000*len(files) + 5000}', frames.resolve().as_uri()]
+           '--timeout=120000', f'--virtual-time-budget={2000*len(files) + 5000}', frames.resolve().as_uri()]
     dom = subprocess.run(cmd, capture_output=True, text=True, timeout=900).stdout
     import html as h
     found = json.loads(h.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.S)[1]))
