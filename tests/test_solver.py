@@ -279,6 +279,17 @@ def rotations(n=6):
     Q = torch.linalg.qr(torch.randn(n,12,12)).Q
     return (rho[:,None,None]*Q, torch.randn(n,12)), torch.zeros(n,12)
 
+def test_the_count_agrees_with_theory():
+    "Each application of a scaled rotation shrinks the move by its scale; stopped by absolute moves"
+    (A,b),zeros = rotations()
+    def absolute(z, fz):
+        r = per_image(z, fz)
+        return Residual(r.abs, r.abs)
+    rho = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
+    sol = solve(lin, zeros, (A,b), tol=1e-8, max_iter=1000, measure=absolute)
+    theory = 1 + ((1e-8/b.norm(dim=1)).log()/rho.log()).ceil()
+    assert sol.n.tolist() == theory.long().tolist()
+
 def test_kept_states_agree_with_shorter_runs():
     args,zeros = rotations()
     sol = solve(lin, zeros, args, tol=1e-6, max_iter=60, keep=(0,1,3,60))
