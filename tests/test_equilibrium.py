@@ -272,6 +272,15 @@ def test_a_scaled_loss_scales_the_gradient(toy):
     for once, scaled in zip(gradient(1), gradient(1024)): assert_close(scaled, 1024*once, atol=1e-8*1024, rtol=0)
 
 
+def test_weights_that_are_cast_once_give_the_same_states(toy):
+    from deqdet.equilibrium import cast_once
+    _, f, start, feats = toy
+    f, start, feats = f.float(), Toy(*[t.float() for t in start]), (feats[0].float(),)
+    assert cast_once(f, 'cpu') is f # without autocast
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(cast_once(f, 'cpu')(start, feats).content, f(start, feats).content)
+
+
 def test_gradients_of_images_add_up(toy):
     "As gradient accumulation needs"
     g, f, start, feats = toy
