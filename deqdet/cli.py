@@ -195,7 +195,7 @@ def deqdet_train(
     ema:float=None,    # decay of a moving average of weights, as .998
     patience:int=None, # stop after this many evaluations without a better AP
     mosaic:float=None, # share of batches 0..1 made of mosaics of four images
-    rare:float=None,   # repeat images of classes in less than this share of images
+    rare:float=None,   # repeat images of classes in a smaller share of images
     seed:int=None,     # of weights, order and augmentation; by default 0
     layout:str=None,   # coco, voc, yolo or hf; by default it is recognised
     train:str=None,    # name of the split to train on; by default train
@@ -207,7 +207,7 @@ def deqdet_train(
     track:str=None,    # log for tensorboard, wandb (offline) or mlflow too
     push:str=None,     # user/name: share the best on the Hugging Face hub
     every:int=None,    # iterations between saves; by default 500
-    resume:bool=False  # continue the run in --out, with its options
+    resume:bool=False  # continue in --out, with its options
 ):
     "Train; on several GPUs: accelerate launch --no_python deqdet_train DATA"
     begun = time.monotonic()
