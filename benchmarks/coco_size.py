@@ -29,14 +29,11 @@ def objects(rng, sizes, n, points, classes, tail):
     xy = rng.random((n, 2))*(frame - wh)
     xywh = np.concatenate([xy, wh], 1).round(2)
     category,crowd = categories(rng, n, classes, tail), rng.random(n) < .012
-    for i in range(n):
-        box = xywh[i].tolist()
-        o = dict(area=round(box[2]*box[3]*.6, 4), iscrowd=int(crowd[i]), image_id=int(image[i]) + 1, bbox=box,
-                 category_id=int(category[i]), id=i + 1)
-        if points:
-            corners = (xy[i] + rng.random((points, 2))*wh[i]).round(2)
-            o = dict(segmentation=[corners.ravel().tolist()]) | o
-        yield json.dumps(o)
+    rows = zip(xywh.tolist(), (wh.prod(1)*.6).round(4).tolist(), crowd.astype(int).tolist(), (image + 1).tolist(), category.tolist())
+    for i,(box,area,of_many,where,kind) in enumerate(rows):
+        outline = f'"segmentation": {[(xy[i] + rng.random((points, 2))*wh[i]).round(2).ravel().tolist()]}, ' if points else ''
+        yield (f'{{{outline}"area": {area}, "iscrowd": {of_many}, "image_id": {where}, "bbox": {box}, '
+               f'"category_id": {kind}, "id": {i + 1}}}')
 
 
 def pictures(rng, n, split):

@@ -6,12 +6,14 @@ Both are trained by `own_data.py`'s loop for the same minutes of one core, and k
     python benchmarks/peers.py --train deqdet_lite --minutes 10 --save runs/cards_lite
     python benchmarks/peers.py --train fcos --minutes 10 --save runs/cards_fcos.pt
     python benchmarks/peers.py --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/onnx --out nbs/results/peers.json
+    python benchmarks/peers.py --measure ap --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/onnx --out nbs/results/peers_ap.json
 
 The folder `--onnx` keeps exported files, one for each detector and number of steps; what is missing there is exported first.
+AP that stands in the file is not measured again.
 
 AP is that of the whole validation set. Times are of the processor, one image at a time from the fed image to boxes (decoding of the file is left out),
 in turns in one run: every round measures each way on the same images."""
-import argparse, copy, os, sys, time, warnings
+import argparse, copy, json, os, time, warnings
 from pathlib import Path
 import torch
 from torch import nn
@@ -24,8 +26,9 @@ from deqdet.sets.augment import recipe_1x, recipe_small
 from common import alternate, parser, report
 from own_data import KINDS, Peer, ap, train
 
-STEPS = 1, 2, 3, 5, 10
+STEPS = 1, 2, 3, 5
 TOLS = (.2,)
+FORMS = 'bf16', 'folded', 'folded bf16', 'compiled', 'onnxruntime'
 TRAINING = dict(seed=0, opt='muon', lr=2.5e-3, body_lr=.1, updates=0, frozen=3, wd=.1, ema=.99) # as `own_data.py` has them
 
 
@@ -92,7 +95,9 @@ class ExportedPeer:
         import onnxruntime
         image = peer.lists(*batch[:2])[0]
         if not Path(file).exists():
-            torch.onnx.export(Whole(peer.net), (image,), str(file), dynamo=False, opset_version=17, input_names=['image'],
+            net = copy.deepcopy(peer.net)
+            net.backbone.body.level = lambda f, norm: f # its norms are identities; the transpositions around them cannot be traced
+            torch.onnx.export(Whole(net), (image,), str(file), dynamo=False, opset_version=17, input_names=['image'],
                               output_names=['boxes', 'scores', 'labels'])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -141,12 +146,12 @@ def ways(args, batch):
     theirs = {'bf16': lambda: Half(peer), 'folded': lambda: folded_peer(peer), 'folded bf16': lambda: Half(folded_peer(peer)),
               'compiled': lambda: compiled_peer(peer), 'onnxruntime': lambda: ExportedPeer(peer, Path(args.onnx)/'fcos.onnx', batch)}
     small = folded(model)
+    steps = dict.fromkeys(FORMS, args.form_steps) | dict(onnxruntime=args.onnx_steps)
     fast = load_detector(args.ours, device='cpu').compile() if 'compiled' in args.forms else None
     ours = {'bf16': lambda t: Half(Kept(model, steps=t)), 'folded': lambda t: Kept(small, steps=t), 'folded bf16': lambda t: Half(Kept(small, steps=t)),
             'compiled': lambda t: Kept(fast, steps=t), 'onnxruntime': lambda t: Kept(exported(model, args.onnx, t))}
-    for k in filter(None, args.forms.split(',')):
-        found[f'FCOS, {k}'] = theirs[k]()
-        found |= {f'lite, T={t}, {k}': ours[k](int(t)) for t in args.form_steps.split(',')}
+    for k in filter(None, args.peer_forms.split(',')): found[f'FCOS, {k}'] = theirs[k]()
+    for k in filter(None, args.forms.split(',')): found |= {f'lite, T={t}, {k}': ours[k](int(t)) for t in steps[k].split(',')}
     return found
 
 
@@ -157,25 +162,26 @@ def ms(found, batches, rounds):
     return {k: dict(ms=1000*v['median']/len(batches), over_fcos=v['ratio']) for k, v in times.items()}
 
 
+def standing(file):
+    "Rows of a result that was written before"
+    return json.loads(Path(file).read_text())['result'] if file and Path(file).exists() else {}
+
+
 @torch.no_grad()
-def measured(args):
-    "AP and milliseconds of each way"
+def measured(args, about):
+    "Milliseconds of each way in turns, or AP of each way, written one by one"
     batches = [b for b, _ in zip(loaders(args, 1).valid, range(args.images))]
     found = ways(args, batches[0])
-    times = ms(found, batches, args.rounds)
-    dls = loaders(args, 8)
-    rows = {}
-    for k, m in found.items():
-        rows[k] = ap(m, dls) | times[k]
-        print(k, rows[k], file=sys.stderr, flush=True)
-    return rows
+    if args.measure=='ms': return report(ms(found, batches, args.rounds), args.out, **about)
+    dls, rows = loaders(args, 8), standing(args.out)
+    for k in [o for o in found if o not in rows]: report(rows := rows | {k: ap(found[k], dls)}, args.out, **about)
 
 
 def main():
-    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., train='', save='', ours='', fcos='', images=16, form_steps='2,3', onnx='runs/onnx', forms='bf16,folded,folded bf16,compiled,onnxruntime').parse_args()
+    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., measure='ms', train='', save='', ours='', fcos='', images=16, form_steps='2,3', onnx_steps='2,3', onnx='runs/onnx', forms=','.join(FORMS), peer_forms=','.join(FORMS)).parse_args()
     torch.set_num_threads(args.threads)
     if args.train: print(f'{args.save}: {trained(args)[0]} updates')
-    else: report(measured(args), args.out, set=args.set, size=args.size, images=args.images)
+    else: measured(args, dict(set=args.set, size=args.size, images=args.images))
 
 
 if __name__ == '__main__': main()

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-# %% ../../nbs/ops/11_folding.ipynb #dd9ebcd5
+# %% ../../nbs/ops/11_folding.ipynb #17f11761
 def followed(
     net,    # any module
     *inputs # what it is called with
 ):          # list of (convolution, BatchNorm)
     "Convolutions whose output a BatchNorm reads, each run once"
-    made,pairs = {}, []
+    made = {}
+    pairs = []
     def after(conv, _, out): made[id(out)] = conv, out # `out` is kept, so no other has its id
     def before(norm, args):
         if id(args[0]) in made: pairs.append((made[id(args[0])][0], norm))

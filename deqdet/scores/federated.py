@@ -13,7 +13,7 @@ import numpy as np
 from .ap import (Result, _Eval, _collector_paused, _mean, _per_class, _prepared,
     _summary, _truth)
 
-# %% ../../nbs/scores/04_federated.ipynb #a99a973a
+# %% ../../nbs/scores/04_federated.ipynb #75135e2b
 def _list(o, key):
     "A list of category ids of an image"
     if key not in o: raise ValueError(
@@ -22,7 +22,8 @@ def _list(o, key):
 
 def _checked(images, gts, ids):
     "Pairs of image and category: those that were checked, and those that are marked in part"
-    negative,partly = set(), set()
+    negative = set()
+    partly = set()
     for o in images:
         if o['id'] not in ids: continue
         negative.update((o['id'], c) for c in _list(o, 'neg_category_ids'))
