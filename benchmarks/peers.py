@@ -9,7 +9,7 @@ Both are trained by `own_data.py`'s loop for the same minutes of one core, and k
     python benchmarks/peers.py --measure ap --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/onnx --out nbs/results/peers_ap.json
 
 The folder `--onnx` keeps exported files, one for each detector and number of steps; what is missing there is exported first.
-AP that stands in the file is not measured again.
+AP that stands in the file is not measured again. `--measure parts` tells where the time of one of our images goes.
 
 AP is that of the whole validation set. Times are of the processor, one image at a time from the fed image to boxes (decoding of the file is left out),
 in turns in one run: every round measures each way on the same images."""
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from deqdet.data import det_dls
+from deqdet.decoder import prepared
 from deqdet.export import load_exported
 from deqdet.model import Feed
 from deqdet.ops.folding import fold, folded
@@ -90,23 +91,31 @@ class Whole(nn.Module):
 
 
 class ExportedPeer:
-    "The peer in onnxruntime, an image at a time"
-    def __init__(self, peer, file, batch):
+    "The peer in onnxruntime, an image at a time; its graph has a fixed size, so each size has a file"
+    def __init__(self, peer, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.source = copy.deepcopy(peer.net)
+        self.source.backbone.body.level = lambda f, norm: f # its norms are identities; the transpositions around them cannot be traced
+        self.sessions = {}
+        self.peer = copy.copy(peer)
+        self.peer.net = lambda images: [self.one(x) for x in images]
+
+    def session(self, image):
+        "The session for images of this size"
         import onnxruntime
-        image = peer.lists(*batch[:2])[0]
-        if not Path(file).exists():
-            net = copy.deepcopy(peer.net)
-            net.backbone.body.level = lambda f, norm: f # its norms are identities; the transpositions around them cannot be traced
-            torch.onnx.export(Whole(net), (image,), str(file), dynamo=False, opset_version=17, input_names=['image'],
+        h,w = image.shape[-2:]
+        if (h, w) in self.sessions: return self.sessions[h, w]
+        file = self.folder/f'fcos_{h}x{w}.onnx'
+        if not file.exists():
+            torch.onnx.export(Whole(self.source), (image,), str(file), dynamo=False, opset_version=17, input_names=['image'],
                               output_names=['boxes', 'scores', 'labels'])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(file), options)
-        self.peer = copy.copy(peer)
-        self.peer.net = lambda images: [self.one(session, x) for x in images]
+        return self.sessions.setdefault((h, w), onnxruntime.InferenceSession(str(file), options))
 
-    def one(self, session, image):
-        found = session.run(None, dict(image=image.numpy()))
+    def one(self, image):
+        found = self.session(image).run(None, dict(image=image.numpy()))
         return dict(zip(('boxes', 'scores', 'labels'), map(torch.from_numpy, found)))
 
     def detect(self, *batch): return self.peer.detect(*batch)
@@ -137,14 +146,14 @@ def exported(model, folder, steps):
     return load_exported(file)
 
 
-def ways(args, batch):
+def ways(args):
     "Each way by name; the first one is the peer"
     model = load_detector(args.ours, device='cpu')
     peer = fcos(args.fcos, args)
     found = {'FCOS': peer} | {f'lite, T={t}': Kept(model, steps=t) for t in STEPS}
     found |= {f'lite, tol={t}': Kept(model, tol=t) for t in TOLS}
     theirs = {'bf16': lambda: Half(peer), 'folded': lambda: folded_peer(peer), 'folded bf16': lambda: Half(folded_peer(peer)),
-              'compiled': lambda: compiled_peer(peer), 'onnxruntime': lambda: ExportedPeer(peer, Path(args.onnx)/'fcos.onnx', batch)}
+              'compiled': lambda: compiled_peer(peer), 'onnxruntime': lambda: ExportedPeer(peer, args.onnx)}
     small = folded(model)
     steps = dict.fromkeys(FORMS, args.form_steps) | dict(onnxruntime=args.onnx_steps)
     fast = load_detector(args.ours, device='cpu').compile() if 'compiled' in args.forms else None
@@ -162,6 +171,24 @@ def ms(found, batches, rounds):
     return {k: dict(ms=1000*v['median']/len(batches), over_fcos=v['ratio']) for k, v in times.items()}
 
 
+def parts(model, batch, rounds):
+    "Milliseconds of the parts of one image, and their share of an image with three steps"
+    images, sizes, target = batch
+    pyramid, step = model.pyramid, model.decoder.step
+    x = pyramid.normalize(images, sizes).contiguous(memory_format=torch.channels_last)
+    levels = pyramid.body(x)
+    state, feats = model.start(images, sizes)
+    rows = prepared(step, feats)
+    z = model.decoder.init(state, rows)
+    q = step.talk(z.content, z.xyzr, z.boxes)
+    reads = step.sampler(q, z.xyzr, rows)
+    fns = {'image, T=3': lambda: model.predict(images, sizes, orig=target.orig, steps=3),
+           'normalise': lambda: pyramid.normalize(images, sizes), 'body': lambda: pyramid.body(x), 'neck': lambda: pyramid.neck(levels),
+           'table of levels': lambda: prepared(step, feats), 'step': lambda: step(z, rows), 'attention': lambda: step.talk(z.content, z.xyzr, z.boxes),
+           'sampling': lambda: step.sampler(q, z.xyzr, rows), 'mixing': lambda: step.mixing(q, reads), 'read': lambda: step.read(z)}
+    return {k: dict(ms=1000*v['median'], share=v['ratio']) for k, v in alternate(fns, rounds, clock=time.process_time).items()}
+
+
 def standing(file):
     "Rows of a result that was written before"
     return json.loads(Path(file).read_text())['result'] if file and Path(file).exists() else {}
@@ -171,7 +198,8 @@ def standing(file):
 def measured(args, about):
     "Milliseconds of each way in turns, or AP of each way, written one by one"
     batches = [b for b, _ in zip(loaders(args, 1).valid, range(args.images))]
-    found = ways(args, batches[0])
+    if args.measure=='parts': return report(parts(load_detector(args.ours, device='cpu').eval(), batches[0], args.rounds), args.out, **about)
+    found = ways(args)
     if args.measure=='ms': return report(ms(found, batches, args.rounds), args.out, **about)
     dls, rows = loaders(args, 8), standing(args.out)
     for k in [o for o in found if o not in rows]: report(rows := rows | {k: ap(found[k], dls)}, args.out, **about)
