@@ -1,6 +1,6 @@
 """A set as LVIS is: 1203 classes whose counts fall as 1/rank, images checked for a part of them. Start, training and evaluation measured
 
-    python benchmarks/lvis.py --out benchmarks/results/lvis.json
+    python benchmarks/long_tail.py --out benchmarks/results/long_tail.json
 
 Annotations have the size of LVIS's (100,170 images to train on, 5,000 to validate on, twelve boxes each), images are links to one file. Each row is
 a fresh process: seconds of the processor and megabytes beyond the imports. The training step is `deqdet_lite`'s at 320 pixels,
