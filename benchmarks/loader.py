@@ -1,5 +1,7 @@
-"Images per second and core: decode and the 1x recipe at 1333x800, deqdet's loader against torchvision's own way"
-import json, tempfile, time
+"""Images per second and core, at 1333x800 and at 320: deqdet's loader against torchvision's own way and against a tar read in order
+
+    python benchmarks/loader.py --rounds 5 --out benchmarks/results/loader_sizes.json"""
+import json, tarfile, tempfile, time
 from contextlib import redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -12,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from deqdet.sets.augment import fit_hw, recipe_1x, recipe_2x
 from deqdet.data import det_dls
-from deqdet.sets.images import collate, load_image
+from deqdet.sets.images import Target, collate, load_image
 from common import alternate, parser, report
 
 cpu = time.process_time # per core: what this process used, whatever else the machine does
@@ -42,16 +44,49 @@ def write(path, n, seed=0):
     for split in ('train', 'valid'): (path/f'annotations/instances_{split}.json').write_text(coco)
 
 
-def plain(path, bs, floats_first):
+def plain(path, bs, floats_first, short=800, long=1333):
     "torchvision's own way: CocoDetection, Pillow, v2 transforms, float images, batches as lists"
     to_float = v2.ToDtype(torch.float32, scale=True)
-    resize = [v2.RandomHorizontalFlip(), v2.RandomShortestSize([800], max_size=1333)]
+    resize = [v2.RandomHorizontalFlip(), v2.RandomShortestSize([short], max_size=long)]
     steps = [to_float, *resize] if floats_first else [*resize, to_float]
     tfms = v2.Compose([v2.ToImage(), *steps, v2.SanitizeBoundingBoxes()])
     with redirect_stdout(StringIO()):
         ds = CocoDetection(path/'images', path/'annotations/instances_train.json', transforms=tfms)
     ds = wrap_dataset_for_transforms_v2(ds, target_keys=('boxes', 'labels'))
     return DataLoader(ds, batch_size=bs, shuffle=True, collate_fn=lambda b: tuple(zip(*b)))
+
+
+def write_tar(path):
+    "The images as one tar, in order"
+    with tarfile.open(path/'images.tar', 'w') as t:
+        for f in sorted((path/'images').glob('*.jpg')): t.add(f, f.name)
+
+
+def from_tar(path, bs, tfm):
+    "deqdet's decoder, recipe and batches, the bytes from a tar that is read in order"
+    ds = det_dls(path, bs=bs, tfms=(None, None), num_workers=0).train.dataset
+    def target(i):
+        part,o = slice(ds.ends[i], ds.ends[i+1]), ds.images[i]
+        return Target(ds.boxes[part], ds.labels[part], torch.tensor([o['height'], o['width']]), torch.tensor(o['id']))
+    def go():
+        items = []
+        with tarfile.open(path/'images.tar', 'r|') as t:
+            for i,member in enumerate(t):
+                image = decode_image(torch.frombuffer(bytearray(t.extractfile(member).read()), dtype=torch.uint8), ImageReadMode.RGB, True)
+                items.append(tfm(image, target(i)))
+                if len(items) < bs: continue
+                collate(items)
+                items = []
+    return go
+
+
+def reading(path):
+    "Bytes alone: a file for each image, or one tar"
+    files = sorted((path/'images').glob('*.jpg'))
+    def tar():
+        with tarfile.open(path/'images.tar', 'r|') as t:
+            for member in t: t.extractfile(member).read()
+    return dict(files=lambda: [f.read_bytes() for f in files], tar=tar)
 
 
 def run(loader):
@@ -74,7 +109,7 @@ def draft(rounds, hw=(3000, 4000)):
     "A large photograph for a small input: decoding at a reduced scale (Pillow's draft) against the whole"
     b = BytesIO(); picture(np.random.default_rng(1), hw).save(b, 'JPEG', quality=90)
     res = {}
-    for short,long in ((800, 1333), (128, 128)):
+    for short,long in ((800, 1333), (320, 320), (128, 128)):
         size = fit_hw(hw, short, long)
         def go(reduced):
             im = Image.open(BytesIO(b.getvalue()))
@@ -102,21 +137,32 @@ def parts(path, rounds, n=20):
     return {k: v['median']*1e3/n for k,v in t.items()}
 
 
+def speeds(path, args, *size):
+    "Times of all ways at one size, in turns"
+    recipe = recipe_1x(True, *size)
+    loader = det_dls(path, bs=args.bs, tfms=(recipe, None), num_workers=0).train
+    return alternate({'deqdet': run(loader), 'tar in order': from_tar(path, args.bs, recipe),
+                      'torchvision, uint8 resize': run(plain(path, args.bs, False, *size)),
+                      'torchvision, float resize': run(plain(path, args.bs, True, *size))}, args.rounds, clock=cpu)
+
+
 def main():
     args = parser(__doc__, pictures=60, bs=4).parse_args()
     torch.set_num_threads(args.threads); torch.manual_seed(0)
     if args.pictures % args.bs: raise SystemExit('--pictures must be a multiple of --bs')
     path = Path(tempfile.mkdtemp()); write(path, args.pictures)
     data = (path/'images/00000.jpg').read_bytes()
-    ways = {'deqdet': run(det_dls(path, bs=args.bs, tfms=(recipe_1x(), recipe_1x(False)), num_workers=0).train),
-            'torchvision, uint8 resize': run(plain(path, args.bs, False)),
-            'torchvision, float resize': run(plain(path, args.bs, True))}
+    write_tar(path)
     n = args.pictures
-    t = alternate(ways, args.rounds, clock=cpu)
+    sizes = {'1333x800': speeds(path, args), '320': speeds(path, args, 320, 320)}
+    t = sizes['1333x800']
+    r = alternate(reading(path), args.rounds, clock=cpu)
     d = alternate({k: lambda f=f: [f() for _ in range(20)] for k,f in decoders(data).items()}, args.rounds, clock=cpu)
     pixels = [f() for f in decoders(data).values()]
     report(dict(pictures_per_core_second={k: n/v['median'] for k,v in t.items()},
                 times_as_long_as_deqdet={k: v['ratio'] for k,v in t.items()}, parts_ms=parts(path, args.rounds),
+                by_size={s: {k: dict(images_per_core_second=n/v['median'], times_as_long=v['ratio']) for k,v in o.items()} for s,o in sizes.items()},
+                read_ms={k: v['median']*1e3/n for k,v in r.items()},
                 decode_ms={k: v['median']*50 for k,v in d.items()},
                 decoders_agree=all(torch.equal(p, pixels[0]) for p in pixels), reduced_decode=draft(3)),
            args.out, jpeg_bytes=len(data), pictures=args.pictures, batch=args.bs, clock='CPU time of one process')

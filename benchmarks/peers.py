@@ -1,27 +1,35 @@
-"""AP against milliseconds for an image on a CPU: our lite at several numbers of steps, and in other forms, beside torchvision's FCOS on the same body
+"""AP against milliseconds for an image on a CPU: our lite at several numbers of steps, beside torchvision's FCOS on the same body, both in several forms
 
 Both are trained by `own_data.py`'s loop for the same minutes of one core, and kept:
 
     export DEQDET_DATA=...   # holds cards
     python benchmarks/peers.py --train deqdet_lite --minutes 10 --save runs/cards_lite
     python benchmarks/peers.py --train fcos --minutes 10 --save runs/cards_fcos.pt
-    python benchmarks/peers.py --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/cards.onnx --out nbs/results/peers.json
+    python benchmarks/peers.py --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/onnx --out nbs/results/peers.json
+    python benchmarks/peers.py --measure ap --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/onnx --out nbs/results/peers_ap.json
+
+The folder `--onnx` keeps exported files, one for each detector and number of steps; what is missing there is exported first.
+AP that stands in the file is not measured again. `--measure parts` tells where the time of one of our images goes.
 
 AP is that of the whole validation set. Times are of the processor, one image at a time from the fed image to boxes (decoding of the file is left out),
 in turns in one run: every round measures each way on the same images."""
-import argparse, os, sys, time, warnings
+import argparse, copy, json, os, time, warnings
 from pathlib import Path
 import torch
+from torch import nn
 from deqdet.data import det_dls
+from deqdet.decoder import prepared
 from deqdet.export import load_exported
 from deqdet.model import Feed
+from deqdet.ops.folding import fold, folded
 from deqdet.predict import load_detector, save_detector
 from deqdet.sets.augment import recipe_1x, recipe_small
 from common import alternate, parser, report
 from own_data import KINDS, Peer, ap, train
 
-STEPS = 1, 2, 3, 5, 10
+STEPS = 1, 2, 3, 5
 TOLS = (.2,)
+FORMS = 'bf16', 'folded', 'folded bf16', 'compiled', 'onnxruntime'
 TRAINING = dict(seed=0, opt='muon', lr=2.5e-3, body_lr=.1, updates=0, frozen=3, wd=.1, ema=.99) # as `own_data.py` has them
 
 
@@ -56,10 +64,12 @@ class Kept:
     def detect(self, images, sizes, target): return self.net.predict(images, sizes, orig=target.orig, **self.options)
 
 
-class Half(Kept):
-    "The same in bfloat16 where autocast uses it"
+class Half:
+    "A detector in bfloat16 where autocast uses it"
+    def __init__(self, inner): self.inner = inner
+
     def detect(self, *batch):
-        with torch.autocast('cpu', torch.bfloat16): return super().detect(*batch)
+        with torch.autocast('cpu', torch.bfloat16): return self.inner.detect(*batch)
 
 
 def fcos(file, args):
@@ -71,22 +81,87 @@ def fcos(file, args):
     return peer
 
 
-def exported(model, file, steps):
-    "The exported detector; converting takes a minute, so a file that is there is taken"
-    if not Path(file).exists(): model.export(file, steps=steps)
+class Whole(nn.Module):
+    "The peer as a function of one image"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image): return tuple(self.net([image])[0][k] for k in ('boxes', 'scores', 'labels'))
+
+
+class ExportedPeer:
+    "The peer in onnxruntime, an image at a time; its graph has a fixed size, so each size has a file"
+    def __init__(self, peer, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.source = copy.deepcopy(peer.net)
+        self.source.backbone.body.level = lambda f, norm: f # its norms are identities; the transpositions around them cannot be traced
+        self.sessions = {}
+        self.peer = copy.copy(peer)
+        self.peer.net = lambda images: [self.one(x) for x in images]
+
+    def session(self, image):
+        "The session for images of this size"
+        import onnxruntime
+        h,w = image.shape[-2:]
+        if (h, w) in self.sessions: return self.sessions[h, w]
+        file = self.folder/f'fcos_{h}x{w}.onnx'
+        if not file.exists():
+            torch.onnx.export(Whole(self.source), (image,), str(file), dynamo=False, opset_version=17, input_names=['image'],
+                              output_names=['boxes', 'scores', 'labels'])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        return self.sessions.setdefault((h, w), onnxruntime.InferenceSession(str(file), options))
+
+    def one(self, image):
+        found = self.session(image).run(None, dict(image=image.numpy()))
+        return dict(zip(('boxes', 'scores', 'labels'), map(torch.from_numpy, found)))
+
+    def detect(self, *batch): return self.peer.detect(*batch)
+
+
+def folded_peer(peer):
+    "The peer with BatchNorm in the convolutions of its body"
+    peer = copy.copy(peer)
+    peer.net = copy.deepcopy(peer.net).eval()
+    fold(peer.net.backbone.body, torch.zeros(1, 3, 64, 64))
+    return peer
+
+
+def compiled_peer(peer):
+    "The peer with compiled body, pyramid and heads; what follows stays as it is"
+    peer = copy.copy(peer)
+    peer.net = copy.deepcopy(peer.net)
+    peer.net.backbone.compile()
+    peer.net.head.compile()
+    return peer
+
+
+def exported(model, folder, steps):
+    "The exported detector; a file that is there is taken"
+    file = Path(folder)/f'lite_{steps}.onnx'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists(): model.export(file, steps=steps)
     return load_exported(file)
 
 
 def ways(args):
     "Each way by name; the first one is the peer"
     model = load_detector(args.ours, device='cpu')
-    t = args.form_steps
-    found = {'FCOS': fcos(args.fcos, args)}
-    found |= {f'lite, T={t}': Kept(model, steps=t) for t in STEPS}
+    peer = fcos(args.fcos, args)
+    found = {'FCOS': peer} | {f'lite, T={t}': Kept(model, steps=t) for t in STEPS}
     found |= {f'lite, tol={t}': Kept(model, tol=t) for t in TOLS}
-    forms = dict(bf16=lambda: Half(model, steps=t), compiled=lambda: Kept(load_detector(args.ours, device='cpu').compile(), steps=t),
-                 onnxruntime=lambda: Kept(exported(model, args.onnx, t)))
-    return found | {f'lite, T={t}, {k}': forms[k]() for k in args.forms.split(',') if k}
+    theirs = {'bf16': lambda: Half(peer), 'folded': lambda: folded_peer(peer), 'folded bf16': lambda: Half(folded_peer(peer)),
+              'compiled': lambda: compiled_peer(peer), 'onnxruntime': lambda: ExportedPeer(peer, args.onnx)}
+    small = folded(model)
+    steps = dict.fromkeys(FORMS, args.form_steps) | dict(onnxruntime=args.onnx_steps)
+    fast = load_detector(args.ours, device='cpu').compile() if 'compiled' in args.forms else None
+    ours = {'bf16': lambda t: Half(Kept(model, steps=t)), 'folded': lambda t: Kept(small, steps=t), 'folded bf16': lambda t: Half(Kept(small, steps=t)),
+            'compiled': lambda t: Kept(fast, steps=t), 'onnxruntime': lambda t: Kept(exported(model, args.onnx, t))}
+    for k in filter(None, args.peer_forms.split(',')): found[f'FCOS, {k}'] = theirs[k]()
+    for k in filter(None, args.forms.split(',')): found |= {f'lite, T={t}, {k}': ours[k](int(t)) for t in steps[k].split(',')}
+    return found
 
 
 def ms(found, batches, rounds):
@@ -96,25 +171,45 @@ def ms(found, batches, rounds):
     return {k: dict(ms=1000*v['median']/len(batches), over_fcos=v['ratio']) for k, v in times.items()}
 
 
+def parts(model, batch, rounds):
+    "Milliseconds of the parts of one image, and their share of an image with three steps"
+    images, sizes, target = batch
+    pyramid, step = model.pyramid, model.decoder.step
+    x = pyramid.normalize(images, sizes).contiguous(memory_format=torch.channels_last)
+    levels = pyramid.body(x)
+    state, feats = model.start(images, sizes)
+    rows = prepared(step, feats)
+    z = model.decoder.init(state, rows)
+    q = step.talk(z.content, z.xyzr, z.boxes)
+    reads = step.sampler(q, z.xyzr, rows)
+    fns = {'image, T=3': lambda: model.predict(images, sizes, orig=target.orig, steps=3),
+           'normalise': lambda: pyramid.normalize(images, sizes), 'body': lambda: pyramid.body(x), 'neck': lambda: pyramid.neck(levels),
+           'table of levels': lambda: prepared(step, feats), 'step': lambda: step(z, rows), 'attention': lambda: step.talk(z.content, z.xyzr, z.boxes),
+           'sampling': lambda: step.sampler(q, z.xyzr, rows), 'mixing': lambda: step.mixing(q, reads), 'read': lambda: step.read(z)}
+    return {k: dict(ms=1000*v['median'], share=v['ratio']) for k, v in alternate(fns, rounds, clock=time.process_time).items()}
+
+
+def standing(file):
+    "Rows of a result that was written before"
+    return json.loads(Path(file).read_text())['result'] if file and Path(file).exists() else {}
+
+
 @torch.no_grad()
-def measured(args):
-    "AP and milliseconds of each way"
+def measured(args, about):
+    "Milliseconds of each way in turns, or AP of each way, written one by one"
     batches = [b for b, _ in zip(loaders(args, 1).valid, range(args.images))]
+    if args.measure=='parts': return report(parts(load_detector(args.ours, device='cpu').eval(), batches[0], args.rounds), args.out, **about)
     found = ways(args)
-    times = ms(found, batches, args.rounds)
-    dls = loaders(args, 8)
-    rows = {}
-    for k, m in found.items():
-        rows[k] = ap(m, dls) | times[k]
-        print(k, rows[k], file=sys.stderr, flush=True)
-    return rows
+    if args.measure=='ms': return report(ms(found, batches, args.rounds), args.out, **about)
+    dls, rows = loaders(args, 8), standing(args.out)
+    for k in [o for o in found if o not in rows]: report(rows := rows | {k: ap(found[k], dls)}, args.out, **about)
 
 
 def main():
-    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., train='', save='', ours='', fcos='', images=16, form_steps=2, onnx='lite.onnx', forms='bf16,compiled,onnxruntime').parse_args()
+    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., measure='ms', train='', save='', ours='', fcos='', images=16, form_steps='2,3', onnx_steps='2,3', onnx='runs/onnx', forms=','.join(FORMS), peer_forms=','.join(FORMS)).parse_args()
     torch.set_num_threads(args.threads)
     if args.train: print(f'{args.save}: {trained(args)[0]} updates')
-    else: report(measured(args), args.out, set=args.set, size=args.size, images=args.images)
+    else: measured(args, dict(set=args.set, size=args.size, images=args.images))
 
 
 if __name__ == '__main__': main()
