@@ -26,7 +26,8 @@ def _copied(
     end    # x, y of where it goes
 ):
     "Copy a part of an image to another place, as far as both lie inside"
-    (x,y,w,h),(u,v) = start,end
+    x,y,w,h = start
+    u,v = end
     h = min(h, image.shape[1] - max(y, v))
     w = min(w, image.shape[2] - max(x, u))
     if min(w, h) > 0: image[:, v:v+h, u:u+w] = image[:, y:y+h, x:x+w].clone()
@@ -36,7 +37,8 @@ def _draw(high): return int(torch.randint(max(1, high), ()))
 def _changed(image, boxes, hw, change):
     "Objects covered, and objects added"
     for x1,y1,x2,y2 in boxes.round().int().clamp(min=0).tolist():
-        w,h = x2-x1, y2-y1
+        w = x2 - x1
+        h = y2 - y1
         place = _draw(hw[1]-w), _draw(hw[0]-h)
         if torch.rand(()) < change: _copied(image, (*place, w, h), (x1, y1))
         elif torch.rand(()) < change: _copied(image, (x1, y1, w, h), place)
