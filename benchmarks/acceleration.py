@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torchvision.ops import box_iou
 from common import alternate, report
+from deqdet.boxes import move
 from deqdet.data import det_dls
 from deqdet.decoder import Pred, State, prepared
 from deqdet.loss import SetLoss, decode
@@ -370,6 +371,84 @@ def halting(model, data, dataset, tols, steps):
     return rows
 
 
+# ---- halting with compaction: queries that are done leave the computation
+
+def compact(step, z, feats, active):
+    "AdaMixer's step for some queries (n,) of one image; the others stay, and are still attended to"
+    q = step.talk(z.content, z.xyzr, z.boxes)[:, active]
+    xyzr = z.xyzr[:, active]
+    q = step.mix_norm(q + step.mixing(q, step.sampler(q, xyzr, feats)))
+    q = step.ffn_norm(q + step.ffn(q))
+    return State(z.content.index_copy(1, active, q), z.xyzr.index_copy(1, active, move(xyzr, step.reg(q))))
+
+
+def halted(step, z, feats, tol, steps):
+    "State of one image after at most `steps` applications to each query, and the number of them in all"
+    active = torch.arange(z.content.shape[1])
+    n = 0
+    for _ in range(steps):
+        fz = compact(step, z, feats, active)
+        n += len(active)
+        rel = by_query(take_queries(z, active), take_queries(fz, active)).rel[0].amax(-1) # (n,)
+        z = fz
+        active = active[rel > tol]
+        if not len(active): break
+    return z, n
+
+
+def take_queries(z, active): return State(z.content[:, active], z.xyzr[:, active])
+
+
+@torch.no_grad()
+def compaction(model, data, dataset, tols, steps, rounds, images=8):
+    "AP, applications and milliseconds of the processor for an image of a batch of one"
+    step = model.decoder.step
+    singles = []
+    for b in data:
+        for i in range(len(b.sizes)):
+            one = copy.copy(b)
+            row = torch.tensor([i])
+            one.z0,one.feats,one.sizes,one.target = take((b.z0, b.feats, b.sizes, b.target), row)
+            singles.append(one)
+    rows = []
+    for tol in tols:
+        found = [halted(step, b.z0, b.feats, tol, steps) for b in singles]
+        ap = average_precision([step.read(z) for z,_ in found], singles, dataset)
+        rows.append(dict(tol=tol, applications=sum(n for _,n in found)/len(singles)/singles[0].z0.content.shape[1], **ap))
+    def walk_all(f): return lambda: [f(b) for b in singles[:images]]
+    fns = {'Picard': walk_all(lambda b: run(model, b, Picard(), (steps,)))}
+    fns |= {tol: walk_all(lambda b, tol=tol: halted(step, b.z0, b.feats, tol, steps)) for tol in tols}
+    ms = alternate(fns, rounds, clock=time.process_time)
+    n_queries = singles[0].z0.content.shape[1]
+    parts = {n: (lambda n=n: [compact(step, b.z0, b.feats, torch.arange(n)) for b in singles[:images]]) for n in (n_queries, n_queries//2, n_queries//4, n_queries//10)}
+    by_count = alternate(parts, rounds, clock=time.process_time)
+    per = lambda v, k: dict(ms=1e3*v['median']/images/k, ratio=v['ratio'])
+    return dict(rows=rows, ms={k: per(v, 1) for k,v in ms.items()}, ms_by_queries={k: per(v, 1) for k,v in by_count.items()})
+
+
+# ---- other starts
+
+@torch.no_grad()
+def starts(model, dl, n, steps=range(6)):
+    "AP by applications of f, from the queries themselves, from g and from g applied twice; the detector was trained with g"
+    d = model.decoder
+    data = {k: [] for k in ('no g', 'g', 'g twice')}
+    for images,sizes,target in dl:
+        if sum(len(b.sizes) for b in data['g']) >= n: break
+        state,_ = model.start(images, sizes)
+        b = Batch(model, images, sizes, target)
+        for k,z0 in zip(data, (State(*state), b.z0, d.init(b.z0, b.feats))):
+            one = copy.copy(b)
+            one.z0 = z0
+            data[k].append(one)
+    found = {}
+    for k,batch in data.items():
+        kept = [run(model, b, Picard(), steps).kept for b in batch]
+        read = d.step.read
+        found[k] = {t: average_precision([read(z[t]) for z in kept], batch, dl.dataset) for t in steps}
+    return found
+
+
 def parameters(m): return sum(p.numel() for p in m.parameters())
 
 
@@ -402,6 +481,8 @@ def main():
     p.add_argument('--updates', type=int, default=32, help='updates through the applications')
     p.add_argument('--epochs', type=int, default=30, help='epochs over stored states')
     p.add_argument('--only-first', action='store_true', help='measure Picard and `First` alone')
+    p.add_argument('--only-starts', action='store_true', help='measure f without g, and g applied twice, alone')
+    p.add_argument('--only-compaction', action='store_true', help='measure queries that leave the computation alone')
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--threads', type=int, default=1)
@@ -413,6 +494,12 @@ def main():
     begun = time.process_time()
     def say(*a): print(f'{time.process_time()-begun:6.0f} s', *a, flush=True)
 
+    dl = det_dls(args.data, bs=8, size=args.size, val_bs=8, num_workers=0, seed=args.seed).valid
+    if args.only_starts: return report(starts(model, dl, args.valid), args.out, valid=min(args.valid, len(dl.dataset)))
+    if args.only_compaction:
+        with torch.no_grad(): valid = batches(model, dl, args.valid)
+        result = compaction(model, valid, dl.dataset, (.1, .2, .4), model.decoder.length(), args.rounds)
+        return report(result, args.out, valid=sum(len(b.sizes) for b in valid))
     dataset,train,valid,paths,walks = prepare(args, model)
     valid_paths = [path for path,_ in walks]
     lates = [path[-1] for path in valid_paths]

@@ -12,7 +12,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 from torchvision.models.detection.image_list import ImageList
 import own_data
-from deqdet.equilibrium import RAG
+from acceleration import First
+from deqdet.equilibrium import RAG, Perturb
+from deqdet.training.contraction import jacobian, prolonged, stretch
 from deqdet.zoo import published
 from own_data import KINDS, LITE, Ours
 
@@ -29,6 +31,68 @@ class RandomSteps(Ours):
         loss = super().loss(images, sizes, target)
         decoder.plan = trained
         return loss
+
+
+class Late(Ours):
+    "In a quarter of the batches the path goes on to a late state, which gets a loss too"
+    def loss(self, images, sizes, target):
+        decoder = self.net.decoder
+        trained = decoder.plan
+        if torch.rand(()) < .25: decoder.plan = prolonged(trained, int(torch.randint(8, 17, ())))
+        loss = super().loss(images, sizes, target)
+        decoder.plan = trained
+        return loss
+
+
+class Contracted(Ours):
+    "A penalty on the step at the last state of the path"
+    def __init__(self, *args, penalty=stretch, weight=.1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.penalty,self.weight = penalty,weight
+        self.net.decoder.step.register_forward_hook(self.keep)
+
+    def keep(self, step, args, fz):
+        if step.training and torch.is_grad_enabled(): self.call = *args, fz
+
+    def loss(self, images, sizes, target):
+        step = self.net.decoder.step
+        state, feats = self.net.start(images, sizes)
+        loss = self.criterion(self.net.decoder(state, feats), target)
+        z,read,fz = self.call
+        loss = loss + self.weight*self.penalty(lambda z: step(z, read), z, fz)
+        if not self.denoise: return loss
+        return loss + own_data.denoising_loss(self.net, feats, sizes, target, loss=self.criterion)
+
+
+class Damped(Ours):
+    """The path begins with a part of the first move; the part is learned with the step.
+
+    The state after it, and one application, is supervised too: its gradient reaches the part."""
+    def __init__(self, *args, learn=True, start=.75, **kwargs):
+        super().__init__(*args, **kwargs)
+        decoder = self.net.decoder
+        decoder.damp = nn.Parameter(torch.tensor(start if learn else 1.), requires_grad=learn)
+        decoder.path = self.path
+
+    def first(self, z, feats):
+        "The state after the damped first move"
+        with torch.no_grad(): fz = self.net.decoder.step(z, feats)
+        a = self.net.decoder.damp
+        return type(z)(*[p + a*(q-p) for p,q in zip(z, fz)])
+
+    def path(self, z, feats):
+        "[state after the first move, state at the end]"
+        decoder = self.net.decoder
+        z1 = self.first(z, feats)
+        late = type(z1)(*[p.detach() for p in z1])
+        noise = decoder.plan.perturb
+        with torch.no_grad():
+            for _ in range(decoder.plan.steps - 1): late = decoder.step(noise(late), feats)
+        return [z1, late]
+
+    def detect(self, *args, **kwargs):
+        part = self.net.decoder.damp.item() - 1
+        return super().detect(*args, method=First(part, part), **kwargs)
 
 
 class Width(nn.Module):
@@ -70,6 +134,12 @@ own_data.KINDS = {
     'two_states': partial(LITE, strategy=replace(STRATEGY, supervise=(2, 4))),        # two supervised states of the path
     'no_noise': partial(LITE, strategy=replace(STRATEGY, perturb=None)),              # without RAP
     'random_steps': partial(RandomSteps, 'deqdet_lite'),
+    'damped': partial(Damped, 'deqdet_lite'),
+    'undamped': partial(Damped, 'deqdet_lite', learn=False),                          # the same supervision
+    'late': partial(Late, 'deqdet_lite'),
+    'stretch': partial(Contracted, 'deqdet_lite'),
+    'jacobian': partial(Contracted, 'deqdet_lite', penalty=jacobian),
+    'more_noise': partial(LITE, strategy=replace(STRATEGY, perturb=Perturb(.2, 12., .4, .4))), # twice the RAP, twice as often
     'dense_head': partial(DenseHead, 'deqdet_lite')}
 
 

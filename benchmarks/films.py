@@ -4,8 +4,17 @@
     deqdet_train set --minutes 10 --size 256 --out det
     python benchmarks/films.py measure det --out nbs/results/films.json
 
+What training on pairs of frames gives; both go on for one epoch:
+
+    python benchmarks/films.py tune set --detector det --to plain
+    python benchmarks/films.py tune set --detector det --to pairs --pairs
+
+Memory over a film of many frames:
+
+    python benchmarks/films.py long folder --detector det --frames 10000 --size 64
+
 needs `pip install trackers` (ByteTrack, HOTA, CLEAR and identity metrics). The films of `measure` have seeds that `make` has not."""
-import argparse, contextlib, io, json, time, warnings
+import argparse, contextlib, io, json, os, time, warnings
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
@@ -13,13 +22,20 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import batched_nms
 from common import report
+from deqdet.data import det_dls
 from deqdet.decoder import prepared
-from deqdet.model import evaluating
+from deqdet.evaluate import APCallback
+from deqdet.learner import det_learner
+from deqdet.model import Feed, evaluating
 from deqdet.predict import load_detector
+from deqdet.sets.augment import recipe_1x, recipe_small
 from deqdet.sets.films import Film
 from deqdet.sets.scenes import KIND_NAMES
 from deqdet.solver import solve
+from deqdet.training.pairs import Pairs
+from deqdet.using.frames import FilmWriter
 from deqdet.using.held import Follower, Hold
+import deqdet.using.video # gives detectors `predict_film`
 
 TRAIN,VALID = range(1000, 1120),range(2000, 2012) # seeds of `make`
 CLASSES = 12
@@ -209,9 +225,48 @@ def measure(folder, seeds, n, size, cold_steps, warm, take, at=(20, 32, 44, 56, 
     tracker = clock.ms['ByteTrack']/total/len(cold_steps)/2/len(BYTE)
     return dict(rows=result, ms_features=features, ms_byte_track=tracker)
 
+def tune(folder, detector, out, pairs, lr, size, seed=0):
+    "Train a detector for one more epoch, with or without pairs of frames; the processor's seconds of an update"
+    torch.manual_seed(seed)
+    dls = det_dls(folder, bs=4, tfms=(recipe_small(size), recipe_1x(False, size, size)), num_workers=0, seed=seed, device='cpu')
+    learn = det_learner(dls, load_detector(detector), 'finetune', lr=lr, cbs=[Pairs()] if pairs else [])
+    learn.remove_cb(APCallback)
+    begun = time.process_time()
+    with learn.quiet(): learn.fit_published(epochs=1)
+    seconds = (time.process_time() - begun)/len(dls.train)
+    learn.model.save_pretrained(out)
+    print(f'{out}: {len(dls.train)} updates, {seconds:.2f} s each')
+
+def resident():
+    "Megabytes of memory that this process has"
+    return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
+
+def long_film(folder, detector, n, size):
+    "Memory while a film of many frames is read, detected in and written; slope of a line through the second half"
+    every = max(1, n//40)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load_detector(detector, device='cpu')
+    model.feed = Feed(size, size)
+    shots = [f.image for f in Film(seed=11, n=100, size=size, shake=.5, speed=1.)]
+    with FilmWriter(folder/'film.mp4') as film:
+        for t in range(n): film.add(shots[min(t % 200, 199 - t % 200)]) # forth and back
+    seen = []
+    def count(*_):
+        if count.n % every==0: seen.append((count.n, resident()))
+        count.n += 1
+    count.n = 0
+    model.pyramid.register_forward_hook(count)
+    begun = time.process_time()
+    result = model.predict_film(folder/'film.mp4', folder/'found.mp4', min_score=.1)
+    frames,mb = np.array(seen[len(seen)//2:]).T
+    slope = np.polyfit(frames, mb, 1)[0]
+    return dict(frames=result.frames, objects=sum(result.objects.values()), fault=result.fault, seconds=time.process_time()-begun, seen=seen,
+                mb_of_1000_frames=1000*slope, most=max(m for _,m in seen), first=seen[0][1])
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', choices=('make', 'measure'))
+    p.add_argument('what', choices=('make', 'measure', 'tune', 'long'))
     p.add_argument('folder', help='of the set to write, or of the detector')
     p.add_argument('--seeds', type=int, nargs='+', default=[11, 12, 13, 14])
     p.add_argument('--frames', type=int, default=75)
@@ -220,10 +275,16 @@ def main():
     p.add_argument('--warm', nargs='+', default=['2:1', '2:3', '3:3'], help='applications of f : frames to a fresh start')
     p.add_argument('--take', type=float, default=.5, help='score from which a query takes an object')
     p.add_argument('--out')
+    p.add_argument('--detector', help='that goes on')
+    p.add_argument('--to', help='folder of the new detector')
+    p.add_argument('--pairs', action='store_true', help='train on pairs of frames too')
+    p.add_argument('--lr', type=float, default=5e-4)
     o = p.parse_args()
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     if o.what=='make': return make(o.folder, size=o.size)
+    if o.what=='tune': return tune(o.folder, o.detector, o.to, o.pairs, o.lr, o.size)
+    if o.what=='long': return report(long_film(o.folder, o.detector, o.frames, o.size), o.out)
     warm = [tuple(int(v) for v in w.split(':')) for w in o.warm]
     result = measure(o.folder, o.seeds, o.frames, o.size, o.cold, warm, o.take)
     report(result, o.out, seeds=o.seeds, frames=o.frames, size=o.size, take=o.take)

@@ -9,7 +9,7 @@ from deqdet.sets.images import Target
 from deqdet.solver import Picard, solve, take
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
-from acceleration import Constant, First, Jump, Mix, by_query, calibration_error, fit_stored, fit_unrolled, foreseen, halting, judged, moved, moves
+from acceleration import Constant, First, Jump, Mix, by_query, calibration_error, compact, fit_stored, fit_unrolled, foreseen, halted, halting, judged, moved, moves
 
 class Slow(nn.Module):
     "Contents and boxes go a part of the way to their place in every application"
@@ -131,3 +131,29 @@ def test_halting_without_tolerance_is_the_whole_walk(monkeypatch):
     assert n[0]==6 and 1 < n[1] < 6 and n[2]==1
     plain = solve(step, z, (feats,), max_iter=6).z
     assert torch.equal(seen[0].boxes, plain.boxes)
+
+def mixer(N=6):
+    from deqdet.mixer import MixerStep
+    torch.manual_seed(0)
+    step = MixerStep(3, width=32, feat_width=32, groups=2, points=4, out_points=8, heads=4, hidden=32).eval()
+    nn.init.normal_(step.mixing.params.weight, std=.1)
+    nn.init.normal_(step.reg[-1].weight, std=.1)
+    feats = step.prepare([torch.randn(1, 32, 64//s, 64//s) for s in (4, 8, 16, 32)])
+    return step, State.at(torch.randn(1, N, 32), torch.tensor([[[10., 10, 40, 40]]]).repeat(1, N, 1) + 9*torch.rand(1, N, 4)), feats
+
+@torch.no_grad()
+def test_compaction_computes_what_halting_holds():
+    step,z,feats = mixer()
+    for a,b in zip(compact(step, z, feats, torch.arange(6)), step(z, feats)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    active = torch.tensor([1, 4])
+    some,whole = compact(step, z, feats, active),step(z, feats)
+    torch.testing.assert_close(some.content[:, active], whole.content[:, active], rtol=1e-4, atol=1e-4)
+    assert torch.equal(some.content[:, [0,2,3,5]], z.content[:, [0,2,3,5]])
+    plain = solve(step, z, (feats,), measure=by_query, max_iter=5, record=True)
+    some_settle = plain.trace.rel[1].amax(-1).median().item()
+    for tol in (0., some_settle):
+        found,n = halted(step, z, feats, tol, 5)
+        sol = solve(step, z, (feats,), tol=tol, measure=by_query, max_iter=5, record=True)
+        for a,b in zip(found, sol.z): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        counted = ((sol.trace.rel.amax(-1) > tol).sum(0) + 1).clamp(max=5).sum().item()
+        assert n==counted and (n < 30) == (tol > 0)
