@@ -138,7 +138,7 @@ own_data.KINDS = {
     'undamped': partial(Damped, 'deqdet_lite', learn=False),                          # the same supervision
     'late': partial(Late, 'deqdet_lite'),
     'stretch': partial(Contracted, 'deqdet_lite'),
-    'jacobian': partial(Contracted, 'deqdet_lite', penalty=jacobian),
+    'jacobian': partial(Contracted, 'deqdet_lite', penalty=jacobian, weight=1e-5), # its value is in the thousands at first
     'more_noise': partial(LITE, strategy=replace(STRATEGY, perturb=Perturb(.2, 12., .4, .4))), # twice the RAP, twice as often
     'dense_head': partial(DenseHead, 'deqdet_lite')}
 

@@ -172,7 +172,7 @@ WAYS = {
     'plain': lambda: dict(),
     'Later': lambda: dict(cbs=[Later()]),
     'Contract, stretch': lambda: dict(cbs=[Contract(1.)]),
-    'Contract, jacobian': lambda: dict(cbs=[Contract(1., jacobian)]),
+    'Contract, jacobian': lambda: dict(cbs=[Contract(1e-5, jacobian)]),
     'without noise (RAP)': lambda: dict(perturb=None)}
 
 
