@@ -27,6 +27,7 @@ from .equilibrium import Settled
 from .families.deformable import DeformableDETR
 from .families.sparse_rcnn import SparseRCNN
 from .families.adamixer import AdaMixer
+from .ops.errors import blame
 
 # %% ../nbs/17_convert.ipynb #806e4b0f
 _all_ = ['DIALECTS', 'Layout', 'deformable_keys', 'dialect_of', 'infer_deformable', 'infer_resnet',
@@ -273,7 +274,13 @@ def load_official(
     **overrides # fields of the record that shapes cannot show, such as `strategy`
 ): # a `Detector` in evaluation mode
     "A detector from published weights of any family"
-    sd = unwrap(source) if isinstance(source, dict) else read_checkpoint(source)
+    if isinstance(source, dict): return _read_any(unwrap(source), overrides)
+    wrong = f'{source}: damaged, or no published checkpoint'
+    with blame(wrong, Exception): # a damaged file may raise any error
+        return _read_any(read_checkpoint(source), overrides)
+
+def _read_any(sd, overrides):
+    "The detector of a state dict whose names tell the family"
     for _,fits,read in READERS:
         if fits(sd): return read(sd, **overrides).eval()
     families = ', '.join(name for name,*_ in READERS)

@@ -20,6 +20,7 @@ from .backbone import Pyramid, create_body, tiny_body
 from .decoder import Queries, grid_boxes
 from .equilibrium import Settled, measure_boxes
 from .loss import SetLoss, decode
+from .ops.errors import blame
 from .solver import Residual
 
 # %% ../nbs/10_model.ipynb #164d08ea
@@ -304,16 +305,16 @@ def from_pretrained(cls:Detector,
 ): # the detector, in evaluation mode
     "Read a detector"
     folder = Path(folder)
-    config = json.loads((folder/'config.json').read_text())
-    model = from_dict(config['hyper']).build(vocab=config['vocab'])
-    model.load_state_dict(load_file(folder/'model.safetensors'))
-    model.recipe = config.get('recipe')
-    model.feed = _read_feed(config, folder/'feed.json')
-    model.thresholds = config.get('thresholds')
-    return model.eval()
+    config = (folder/'config.json').read_bytes()
+    with blame(f'{folder}: unreadable detector', Exception): # a damaged file may raise any error
+        config = json.loads(config)
+        model = from_dict(config['hyper']).build(vocab=config['vocab'])
+        model.load_state_dict(load_file(folder/'model.safetensors'))
+        for k in ('recipe','thresholds'): setattr(model, k, config.get(k))
+        model.feed = _read_feed(config, folder/'feed.json')
+        return model.eval()
 
 def _read_feed(config, old_file):
     "`Feed` as `config` has it, or an older folder in a file of its own; None where it is unknown"
-    feed = config.get('feed')
-    if feed is None and old_file.exists(): feed = json.loads(old_file.read_text())
+    feed = config.get('feed') or (json.loads(old_file.read_text()) if old_file.exists() else None)
     return None if feed is None else Feed(**feed)

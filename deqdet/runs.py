@@ -29,6 +29,7 @@ from .sets.mosaic import Mosaic
 from .sets.sizes import warn_if_tiny
 from .training.callbacks import Patience
 from .training.lines import EpochLines
+from .training.processes import lost_process
 from .viz import plot_training, read_log, show_predictions
 
 # %% ../nbs/19_runs.ipynb #c811bea0
@@ -168,6 +169,10 @@ def resumable(
     except OSError as e:
         if e.errno not in FILE_FAULTS: raise
         raise CommandError(f'{folder}: {e.strerror}; to go on: {how}') from e
+    except RuntimeError as e:
+        lost = lost_process(e)
+        if not lost: raise
+        raise CommandError(f'{lost}; to go on: {how}') from e
 
 # %% ../nbs/19_runs.ipynb #be67e1f8
 def check_classes(

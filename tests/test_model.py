@@ -8,6 +8,7 @@ from deqdet.decoder import Stacked
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Detector, Features, Feed, evaluating, from_dict, named_body, residual_trace, to_dict
+from deqdet.ops.errors import CommandError
 from deqdet.zoo import deqdet_tiny, deformable_tiny, sparse_rcnn_tiny
 
 SIZES = torch.tensor([[128, 128], [120, 100]])
@@ -189,7 +190,7 @@ def test_an_older_folder_has_its_feed_in_a_file(model, tmp_path):
     (tmp_path/'feed.json').write_text(json.dumps(asdict(Feed(48, 64))))
     assert Detector.from_pretrained(tmp_path).feed == Feed(48, 64)
     (tmp_path/'feed.json').write_text('{"width": 3}')
-    with pytest.raises(TypeError, match='width'): Detector.from_pretrained(tmp_path)
+    with pytest.raises(CommandError, match='width'): Detector.from_pretrained(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- records

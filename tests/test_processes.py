@@ -9,8 +9,11 @@ from fastai.torch_core import rank_distrib
 from deqdet.data import det_dls, synth_coco
 from deqdet.decoder import Stacked
 from deqdet.evaluate import evaluate
+from deqdet.loss import SetLoss
 from deqdet.learner import EMA, CSVLog, NonFinite, Recipe, Resume, Stop, det_learner
 from deqdet.families.adamixer import AdaMixer
+from deqdet.training.processes import shard_weights, whole_weights
+from torch.distributed.tensor import DTensor
 
 HYPER = AdaMixer(n_classes=4, body='resnet10t', frozen_stages=0, feat_width=32, norm_groups=8, n_queries=49,
                  grid=(7,7,.3), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=64)
@@ -84,9 +87,34 @@ def stopped(path):
     learn = fit(make(path, STACK, [Stop(), KnockOne()]))
     return dict(asked=learn.stop.asked, iterations=learn.train_iter)
 
+def batches_of(path): return list(det_dls(path, bs=2, num_workers=0, device='cpu').train)
+
+def sgd(model, batches):
+    "Norms of the gradient in two updates of two batches each, of which this process has the given ones"
+    opt = torch.optim.SGD(model.parameters(), 1e-2)
+    loss = SetLoss()
+    norms = []
+    for update in batches:
+        for images,sizes,target in update: (loss(model(images, sizes), target)/len(update)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+        opt.step()
+        opt.zero_grad()
+    return norms
+
+CALM = replace(EQUILIBRIUM, strategy=replace(EQUILIBRIUM.strategy, perturb=None)) # without random numbers
+
+def divided(path, hyper):
+    "Norms and weights of a model whose weights are divided over the processes"
+    torch.manual_seed(0)
+    model = shard_weights(hyper.build())
+    mine = sum(p.to_local().numel() for p in model.parameters())
+    norms = sgd(model, [[b] for b in batches_of(path)[rank_distrib()::2]])
+    return dict(norms=norms, mine=mine, weights=whole_weights(model))
+
 def worker(path):
     out = dict(same=train_and_validate(path, True), resumed=resumed(path), left_out=left_out(path),
-               stopped=stopped(path))
+               stopped=stopped(path), divided=[divided(path, o) for o in (STACK, CALM)])
     torch.save(out, path/f'out{rank_distrib()}.pt')
 
 TORCHRUN = 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'
@@ -126,6 +154,22 @@ def test_ap(both, path):
         assert two['before']==pytest.approx(one['before'], nan_ok=True, abs=1e-9)
         assert two['before']['AR100'] > 0
         assert two['after']==pytest.approx(two['evaluated'], nan_ok=True, abs=1e-9)
+
+@pytest.mark.parametrize('i,hyper', enumerate([STACK, CALM]), ids=['stack','equilibrium'])
+def test_divided_weights(both, path, i, hyper):
+    "FSDP2 trains as one process does, saves, and a whole detector loads it"
+    torch.manual_seed(0)
+    one = hyper.build()
+    batches = batches_of(path)
+    norms = sgd(one, [batches[:2], batches[2:4]])
+    first,second = (o['divided'][i] for o in both)
+    assert first['norms']==second['norms']==pytest.approx(norms, rel=1e-4)
+    n = sum(p.numel() for p in one.parameters())
+    assert max(first['mine'], second['mine']) < .51*n and first['mine']+second['mine'] >= n
+    again = hyper.build()
+    again.load_state_dict(first['weights'])
+    torch.testing.assert_close(again.state_dict(), one.state_dict(), atol=1e-5, rtol=1e-4)
+    assert not second['weights']
 
 def test_resume(both):
     for b in (o['resumed'] for o in both):

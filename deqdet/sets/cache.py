@@ -96,6 +96,6 @@ def read_arrays(
         for o in places:
             if table := load_cache(o, key): return table
         with file.open() as f: table = parse(f)
-    except (OSError, ValueError): return None
+    except (OSError, ValueError, RecursionError): return None
     any(save_cache(table, o, key) for o in places)
     return table

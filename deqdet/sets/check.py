@@ -17,7 +17,7 @@ from pathlib import Path
 from torch.nn.functional import adaptive_avg_pool2d
 from fastcore.xtras import is_listy
 from .formats import Problem, find_layout, read_data
-from .images import DataError, load_image
+from .images import DataError, as_data_error, load_image
 
 # %% ../../nbs/sets/04_check.ipynb #31e484eb
 KEPT = {'box cut', 'duplicate id'} # problems after which the object is kept
@@ -27,11 +27,19 @@ def _is_box(b):
     if not is_listy(b) or len(b)!=4: return False
     return all(isinstance(o, (int,float)) and math.isfinite(o) for o in b)
 
+def _key(x): return x if isinstance(x, (int,float,str)) else None # what a dict can look up
+
+def _place(a, file, i):
+    "File of an annotation and its place there; a reader may have noted both as `at`"
+    at = a.get('at')
+    noted = isinstance(at, (list,tuple)) and len(at)==2
+    return at if noted else (str(file), f'annotations[{i}]')
+
 def _fault(a, image, categories):
     "Kind, field and detail of an annotation's fault, or None"
     if image is None: return 'unknown image', 'image_id', repr(a.get('image_id'))
     k = a.get('category_id')
-    if k not in categories: return 'unknown category', 'category_id', repr(a.get('name', k))
+    if _key(k) not in categories: return 'unknown category', 'category_id', repr(a.get('name', k))
     b = a.get('bbox')
     if not _is_box(b): return 'bad box', 'bbox', f'{b!r}: four finite numbers were expected'
     x,y,w,h = b
@@ -59,7 +67,7 @@ def _annotation(a, category_id):
     bbox = [float(o) for o in a['bbox']]
     area = a.get('area')
     if not isinstance(area, (int,float)) or not math.isfinite(area): area = bbox[2]*bbox[3]
-    return dict(id=a.get('id'), image_id=a['image_id'], category_id=category_id, bbox=bbox,
+    return dict(id=_key(a.get('id')), image_id=a['image_id'], category_id=category_id, bbox=bbox,
                 area=area, iscrowd=int(bool(a.get('iscrowd'))))
 
 def _unique(entries, file, key):
@@ -84,6 +92,10 @@ def clean(
     vocab=None # class names; by default those of the source, by id
 ) -> tuple:    # COCO dict, list of `Problem`
     "The usable part of a split, and its problems"
+    with as_data_error(source.file): return _clean(source, vocab)
+
+def _clean(source, vocab):
+    "As `clean`, with any error that damaged data raises"
     coco = source.coco
     file = str(source.file)
     images,twice = _unique(coco['images'], file, 'images')
@@ -93,13 +105,13 @@ def clean(
     anns = []
     ids = set()
     for i,a in enumerate(coco['annotations']):
-        where,place = a.get('at') or (file, f'annotations[{i}]')
-        fault = _fault(a, images.get(a.get('image_id')), used)
+        where,place = _place(a, file, i)
+        fault = _fault(a, images.get(_key(a.get('image_id'))), used)
         if fault:
             kind,field,detail = fault
             problems.append(Problem(kind, where, f'{place} {field}', detail))
             if kind not in KEPT: continue
-        k = a.get('id')
+        k = _key(a.get('id'))
         if k in ids: problems.append(Problem('duplicate id', where, f'{place} id', repr(k)))
         if k is not None: ids.add(k)
         anns.append(_annotation(a, used[a['category_id']]))
@@ -136,7 +148,8 @@ def look_alikes(
 # %% ../../nbs/sets/04_check.ipynb #734e0014
 def _check_image(path, hw, decode=True):
     "The problem of an image file, or None; and its thumbnail, if it was decoded"
-    if not path.exists(): return Problem('missing image', str(path), 'file', 'no such file'), None
+    if not os.path.exists(path):
+        return Problem('missing image', str(path), 'file', 'no such file'), None
     if not decode: return None, None
     try: img = load_image(path, hw)
     except DataError as e:
@@ -205,7 +218,8 @@ def verify_data(
     problems = []
     files = [] # of each split: file -> declared height and width
     thumbs = [] # likewise: file -> thumbnail
-    for name,src in zip(splits, read_data(path, layout, splits, valid_pct)):
+    with as_data_error(path): sources = read_data(path, layout, splits, valid_pct)
+    for name,src in zip(splits, sources):
         coco,found = clean(src, vocab)
         if not vocab: vocab = [o['name'] for o in coco['categories']]
         lines[name] = _count(coco)

@@ -152,7 +152,7 @@ def read_voc(
     for stem in _voc_stems(path, split):
         file = path/f'Annotations/{stem}.xml'
         try: root = ElementTree.parse(file).getroot()
-        except (OSError, ElementTree.ParseError) as e:
+        except (OSError, ElementTree.ParseError, ValueError, LookupError) as e:
             detail = f'{e}: the image is left out'
             src.problems.append(Problem('unreadable annotation', str(file), 'file', detail))
             continue
@@ -179,7 +179,7 @@ def _yolo_entry(file, cfg, split, entry):
     "The folder or list of images that an entry of a description names"
     tries = [Path(cfg.get('path') or '')/entry, entry, re.sub(r'^(\.\./)+', '', entry)]
     for o in tries:
-        if (file.parent/o).exists(): return file.parent/o
+        if os.path.exists(file.parent/o): return file.parent/o
     raise DataError(f"{file}: field '{split or 'train'}': {entry} does not exist")
 
 def _yolo_images(file, cfg, split):
@@ -216,7 +216,7 @@ def _label_lines(image):
     if 'images' in parts:
         parts[-1 - parts[::-1].index('images')] = 'labels'
     file = Path(*parts)
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(errors='replace').splitlines() if os.path.exists(file) else []
     return file, [(j,line) for j,line in enumerate(lines, 1) if line.strip()]
 
 def _yolo_objects(image, hw, image_id):

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np, torch
 from .arrays import NO_ID, Entries, Table
 from .cache import read_arrays
-from .check import KEPT, _annotation, _categories, _fault, _unique, clean
+from deqdet.sets.check import (KEPT, _annotation, _categories, _fault, _key, _place,
+    _unique, clean)
 from .formats import (Problem, _check_fields, _coco_file, _image_folder, permutation,
     read_coco, read_data, find_layout)
-from .images import image_size
+from .images import image_size, as_data_error
 
 # %% ../../nbs/sets/16_large.ipynb #e7045337
 def _fill_sizes(images, folder):
@@ -89,7 +90,7 @@ def _odd(table):
 
 def _where(table, i, a):
     "File of an annotation and its place there, for messages"
-    return a.get('at') or (str(table.file), f"annotations[{table.objects['place'][i]}]")
+    return _place(a, table.file, table.objects['place'][i])
 
 # %% ../../nbs/sets/16_large.ipynb #08070456
 def _judge(table, images, objects, used):
@@ -102,7 +103,7 @@ def _judge(table, images, objects, used):
     problems = []
     for i in sorted({*np.flatnonzero(suspect), *odd}):
         a = odd.get(i) or _raw(objects, i)
-        j = by_id.get(a.get('image_id'), -1) if i in odd else row[i]
+        j = by_id.get(_key(a.get('image_id')), -1) if i in odd else row[i]
         fault = _fault(a, Entries(images)[j] if j >= 0 else None, used)
         where,place = _where(table, i, a)
         if fault: problems.append((i, Problem(fault[0], where, f'{place} {fault[1]}', fault[2])))
@@ -225,6 +226,10 @@ def read_sources(
     seed=0          # of that division
 ) -> list:          # two of `Table` or `Source`: to train and to validate on
     "Both splits of a detection set, as arrays where they fit"
+    with as_data_error(path): return _sources(path, layout, splits, valid_pct, seed)
+
+def _sources(path, layout, splits, valid_pct, seed):
+    "As `read_sources`, with any error that damaged data raises"
     layout = layout or find_layout(path)
     if layout=='coco' and valid_pct is None: return [read_table(path, o) for o in splits]
     table = read_table(path) if layout=='coco' else None

@@ -94,8 +94,9 @@ def _log_state(rec):
     "The recorder's log as plain numbers"
     values = [[None if o is None else float(o) for o in row] for row in rec.values]
     smooth = [rec.smooth_loss.count, rec.smooth_loss.val]
-    return dict(values=values, lrs=[float(o) for o in rec.lrs],
-                losses=[float(o) for o in rec.losses], iters=list(rec.iters), smooth=smooth)
+    rec.losses = [float(o) for o in rec.losses] # a tensor takes 20 times the memory
+    return dict(values=values, lrs=[float(o) for o in rec.lrs], losses=list(rec.losses),
+                iters=list(rec.iters), smooth=smooth)
 
 def _set_log_state(rec, s):
     "Restore a recorder's log, and print its rows again"

@@ -1,0 +1,58 @@
+"Damaged files give one line that names the file, and hostile ones run no code"
+import pickle, sys
+from pathlib import Path
+import pytest, torch
+sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
+from fuzz import KINDS, MAKE, fuzz, is_clear
+from deqdet.convert import load_official
+from deqdet.data import DataError, det_dls
+from deqdet.learner import Resume
+from deqdet.ops.errors import CommandError
+from deqdet.training.resume import _read
+from deqdet.using.hub import Detector
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_mutated_files(kind, tmp_path):
+    "A few seconds of what benchmarks/fuzz.py does for minutes"
+    counts,faults = fuzz(kind, trials=25, work=tmp_path)
+    assert not faults, faults
+    assert counts.get('refused') and counts.get('read')
+
+class Touch:
+    "A pickle that writes a file when it is read"
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return open, (str(self.file), 'w')
+
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip','legacy'])
+@pytest.mark.parametrize('read', [load_official, _read], ids=['load_official','resume'])
+def test_a_pickle_runs_no_code(tmp_path, zipped, read):
+    mark = tmp_path/'mark'
+    file = tmp_path/'a.pth'
+    torch.save(dict(state_dict={'a': torch.ones(1)}, train_iter=Touch(mark)), file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(Exception): read(file)
+    assert not mark.exists()
+    torch.load(file, weights_only=False) # it would
+    assert mark.exists()
+
+def test_a_bare_pickle_runs_no_code(tmp_path):
+    mark = tmp_path/'mark'
+    for name in 'a.pth', 'a.safetensors':
+        (tmp_path/name).write_bytes(pickle.dumps(Touch(mark)))
+        with pytest.raises((ValueError, CommandError), match=name): load_official(tmp_path/name)
+    assert not mark.exists()
+
+@pytest.mark.parametrize('name', ['os.system', 'deqdet.shell.os', 'deqdet.model.Path', 'subprocess.Popen', 'deqdet.ops.errors.CommandError'])
+def test_a_configuration_names_records_only(tmp_path, name):
+    MAKE['pretrained'](tmp_path/'m')
+    file = tmp_path/'m'/'config.json'
+    file.write_text(file.read_text().replace('deqdet.families.adamixer.AdaMixer', name))
+    with pytest.raises((ValueError, CommandError), match='is no record of deqdet') as e: Detector.from_pretrained(tmp_path/'m')
+    assert is_clear(e.value, tmp_path/'m')
+
+def test_yaml_runs_no_code(tmp_path):
+    MAKE['yolo'](tmp_path/'y')
+    file = tmp_path/'y'/'data.yaml'
+    mark = tmp_path/'mark'
+    file.write_text(f'{file.read_text()}\nx: !!python/object/apply:os.mkdir ["{mark}"]\n')
+    with pytest.raises(DataError, match='data.yaml: no readable yaml'): det_dls(tmp_path/'y', num_workers=0, device='cpu')
+    assert not mark.exists()
