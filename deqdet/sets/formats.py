@@ -169,8 +169,8 @@ _SUFFIXES = {'.jpg','.jpeg','.png','.bmp','.tif','.tiff','.webp'}
 def _yolo_yaml(path):
     "File and content of a YOLO description, or None"
     for f in sorted([*path.glob('*.yaml'), *path.glob('*.yml')], key=lambda o: o.stem!='data'):
-        try: cfg = yaml.safe_load(f.read_text())
-        except yaml.YAMLError as e:
+        try: cfg = yaml.safe_load(f.read_bytes())
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
             if f.stem!='data': continue
             raise DataError(f"{f}: no readable yaml ({' '.join(str(e).split())})") from None
         if isinstance(cfg, dict) and isinstance(cfg.get('names'), (list,dict)): return f, cfg
