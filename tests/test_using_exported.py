@@ -79,6 +79,7 @@ def test_faults_in_one_line(model, tmp_path):
     with pytest.raises(CommandError, match='TPU is not there; there are .*CPUExecutionProvider'): load_exported(tmp_path/'m.onnx', providers=['TPU'])
 
 
+@pytest.mark.skipif(torch.__version__ < '2.7', reason='torch 2.6 cannot write the conditions on free sizes of this graph')
 def test_a_body_that_pads_by_size(tmp_path):
     "EfficientNet's same padding is recorded as constants: seconds, and the detector's own results"
     torch.manual_seed(0)
