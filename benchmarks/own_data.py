@@ -7,7 +7,7 @@ not run again, so the same command goes on where it was stopped:
     python benchmarks/own_data.py --all --minutes 3 --out nbs/results/own_data.json
 
 Minutes are processor minutes of training; evaluation is not counted. With `--updates N` a training ends after N updates
-instead, which compares ways of teaching whatever else the machine does:
+instead, which compares ways of teaching whatever else the machine does; `--curve 1,2,5` measures AP after these epochs too:
 
     python benchmarks/own_data.py --all --updates 120 --seeds 2 --sets bccd,cards --out nbs/results/own_data.json \
         --kinds deqdet_lite,deqdet_lite_focal,deqdet_lite_plain,deqdet_lite_base,deqdet_lite_scratch
@@ -155,6 +155,7 @@ class Average:
     "A moving average of all weights"
     def __init__(self, net, decay):
         self.decay, self.n = decay, 0
+        self.curve = {} # AP by epochs, where that is asked for
         self.live = [v for v in net.state_dict().values() if v.is_floating_point()]
         self.kept = [v.clone() for v in self.live]
 
@@ -180,12 +181,12 @@ def ap(detector, dls, **kwargs):
 
 
 @torch.no_grad()
-def measure(detector, dls, average):
+def measure(detector, dls, average, steps=STEPS):
     "AP of the average; of our detectors also by the number of refinement steps"
     average.swap()
     detector.net.eval()
     found = ap(detector, dls)
-    if isinstance(detector, Ours): found['by_steps'] = {t: ap(detector, dls, steps=t)['AP'] for t in STEPS}
+    if steps and isinstance(detector, Ours): found['by_steps'] = {t: ap(detector, dls, steps=t)['AP'] for t in steps}
     detector.net.train()
     average.swap()
     return found
@@ -198,7 +199,8 @@ def train(detector, dls, args):
     opt = (Muon if args.opt=='muon' else torch.optim.AdamW)(pars, lr=args.lr, weight_decay=args.wd)
     average = Average(net, args.ema)
     learning = [p for g in pars for p in g['params']]
-    n = 0
+    marks = [int(e) for e in args.curve.split(',') if e]
+    n = epoch = 0
     begun = time.process_time()
     def part():
         "How much of the training is over"
@@ -216,6 +218,8 @@ def train(detector, dls, args):
             opt.step()
             average.update()
             n += 1
+        epoch += 1
+        if epoch in marks: average.curve[epoch] = measure(detector, dls, average, steps=())
     return n, average
 
 
@@ -232,6 +236,7 @@ def run(args):
     n, average = train(detector, dls, args)
     entry = dict(cell(args), updates_made=n, epochs=n/len(dls.train), lr=args.lr, size=args.size, bs=args.bs)
     entry |= measure(detector, dls, average)
+    if average.curve: entry['by_epochs'] = average.curve
     entry |= dict(parameters=sum(p.numel() for p in detector.net.parameters()), commit=commit(), machine=machine())
     return entry
 
@@ -273,7 +278,7 @@ def run_all(args):
 def main(**defaults):
     "Run what the command line says; keywords are other defaults"
     p = parser(__doc__, **dict(set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
-               size=320, bs=4, seeds=1, sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
+               size=320, bs=4, seeds=1, curve='', sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()
     if args.all: return run_all(args)

@@ -17,8 +17,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .ops.acceleration import Anderson, Broyden, anderson, broyden
-from .ops.states import by_autograd, by_differences, flat, jac_penalty, part_norms
-from .ops.states import parts, pullback, put, rebuild, spectral_radius, take, wide
+from .ops.states import by_autograd, by_differences, finite_images, flat, jac_penalty
+from .ops.states import part_norms, parts, pullback, put, rebuild, spectral_radius, take
 
 # %% ../nbs/07_solver.ipynb #2a8a9750
 _all_ = ['Anderson', 'Broyden', 'by_autograd', 'by_differences', 'jac_penalty', 'parts', 'pullback',
@@ -88,11 +88,6 @@ class Picard:
 picard = Picard # the name in detectors that were saved before
 
 # %% ../nbs/07_solver.ipynb #095986c4
-def _finite_images(z):
-    "(B,) True where all numbers of the image are finite"
-    zeros = [p*0 for p in parts(z)] # 0 times infinity or NaN is NaN
-    return sum(wide(flat(p)).sum(1) for p in zeros) == 0
-
 def _where(mask, a, b):
     "Rows of `a` where `mask`, of `b` elsewhere; both states"
     chosen = []
@@ -140,7 +135,7 @@ class _Book:
 def stop(self:_Book, i, fz):
     "Record the images that end after `i` applications; return the rows left, None for all"
     if self.moving.all(): return None # the usual answer, at little cost
-    bad = ~_finite_images(fz)         # (b,)
+    bad = ~finite_images(fz)         # (b,)
     done = flat(self.settled).all(1)  # (b,)
     end = bad | done
     if not end.any(): return None
@@ -164,7 +159,7 @@ def full(self:_Book, z):
 @patch
 def close(self:_Book, i, z, kept, keep):
     "The `Solution`; images that are left have had `i` applications"
-    self._note(self.rows, i, ~_finite_images(z), Status.MAX_ITER)
+    self._note(self.rows, i, ~finite_images(z), Status.MAX_ITER)
     z = self.full(z)
     trace = Residual(*map(torch.stack, zip(*self.trace))) if self.trace else None
     return Solution(z, self.status, self.n, trace, {k: kept.get(k, z) for k in keep})

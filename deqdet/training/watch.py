@@ -15,6 +15,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Metric, Recorder
 from fastai.torch_core import find_bs, get_model, rank_distrib
 from ..ops.files import write_atomic
+from ..ops.states import finite_images
 from .callbacks import EMA
 from .resume import anyone
 
@@ -57,12 +58,6 @@ class TermRecorder(Callback):
         ax.legend(fontsize=8)
         return ax
 
-# %% ../../nbs/training/06_watch.ipynb #7cfac9a8
-def _finite_images(
-    x # (B, ...)
-):    # (B,)
-    return x.flatten(1).isfinite().all(1)
-
 # %% ../../nbs/training/06_watch.ipynb #60509476
 class NonFinite(Callback):
     "Skip batches with predictions or gradients that are not finite, or raise an error"
@@ -77,7 +72,7 @@ class NonFinite(Callback):
         self.skipped = [] # names of their images
 
     def after_pred(self):
-        good = [_finite_images(p.logits) & _finite_images(p.boxes) for p in self.pred]
+        good = [finite_images(p) for p in self.pred]
         bad = ~torch.stack(good).all(0) # (states, B) -> (B,)
         if anyone(bad.any(), bad.device): self._leave_out('predictions', bad)
 
