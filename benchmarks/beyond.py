@@ -64,6 +64,10 @@ class Contracted(Ours):
         return loss + own_data.denoising_loss(self.net, feats, sizes, target, loss=self.criterion)
 
 
+class RandomContracted(RandomSteps, Contracted):
+    "Both"
+
+
 class Damped(Ours):
     """The path begins with a part of the first move; the part is learned with the step.
 
@@ -134,6 +138,7 @@ own_data.KINDS = {
     'two_states': partial(LITE, strategy=replace(STRATEGY, supervise=(2, 4))),        # two supervised states of the path
     'no_noise': partial(LITE, strategy=replace(STRATEGY, perturb=None)),              # without RAP
     'random_steps': partial(RandomSteps, 'deqdet_lite'),
+    'random_stretch': partial(RandomContracted, 'deqdet_lite'),
     'damped': partial(Damped, 'deqdet_lite'),
     'undamped': partial(Damped, 'deqdet_lite', learn=False),                          # the same supervision
     'late': partial(Late, 'deqdet_lite'),

@@ -32,7 +32,7 @@ from deqdet.sets.images import collate
 from deqdet.solver import solve, spectral_radius
 from deqdet.training.contraction import Contract, Later, jacobian
 
-KINDS = 'deqdet_lite', 'late', 'stretch', 'jacobian', 'random_steps', 'more_noise', 'no_noise', 'deqdet_lite_plain'
+KINDS = 'deqdet_lite', 'late', 'stretch', 'jacobian', 'random_steps', 'random_stretch', 'more_noise', 'no_noise', 'deqdet_lite_plain'
 TIMES = 1, 2, 3, 5, 11, 21, 41 # applications of f; a detector trained with T=4 makes 5
 NEAR,FAR = 5, 41
 
