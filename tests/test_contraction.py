@@ -11,7 +11,7 @@ from deqdet.evaluate import APCallback
 from deqdet.families.adamixer import AdaMixer
 from deqdet.families.sparse_rcnn import SparseRCNN
 from deqdet.learner import det_learner
-from deqdet.training.contraction import Contract, Later, jacobian, prolonged, stretch
+from deqdet.training.contraction import Contract, Later, RandomSteps, jacobian, of_length, prolonged, stretch
 from deqdet.training.denoise import steps_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'))
 
@@ -72,6 +72,19 @@ def test_later_prolongs_the_path_of_training_batches_only(folder):
     watch = fitted(folder, cbs=[Later(1., 5, 5), Watch()]).watch
     assert watch.seen[True]==[prolonged(PLAN, 5)]*2 and watch.seen[True][0].supervise==(1, 3, 5)
     assert watch.seen[False]==[PLAN]
+
+def test_random_steps_draw_a_length_for_each_training_batch(folder):
+    watch = fitted(folder, cbs=[RandomSteps(1, 8), Watch()]).watch
+    lengths = [o.steps for o in watch.seen[True]]
+    assert watch.seen[True]==[of_length(PLAN, n) for n in lengths] and all(1 <= n <= 8 for n in lengths)
+    assert watch.seen[False]==[PLAN]
+    learn = learner(folder, cbs=[RandomSteps(1, 8)])
+    learn.random_steps.before_fit()
+    drawn = []
+    for _ in range(100):
+        learn.random_steps.before_batch()
+        drawn.append(learn.model.decoder.plan.steps)
+    assert set(drawn)==set(range(1, 9))
 
 def linear(A): return lambda z: type(z)(*[p @ A for p in z])
 
