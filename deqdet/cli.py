@@ -210,17 +210,12 @@ def deqdet_train(
     resume:bool=False  # continue in --out, with its options
 ):
     "Train; on several GPUs: accelerate launch --no_python deqdet_train DATA"
+    options = dict(locals(), skip_bad=skip_bad or None)
     begun = time.monotonic()
-    options = dict(
-        data=data, model=model, minutes=minutes, epochs=epochs, queries=queries,
-        size=size, bs=bs, accumulate=accumulate,
-        lr=lr, wd=wd, recipe=recipe, augment=augment, pretrained=pretrained, amp=amp, ema=ema,
-        patience=patience, mosaic=mosaic, rare=rare, seed=seed, layout=layout, train=train,
-        valid=valid, valid_pct=valid_pct,
-        skip_bad=skip_bad or None, workers=workers, device=device, track=track, every=every)
+    for name in ('out', 'push', 'resume'): del options[name]
     given = {k: v for k,v in options.items() if v is not None}
-    train_command(given, out or Path('runs')/Path(data).resolve().name, resume, begun,
-                  push)
+    folder = out or Path('runs')/Path(data).resolve().name
+    train_command(given, folder, resume, begun, push)
 
 # %% ../nbs/21_cli.ipynb #45913bff
 def _tell_end(done, bad, folder, min_score):
@@ -231,6 +226,37 @@ def _tell_end(done, bad, folder, min_score):
     if done and not any(len(o.dets['scores']) for o in done):
         bar = 'the threshold' if min_score is None else f'{min_score:g}'
         say(f'no score reaches {bar}; --min_score sets a lower threshold')
+
+# %% ../nbs/21_cli.ipynb #f1f78030
+def _drawn(detector, files, folder, draw, **options):
+    "Detect in images, print and draw each: results, and the number of unreadable images"
+    from deqdet.commands.pictures import counted, drawing
+    from deqdet.predict import class_names, detect, draw_detections
+    done = []
+    bad = 0
+    taken = set()
+    for o in detect(detector, files, **options):
+        if o.error:
+            say(o.error)
+            bad += 1
+            continue
+        done.append(o)
+        print(f"{o.picture}: {counted(class_names(detector, o.dets['labels']))}")
+        if draw: draw_detections(o.picture, o.dets, drawing(folder, o.picture, taken),
+                                 detector.vocab)
+    return done, bad
+
+def _predict_images(detector, files, folder, layout, draw, min_score, **options):
+    "Detect in images and write the folder; returns the exit status"
+    from deqdet.commands.pictures import set_folder
+    from deqdet.predict import count_classes, save_as, to_coco
+    place = set_folder(folder, layout)
+    done,bad = _drawn(detector, files, folder, draw, min_score=min_score, **options)
+    coco = to_coco(done, detector.vocab, count_classes(detector))
+    write_json(coco, folder/'predictions.json')
+    if place: save_as(done, place, layout, detector.vocab)
+    _tell_end(done, bad, folder, min_score)
+    return 2 if bad else 0
 
 # %% ../nbs/21_cli.ipynb #8fdb809e
 @command
@@ -253,39 +279,19 @@ def deqdet_predict(
     json_only:bool=False # write only the detections, no images and films
 ) -> int:
     "Detections in images: deqdet_predict runs/shapes photos --out found"
-    from deqdet.commands.pictures import counted, drawing, look_options, set_folder
-    from deqdet.predict import (class_names, count_classes, detect, draw_detections,
-                                find_pictures, save_as, to_coco)
+    from deqdet.commands.pictures import look_options
+    from deqdet.predict import find_pictures
     from deqdet.using.stream import check_max_dets
     from deqdet.using.video import films_in, predict_films
     look = look_options(tiles, nms)
     films = films_in(images)
     detector = open_detector(model, size, device)
-    vocab = detector.vocab
     check_max_dets(detector, max_dets)
     files = [] if films else find_pictures(images)
-    options = solver_options(detector, steps, tol)
-    kept = dict(min_score=min_score, drawn=not json_only)
-    if films: return predict_films(detector, films, out, say, **kept, **options)
-    folder = make_folder(out)
-    place = set_folder(folder, layout)
-    done = []
-    bad = 0
-    taken = set()
-    for o in detect(detector, files, bs, min_score=min_score, max_dets=max_dets, **look,
-                    **options):
-        if o.error:
-            say(o.error)
-            bad += 1
-            continue
-        done.append(o)
-        print(f"{o.picture}: {counted(class_names(detector, o.dets['labels']))}")
-        if json_only: continue
-        draw_detections(o.picture, o.dets, drawing(folder, o.picture, taken), vocab)
-    write_json(to_coco(done, vocab, count_classes(detector)), folder/'predictions.json')
-    if place: save_as(done, place, layout, vocab)
-    _tell_end(done, bad, folder, min_score)
-    return 2 if bad else 0
+    options = solver_options(detector, steps, tol) | dict(min_score=min_score)
+    if films: return predict_films(detector, films, out, say, drawn=not json_only, **options)
+    options |= look | dict(bs=bs, max_dets=max_dets)
+    return _predict_images(detector, files, make_folder(out), layout, not json_only, **options)
 
 # %% ../nbs/21_cli.ipynb #be33585a
 @command

@@ -112,6 +112,21 @@ def _about(model):
                  thresholds=None if thresholds is None else list(thresholds))
     return {k: json.dumps(v) for k,v in known.items()}
 
+# %% ../nbs/18_export.ipynb #794ce6e9
+def _save_onnx(program, path, about):
+    "Translate a recording, and write it with what is known about it"
+    if torch.__version__ < '2.7': # microsoft/onnxscript#2651
+        raise ImportError('ONNX needs torch 2.7: the translator of 2.6 fails on batch norms')
+    names = dict(input_names=['images','sizes'], output_names=['boxes','scores','labels'])
+    try:
+        with torch.no_grad():
+            onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    except ModuleNotFoundError as e:
+        raise ImportError(f"ONNX needs '{e.name}': pip install 'deqdet[export]'") from None
+    onnx.model.metadata_props.update(about)
+    onnx.save(path)
+
+# %% ../nbs/18_export.ipynb #fe1be2c0
 @patch
 def export(self:Detector,
     path,           # of the file to write; `.pt2` and `.onnx` are usual
@@ -132,19 +147,6 @@ def export(self:Detector,
     else: torch.export.save(program, path, extra_files={'about.json': json.dumps(about)})
     if int8: to_int8(path)
     return path
-
-def _save_onnx(program, path, about):
-    "Translate a recording, and write it with what is known about it"
-    if torch.__version__ < '2.7': # microsoft/onnxscript#2651
-        raise ImportError('ONNX needs torch 2.7: the translator of 2.6 fails on batch norms')
-    names = dict(input_names=['images','sizes'], output_names=['boxes','scores','labels'])
-    try:
-        with torch.no_grad():
-            onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    except ModuleNotFoundError as e:
-        raise ImportError(f"ONNX needs '{e.name}': pip install 'deqdet[export]'") from None
-    onnx.model.metadata_props.update(about)
-    onnx.save(path)
 
 # %% ../nbs/18_export.ipynb #f9f5847f
 LEAST = 64 # pixels of a side: below, a recorded graph takes a side of one cell for a constant
@@ -176,18 +178,20 @@ class Exported:
         if is_batch(images, sizes): return self._in_batch(images, sizes, **kwargs)
         return predict(self, images, **kwargs)
 
-    def _in_batch(self, images, sizes=None, orig=None, scale=None, max_dets=100, min_score=0.,
-                  steps=None):
-        if steps is not None: raise TypeError(f'steps={steps}: an exported file has fixed steps')
-        if images.is_floating_point(): images = (images*255).round().to(torch.uint8)
-        if sizes is None: sizes = torch.tensor([images.shape[-2:]]*len(images))
-        missing = [max(0, LEAST - o) for o in images.shape[-2:]] # rows, columns
-        images = pad(images, (0, missing[1], 0, missing[0]))
-        boxes,scores,labels = (o[:, :max_dets] for o in self.run(images, sizes))
-        if orig is not None: scale = (sizes/orig).flip(-1) # (B,2) of x and of y
-        if scale is not None: boxes = to_original(boxes, scale)
-        rows = zip(boxes, scores, labels, scores >= min_score)
-        return [dict(boxes=b[k], scores=s[k], labels=l[k]) for b,s,l,k in rows]
+# %% ../nbs/18_export.ipynb #75d37c2d
+@patch
+def _in_batch(self:Exported, images, sizes=None, orig=None, scale=None, max_dets=100, min_score=0.,
+              steps=None):
+    if steps is not None: raise TypeError(f'steps={steps}: an exported file has fixed steps')
+    if images.is_floating_point(): images = (images*255).round().to(torch.uint8)
+    if sizes is None: sizes = torch.tensor([images.shape[-2:]]*len(images))
+    missing = [max(0, LEAST - o) for o in images.shape[-2:]] # rows, columns
+    images = pad(images, (0, missing[1], 0, missing[0]))
+    boxes,scores,labels = (o[:, :max_dets] for o in self.run(images, sizes))
+    if orig is not None: scale = (sizes/orig).flip(-1) # (B,2) of x and of y
+    if scale is not None: boxes = to_original(boxes, scale)
+    rows = zip(boxes, scores, labels, scores >= min_score)
+    return [dict(boxes=b[k], scores=s[k], labels=l[k]) for b,s,l,k in rows]
 
 # %% ../nbs/18_export.ipynb #d5aafe6f
 def _open_onnx(file, providers):
@@ -206,6 +210,7 @@ def _open_onnx(file, providers):
         return [torch.from_numpy(o) for o in session.run(None, fed)]
     return run, session.get_modelmeta().custom_metadata_map
 
+# %% ../nbs/18_export.ipynb #992fb746
 def _open_torch(file, providers):
     "A torch.export program as a function of tensors, and what is known about it"
     if providers: raise CommandError(f'{file}: providers are for .onnx files')
@@ -214,6 +219,7 @@ def _open_torch(file, providers):
     run = torch.export.load(file, extra_files=extra).module()
     return torch.no_grad()(run), json.loads(extra['about.json'] or '{}')
 
+# %% ../nbs/18_export.ipynb #288ffa76
 def load_exported(
     file,          # what `Detector.export` wrote: .onnx, or anything else for a torch program
     size=None,     # of the images, as `Feed.parse` reads it; None: that of the file

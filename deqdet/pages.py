@@ -242,13 +242,19 @@ def _is_plot(image):
     eight = sorted((count for count,_ in coarse), reverse=True)[:8]
     return sum(eight) >= .95*n and sum(counts[:32]) < .1*n
 
+def _width(output):
+    "The width at which an output is shown: a figure may have more pixels"
+    sizes = [m['width'] for m in output.get('metadata', {}).values() if 'width' in m]
+    return sizes[0] if sizes else _opened(output).width
+
 def figure_classes(
     outputs # of a cell
 ) -> list:  # of 'plot' and 'wide'
     "What the style sheet must know of the figures of a cell"
-    images = [o for o in map(_opened, outputs) if o]
-    if not images: return []
-    marks = dict(plot=all(map(_is_plot, images)), wide=max(o.width for o in images) > 560)
+    figures = [o for o in outputs if _opened(o)]
+    if not figures: return []
+    is_plot = all(_is_plot(_opened(o)) for o in figures)
+    marks = dict(plot=is_plot, wide=max(map(_width, figures)) > 560)
     return [name for name,is_so in marks.items() if is_so]
 
 class Figures(Processor):

@@ -39,7 +39,10 @@ def output(o, alt=''):
     kind = next((k for k in ('text/html','image/svg+xml') if k in data), None)
     image = next((k for k in data if k.startswith('image/')), None)
     if kind: inside = data[kind]
-    elif image: inside = f'<img alt="{escape(alt)}" src="data:{image};base64,{data[image].strip()}">'
+    elif image:
+        width = o.get('metadata', {}).get(image, {}).get('width')
+        size = f' width="{width}"' if width else ''
+        inside = f'<img alt="{escape(alt)}"{size} src="data:{image};base64,{data[image].strip()}">'
     else: inside = f'<pre>{escape(data.get("text/plain", ""))}</pre>'
     return raw(f'<div class="cell-output cell-output-display">{inside}</div>')
 

@@ -10,6 +10,7 @@ __all__ = ['draw_detections', 'names_of', 'Found', 'to_frame', 'to_supervision',
 # %% ../../nbs/using/02_found.ipynb #f9dcdb1e
 import json, shutil
 from io import BytesIO
+from fastcore.basics import patch
 from pathlib import Path
 from xml.etree import ElementTree
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, yaml
@@ -48,6 +49,7 @@ def _nothing():
     labels = torch.zeros(0, dtype=torch.long)
     return dict(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=labels)
 
+# %% ../../nbs/using/02_found.ipynb #28fb33f1
 class Found(dict):
     "What was found in an image: a dict of `boxes`, `scores`, `labels` and `names`"
     def __init__(self,
@@ -75,13 +77,6 @@ class Found(dict):
     @property
     def dets(self): return {k: self[k] for k in ('boxes','scores','labels')}
 
-    def pick(self,
-        which # (n,) bool, or (m,) numbers of detections
-    ):
-        "A `Found` with the chosen detections only"
-        dets = {k: v[which] for k,v in self.dets.items()}
-        return Found(self.picture, self.hw, dets, self.error, self.vocab)
-
     def __eq__(self, other):
         "True for equal detections, or the same error"
         if not isinstance(other, Found): return NotImplemented
@@ -93,21 +88,32 @@ class Found(dict):
 
     def __repr__(self): return '\n'.join(_lines(self))
 
-    def save(self,
-        file # to write, a name or an open file
-    ):
-        "Draw the image with its boxes"
-        draw_detections(self.picture, self, file, self.vocab)
-
-    def _repr_png_(self):
-        "PNG of the drawing, which notebooks show"
-        if self.error: return None
-        file = BytesIO()
-        self.save(file)
-        return file.getvalue()
-
     def to_frame(self): return to_frame([self])
     def to_supervision(self): return to_supervision(self)
+
+# %% ../../nbs/using/02_found.ipynb #1d5c6480
+@patch
+def pick(self:Found,
+    which # (n,) bool, or (m,) numbers of detections
+):
+    "A `Found` with the chosen detections only"
+    dets = {k: v[which] for k,v in self.dets.items()}
+    return Found(self.picture, self.hw, dets, self.error, self.vocab)
+
+@patch
+def save(self:Found,
+    file # to write, a name or an open file
+):
+    "Draw the image with its boxes"
+    draw_detections(self.picture, self, file, self.vocab)
+
+@patch
+def _repr_png_(self:Found):
+    "PNG of the drawing, which notebooks show"
+    if self.error: return None
+    file = BytesIO()
+    self.save(file)
+    return file.getvalue()
 
 # %% ../../nbs/using/02_found.ipynb #39a2828f
 def _title(picture):

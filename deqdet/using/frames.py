@@ -135,6 +135,7 @@ def _evened(image):
     h,w = image.shape[:2]
     return np.pad(image, ((0, h%2), (0, w%2), (0, 0)), mode='edge') if h%2 or w%2 else image
 
+# %% ../../nbs/using/06_frames.ipynb #4a79c67c
 FILMS = {'.mp4', '.mov', '.mkv', '.avi', '.webm', '.m4v'} # formats that can be written
 CLOCK = 90000 # ticks in a second
 
@@ -165,22 +166,6 @@ class FilmWriter:
         self.stream.pix_fmt = 'yuv420p'
         self.stream.codec_context.time_base = Fraction(1, CLOCK)
 
-    def add(self,
-        image,    # (h,w,3) uint8
-        time=None # seconds; None: one frame after the last
-    ):
-        "Write one more frame"
-        av = needs_av()
-        frame = av.VideoFrame.from_ndarray(_evened(np.asarray(image)), format='rgb24')
-        if self.stream is None: self._start(frame.height, frame.width)
-        if (frame.height, frame.width) != self.hw:
-            frame = frame.reformat(width=self.hw[1], height=self.hw[0])
-        later = self.ticks + math.ceil(CLOCK/self.rate) if self.ticks >= 0 else 0
-        ticks = later if time is None else round(time*CLOCK)
-        self.ticks = frame.pts = max(ticks, self.ticks+1)
-        frame.time_base = Fraction(1, CLOCK)
-        self.container.mux(self.stream.encode(frame))
-
     def close(self):
         "Write the last frames and close the file"
         if self.container is None: return
@@ -190,3 +175,21 @@ class FilmWriter:
 
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
+
+# %% ../../nbs/using/06_frames.ipynb #ecc169f6
+@patch
+def add(self:FilmWriter,
+    image,    # (h,w,3) uint8
+    time=None # seconds; None: one frame after the last
+):
+    "Write one more frame"
+    av = needs_av()
+    frame = av.VideoFrame.from_ndarray(_evened(np.asarray(image)), format='rgb24')
+    if self.stream is None: self._start(frame.height, frame.width)
+    if (frame.height, frame.width) != self.hw:
+        frame = frame.reformat(width=self.hw[1], height=self.hw[0])
+    later = self.ticks + math.ceil(CLOCK/self.rate) if self.ticks >= 0 else 0
+    ticks = later if time is None else round(time*CLOCK)
+    self.ticks = frame.pts = max(ticks, self.ticks+1)
+    frame.time_base = Fraction(1, CLOCK)
+    self.container.mux(self.stream.encode(frame))

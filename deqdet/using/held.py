@@ -10,6 +10,7 @@ __all__ = ['STEPS', 'Hold', 'Slots', 'blend', 'Look', 'single', 'regained', 'ast
 # %% ../../nbs/using/07_held.ipynb #68acc515
 import math, torch
 from dataclasses import dataclass
+from fastcore.basics import patch
 from typing import NamedTuple
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -38,6 +39,7 @@ class Hold:
         take = torch.as_tensor(self.take, device=labels.device)
         return take[labels] if take.ndim else take
 
+# %% ../../nbs/using/07_held.ipynb #6305d335
 class Slots(NamedTuple):
     "State and object of each query of a film"
     state: State     # (N,D) contents and (N,4) positions, when the object was last seen
@@ -63,6 +65,7 @@ class Slots(NamedTuple):
         x = self.state.xyzr
         return self.state._replace(xyzr=torch.cat([x[:, :2] + self.velocity, x[:, 2:]], 1))
 
+# %% ../../nbs/using/07_held.ipynb #036e1837
 def blend(
     which, # (...,N) bool
     a,     # state
@@ -120,6 +123,31 @@ def astray(
     near = (x >= -w) & (x <= 2*w) & (y >= -h) & (y <= 2*h)
     return ~(near & (z + r.abs()/2 <= math.log2(2*max(h, w))))
 
+# %% ../../nbs/using/07_held.ipynb #36cf1a16
+def _moved(slots, expected, now, seen, hold):
+    "Slots with the new states, velocities and ages"
+    lost = slots.held & ~seen
+    step = (now.xyzr - slots.state.xyzr)[:, :2]
+    velocity = hold.inertia*slots.velocity + (1-hold.inertia)*step
+    velocity = torch.where(seen[:, None], velocity, slots.velocity*lost[:, None])
+    age = torch.where(lost, slots.age + 1, 0)
+    return slots._replace(state=blend(lost, expected, now), velocity=velocity, age=age)
+
+def _numbered(slots, labels, seen, new):
+    "Slots in which `new` queries have the next numbers, and the seen ones their classes"
+    ids = slots.ids.clone()
+    ids[new] = slots.count + torch.arange(len(new), device=ids.device)
+    labels = torch.where(seen | (slots.ids < 0), labels, slots.labels)
+    return slots._replace(ids=ids, labels=labels, count=slots.count + len(new))
+
+def _freed(slots, hw, hold):
+    "Slots after giving up objects that left or were lost for too long"
+    x,y = slots.state.xyzr[:, :2].unbind(1) # (N,) each
+    outside = (x < 0) | (y < 0) | (x > hw[1]) | (y > hw[0])
+    gone = (slots.age > 0) & (outside | (slots.age > hold.patience))
+    return slots._replace(ids=torch.where(gone, -1, slots.ids))
+
+# %% ../../nbs/using/07_held.ipynb #1633c62c
 def advance(
     slots, # `Slots` before the frame
     state, # (N,D) contents and (N,4) positions, settled on the frame
@@ -144,27 +172,8 @@ def advance(
         double[by] = True
         new = new[~torch.isin(new, by)]
     slots = _moved(slots, expected, State(*[t[source] for t in state]), seen, hold)
-    ids = slots.ids.clone()
-    ids[new] = slots.count + torch.arange(len(new), device=ids.device)
-    labels = torch.where(seen | (slots.ids < 0), look.labels[source], slots.labels)
-    slots = slots._replace(ids=ids, labels=labels, count=slots.count + len(new))
+    slots = _numbered(slots, look.labels[source], seen, new)
     return _freed(slots, hw, hold), source, double
-
-def _moved(slots, expected, now, seen, hold):
-    "Slots with the new states, velocities and ages"
-    lost = slots.held & ~seen
-    step = (now.xyzr - slots.state.xyzr)[:, :2]
-    velocity = hold.inertia*slots.velocity + (1-hold.inertia)*step
-    velocity = torch.where(seen[:, None], velocity, slots.velocity*lost[:, None])
-    age = torch.where(lost, slots.age + 1, 0)
-    return slots._replace(state=blend(lost, expected, now), velocity=velocity, age=age)
-
-def _freed(slots, hw, hold):
-    "Slots after giving up objects that left or were lost for too long"
-    x,y = slots.state.xyzr[:, :2].unbind(1) # (N,) each
-    outside = (x < 0) | (y < 0) | (x > hw[1]) | (y > hw[0])
-    gone = (slots.age > 0) & (outside | (slots.age > hold.patience))
-    return slots._replace(ids=torch.where(gone, -1, slots.ids))
 
 # %% ../../nbs/using/07_held.ipynb #184c91a4
 STEPS = 2 # applications of f in a frame
@@ -202,33 +211,38 @@ class Follower:
         return [self.answer(i, State(*[t[i] for t in z]), look, hw)
                 for i,(look,hw) in enumerate(zip(looks, hws))]
 
-    def settle(self, first, feats):
-        "The state on the new frame: g for fresh queries, then f for all"
-        decoder = self.model.decoder
-        feats = prepared(decoder.step, feats)
-        renew = self.frame % self.hold.refresh == 0
-        self.frame += 1
-        z0 = decoder.init(first, feats) if renew else None
-        if self.slots is None: self.slots = [Slots.empty(State(*o)) for o in zip(*z0)]
-        z0 = self.begin(z0)
-        solution = solve(decoder.step, z0, (feats,), max_iter=self.steps,
-                         measure=decoder.measure, **self.options)
-        self.applications += renew + int(solution.n.max())
-        return solution.z
+# %% ../../nbs/using/07_held.ipynb #be1e597a
+@patch
+def settle(self:Follower, first, feats):
+    "The state on the new frame: g for fresh queries, then f for all"
+    decoder = self.model.decoder
+    feats = prepared(decoder.step, feats)
+    renew = self.frame % self.hold.refresh == 0
+    self.frame += 1
+    z0 = decoder.init(first, feats) if renew else None
+    if self.slots is None: self.slots = [Slots.empty(State(*o)) for o in zip(*z0)]
+    z0 = self.begin(z0)
+    solution = solve(decoder.step, z0, (feats,), max_iter=self.steps,
+                     measure=decoder.measure, **self.options)
+    self.applications += renew + int(solution.n.max())
+    return solution.z
 
-    def begin(self, fresh):
-        "Start of the queries (B,N): held ones go on, others take `fresh`, if given"
-        wanted = State(*map(torch.stack, zip(*[s.expected() for s in self.slots])))
-        held = torch.stack([s.held for s in self.slots])
-        return wanted if fresh is None else blend(held, wanted, fresh)
+@patch
+def begin(self:Follower, fresh):
+    "Start of the queries (B,N): held ones go on, others take `fresh`, if given"
+    wanted = State(*map(torch.stack, zip(*[s.expected() for s in self.slots])))
+    held = torch.stack([s.held for s in self.slots])
+    return wanted if fresh is None else blend(held, wanted, fresh)
 
-    def answer(self, i, state, look, hw):
-        "Update the slots of film `i`; returns its detections"
-        slots,source,double = advance(self.slots[i], state, look, hw, self.hold)
-        self.slots[i] = slots
-        live = slots.held & (slots.age==0)
-        shown = live | ~double
-        ids = torch.where(live, slots.ids, -1)[shown]
-        rows = source[shown]
-        return dict(boxes=look.boxes[rows], scores=look.scores[rows], labels=look.labels[rows],
-                    ids=ids)
+# %% ../../nbs/using/07_held.ipynb #3bc336c9
+@patch
+def answer(self:Follower, i, state, look, hw):
+    "Update the slots of film `i`; returns its detections"
+    slots,source,double = advance(self.slots[i], state, look, hw, self.hold)
+    self.slots[i] = slots
+    live = slots.held & (slots.age==0)
+    shown = live | ~double
+    ids = torch.where(live, slots.ids, -1)[shown]
+    rows = source[shown]
+    return dict(boxes=look.boxes[rows], scores=look.scores[rows], labels=look.labels[rows],
+                ids=ids)

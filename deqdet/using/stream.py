@@ -138,6 +138,7 @@ def check_max_dets(
         raise CommandError(f'max_dets {max_dets}: this detector gives at most {n*k} detections '
                            f'({n} queries x {k} classes)')
 
+# %% ../../nbs/using/04_stream.ipynb #6fa29c8d
 def _run(views, model, **kwargs):
     "Set the detections of each view, in pixels of the view"
     images,sizes,t = collate([o.sample for o in views])
@@ -155,6 +156,7 @@ def _answer(opened, bar, nms, vocab):
     dets = suppress({k: v[reached] for k,v in dets.items()}, nms)
     return Found(opened.picture, opened.hw, dets, None, vocab)
 
+# %% ../../nbs/using/04_stream.ipynb #89d31b48
 def detect(
     model,    # `Detector`; its `feed` is the input size
     pictures, # any number of paths, PIL images, arrays or tensors

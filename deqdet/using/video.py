@@ -45,6 +45,7 @@ def draw_seen(
         draw.text(corner, text, fill='black' if sum(color) > 380 else 'white')
     return picture
 
+# %% ../../nbs/using/08_video.ipynb #a8a8752c
 class Seen(Found):
     "Detections of a frame: `boxes`, `scores`, `labels`, `names` and `ids`"
     def __init__(self,
@@ -89,6 +90,7 @@ def _as_shot(o, i):
     image = getattr(o, 'image', o) # a frame of a generated film has one
     return Shot(load_image(image).permute(1, 2, 0).numpy(), i/25)
 
+# %% ../../nbs/using/08_video.ipynb #e44cded3
 class _Fed:
     "A frame resized for the detector; `own` maps detections back to its pixels"
     def __init__(self, image, tfm, device):
@@ -107,6 +109,7 @@ class _Fed:
         dets = {k: v[order] for k,v in dets.items()}
         return dets | dict(boxes=to_original(dets['boxes'][None], self.scale)[0])
 
+# %% ../../nbs/using/08_video.ipynb #a33d3d67
 def _tracked(follow, shots):
     "`Seen` of each shot, with a warm start"
     model = follow.model
@@ -158,6 +161,7 @@ def _rows(seen):
         yield (seen.number, f'{seen.time:.3f}', i, name, f'{score:.3f}',
                *(f'{v:.1f}' for v in box))
 
+# %% ../../nbs/using/08_video.ipynb #55a6d18d
 @dataclass
 class FilmResult:
     "Summary of a film: counts, and the files that were written"
@@ -172,6 +176,7 @@ class FilmResult:
         found = ', '.join(f'{n} {k}' for k,n in self.objects.most_common()) or 'nothing'
         return f'{self.source}: {self.frames} frames: {found}'
 
+# %% ../../nbs/using/08_video.ipynb #fd82ad12
 def _write(seens, table, film, objects):
     "Write the rows of each frame, and the frame; returns the number of frames"
     n = 0
@@ -187,6 +192,7 @@ def _write(seens, table, film, objects):
                 if i >= 0: known.add(i)
     return n
 
+# %% ../../nbs/using/08_video.ipynb #046bb53f
 @patch
 def predict_film(self:Detector,
     source,         # path of a film, or number of a camera
@@ -233,6 +239,7 @@ def film_names(
     if len(set(stems)) < len(stems): stems = [f'{s}_{i}' for i,s in enumerate(stems)]
     return [Path(out)/f'{s}.mp4' for s in stems]
 
+# %% ../../nbs/using/08_video.ipynb #7ccd9e2a
 def predict_films(
     model,   # `Detector`
     films,   # paths and cameras
