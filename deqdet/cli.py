@@ -254,6 +254,7 @@ def deqdet_predict(
 ) -> int:
     "Detections in images: deqdet_predict runs/shapes photos --out found"
     from deqdet.commands.pictures import counted, drawing, look_options, set_folder
+    from deqdet.ops.folding import folded
     from deqdet.predict import (class_names, count_classes, detect, draw_detections,
                                 find_pictures, save_as, to_coco)
     from deqdet.using.stream import check_max_dets
@@ -263,6 +264,7 @@ def deqdet_predict(
     detector = open_detector(model, size, device)
     vocab = detector.vocab
     check_max_dets(detector, max_dets)
+    if not Path(model).is_file(): detector = folded(detector) # takes 0.86 of the time
     files = [] if films else find_pictures(images)
     options = solver_options(detector, steps, tol)
     kept = dict(min_score=min_score, drawn=not json_only)
