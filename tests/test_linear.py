@@ -2,7 +2,8 @@
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
-from deqdet.ops.linear import Linear, _onednn, by_onednn, product
+import deqdet.ops.linear as linear
+from deqdet.ops.linear import Linear, _onednn, by_onednn, onednn_pays, product
 
 needs_onednn = pytest.mark.skipif(_onednn is None, reason='PyTorch was built without oneDNN')
 
@@ -70,3 +71,34 @@ def test_an_empty_batch_and_no_bias(layers):
 def test_in_float64_the_layer_equals_finite_differences():
     tight = Linear(3, 2).double()
     assert gradcheck(tight, torch.randn(4, 3, dtype=torch.double, requires_grad=True))
+
+@pytest.fixture
+def unknown(monkeypatch):
+    "A processor for which the library was not measured; no choice stands"
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'DEFAULT')
+    monkeypatch.setattr(linear, 'CHOSEN', {})
+    return monkeypatch
+
+@needs_onednn
+@pytest.mark.parametrize('times,choice', [((1.4, 1), True), ((1.6, 1), False), ((.5, 1), True)])
+def test_elsewhere_the_library_is_measured_once_for_a_weight(unknown, layers, times, choice):
+    "A tie stays with oneDNN; a batch and an image of it go the same way"
+    asked, answers = [], iter(times)
+    unknown.setattr(linear, '_least', lambda f, *args: asked.append(f) or next(answers))
+    x, theirs = torch.randn(4, 100, 256), layers[1]
+    for o in (x, x[:1], x[:2]): assert by_onednn(o, layers[0].weight)==choice
+    assert len(asked)==2 and linear.CHOSEN=={(512, 256): choice}
+    if not choice: assert torch.equal(layers[0](x), theirs(x))
+
+@needs_onednn
+def test_a_much_slower_onednn_is_left_out(unknown):
+    import time
+    fast = linear._onednn
+    unknown.setattr(linear, '_onednn', lambda *args: time.sleep(.05) or fast(*args))
+    assert not onednn_pays(torch.randn(100, 256), torch.randn(512, 256, requires_grad=True))
+
+@needs_onednn
+def test_with_wide_vectors_nothing_is_measured(unknown):
+    unknown.setattr(linear, '_least', lambda f, *args: pytest.fail('measured'))
+    unknown.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
+    assert onednn_pays(torch.randn(100, 256), torch.randn(512, 256))

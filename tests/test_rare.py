@@ -2,6 +2,7 @@
 import math
 from types import SimpleNamespace
 import pytest, torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from deqdet.data import DetDL, det_dls, synth_coco
 from deqdet.sets.rare import repeat_factors, repeated
 
@@ -13,6 +14,14 @@ class Set(SimpleNamespace):
         super().__init__(vocab=list(range(n_classes)), labels=labels, ends=ends)
     def __len__(self): return len(self.ends)-1
 
+class Largest(TorchDispatchMode):
+    "The numbers of the largest tensor that any operation makes"
+    numbers = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, *(o.numel() for o in (out if isinstance(out, tuple) else [out]) if isinstance(o, torch.Tensor)), 0)
+        return out
+
 def test_the_rarest_class_of_an_image_decides():
     "Class 1 is in 1 of 8 images, class 2 in 2; several objects of a class count once"
     ds = Set([[0], [0,0], [0], [0,1,1], [0,2], [2], [], [0]], 3)
@@ -21,6 +30,14 @@ def test_the_rarest_class_of_an_image_decides():
     assert repeat_factors(ds, .01).tolist() == [1]*8
 
 def test_a_class_that_no_image_shows_changes_nothing(): assert repeat_factors(Set([[0], [0]], 5), .9).tolist() == [1, 1]
+
+def test_memory_grows_with_the_objects():
+    "20,000 images of 1203 classes: a table of images and classes would hold 24 million"
+    n = 20_000
+    ds = Set([], 1203)
+    ds.labels, ds.ends = torch.arange(3*n) % 1203, torch.arange(0, 3*n + 1, 3)
+    with Largest() as seen: f = repeat_factors(ds, .01)
+    assert len(f) == n and seen.numbers <= 6*n
 
 @pytest.mark.parametrize('rare', [.05, .3, .9])
 def test_each_comes_as_often_as_its_factor_says(rare):

@@ -6,6 +6,8 @@ from deqdet.data import epoch_order
 from deqdet.sets.check import clean
 from deqdet.sets.formats import (LAYOUTS, DataError, _yolo_box, find_layout, permutation, read_coco, read_data,
     read_voc, read_yolo, seed_of)
+from deqdet.sets.arrays import Entries, Table
+from deqdet.sets.large import read_table
 from deqdet.sets.shapes import synth_coco
 
 FILES = {'coco/annotations/instances_train.json': """
@@ -49,6 +51,21 @@ def test_four_layouts_one_truth(tmp):
         assert [a['bbox'] for a in o['annotations']]==[[10,20,30,40], [64,32,32,64]]
         assert [n[a['category_id']] for a in o['annotations']]==['dog','cat']
     assert names==[{3: 'cat', 7: 'dog'}, {1: 'cat', 2: 'dog'}, {0: 'cat', 1: 'dog'}, {1: 'cat', 2: 'dog'}]
+
+@pytest.mark.parametrize('read', [read_coco, read_table])
+def test_images_of_lvis_have_an_address_instead_of_a_name(tmp_path, read):
+    coco = json.loads(FILES['coco/annotations/instances_train.json'])
+    del coco['images'][0]['file_name']
+    coco['images'][0]['coco_url'] = 'http://images.cocodataset.org/val2017/a.jpg'
+    for d in ('annotations', 'images/val2017', 'images/train2017'): (tmp_path/d).mkdir(parents=True)
+    (tmp_path/'annotations/lvis_v1_train.json').write_text(json.dumps(coco))
+    Image.new('RGB', (128,128)).save(tmp_path/'images/val2017/a.jpg')
+    src = read(tmp_path, 'lvis_v1_train')
+    images = list(Entries(src.images)) if isinstance(src, Table) else src.coco['images']
+    assert isinstance(src, Table)==(read is read_table) and (src.folder/images[0]['file_name']).is_file()
+    coco['images'][0]['coco_url'] = 3
+    (tmp_path/'annotations/lvis_v1_train.json').write_text(json.dumps(coco))
+    with pytest.raises(DataError, match="no field 'file_name'"): read(tmp_path, 'lvis_v1_train')
 
 def test_coco_reader(tmp):
     src = read_coco(tmp/'coco', 'train')

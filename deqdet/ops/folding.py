@@ -55,6 +55,7 @@ def folded(
 ):        # a copy for inference
     "The detector with each BatchNorm of its body in the convolution before it"
     model = deepcopy(model).eval()
+    model.n_classes = model.hyper.n_classes
     model.hyper = None # its weights have other names, so no folder could rebuild it
     pyramid = model.pyramid
     side = 2*max(pyramid.strides)

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from itertools import chain
 from pathlib import Path
 import numpy as np
+from .images import named
 
 # %% ../../nbs/sets/14_arrays.ipynb #6487d05d
 _scan = json.JSONDecoder().scan_once # (text, place) -> value, the place behind it
@@ -183,7 +184,7 @@ def _pictures(batch):
     "Arrays of images"
     try:
         ids = [o['id'] for o in batch]
-        names = [o['file_name'] for o in batch]
+        names = [named(o)['file_name'] for o in batch]
         sides = {k: [_side(o.get(k)) for o in batch] for k in ('width','height')}
     except (TypeError, KeyError, AttributeError): raise Misfit('a field of an image') from None
     numbers = [*ids, *chain(*sides.values())]

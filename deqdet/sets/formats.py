@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 from ..ops.rows import coco_of_folder, has_rows
-from .images import DataError, fill_sizes, image_size
+from .images import DataError, fill_sizes, image_size, named
 
 # %% ../../nbs/sets/03_formats.ipynb #3e085f17
 class Problem(NamedTuple):
@@ -96,7 +96,7 @@ def read_coco(
     "One split in COCO layout"
     path = Path(path)
     file = path if path.suffix=='.json' else _coco_file(path, split)
-    try: coco = json.loads(file.read_text())
+    try: coco = json.loads(file.read_text(), object_hook=named)
     except (OSError, ValueError) as e: raise DataError(f'{file}: no readable json ({e})') from None
     _check_fields(coco, file)
     folder = _image_folder(file, coco['images'], split)

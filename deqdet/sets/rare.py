@@ -17,12 +17,14 @@ def repeat_factors(
 ):       # (n,) how often each image should come
     "The factor of the rarest class in each image"
     n = len(ds)
+    K = len(ds.vocab)
     image = torch.repeat_interleave(torch.arange(n), ds.ends.diff()) # (T,) of each object
-    shown = torch.zeros(n, len(ds.vocab), dtype=torch.bool)          # (n,K)
-    shown[image, ds.labels] = True
-    share = shown.float().mean(0).clamp(min=1/max(n, 1))             # (K,)
-    factor = (rare/share).sqrt().clamp(min=1)                        # (K,)
-    return (shown*factor).amax(1).clamp(min=1)
+    pairs = torch.unique(image*K + ds.labels) # (P,) each class of an image once
+    image = pairs//K
+    label = pairs%K
+    share = torch.bincount(label, minlength=K).clamp(min=1)/max(n, 1) # (K,)
+    factor = (rare/share).sqrt()                                      # (K,)
+    return torch.ones(n).scatter_reduce(0, image, factor[label], 'amax')
 
 # %% ../../nbs/sets/10_rare.ipynb #c2f779a7
 def repeated(

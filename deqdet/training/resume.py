@@ -17,6 +17,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from ..ops.files import write_atomic
+from ..ops.linear import CHOSEN
 from .callbacks import EMA
 
 # %% ../../nbs/training/04_resume.ipynb #46c24e51
@@ -194,7 +195,7 @@ def state(self:Resume):
     "The whole state of a training"
     model = get_model(self.model)
     scaled = 'mixed_precision' in vars(self.learn)
-    place = dict(self.place, rng=everyones(self.place['rng']))
+    place = dict(self.place, rng=everyones(self.place['rng']), matmuls=everyones(dict(CHOSEN)))
     sizes = dict(n_iter=len(self.dls.train), n_epoch=self.n_epoch)
     done = dict(train_iter=self.train_iter, pct_train=self.pct_train)
     grads = {n: p.grad for n,p in model.named_parameters() if p.grad is not None}
@@ -244,6 +245,7 @@ def _load(self:Resume):
     if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
     for k,v in s['cbs'].items():
         if k in vars(self.learn): _set_cb_state(getattr(self.learn, k), v)
+    if 'matmuls' in s: CHOSEN.update(s['matmuls'][rank_distrib()]) # older files have none
     _set_log_state(self.recorder, s['log'])
     self.learn.first_epoch = s['epoch']
     self.at = s

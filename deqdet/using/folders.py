@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from safetensors import SafetensorError
 from ..model import Detector, Feed
+from ..ops import folding
 from ..ops.devices import pick_device
 from ..ops.errors import CommandError, blame
 
@@ -37,7 +38,8 @@ def save_detector(
 def load_detector(
     folder,     # what `save_detector` or `save_pretrained` wrote, or the folder of a training
     size=None,  # input size, as `Feed.parse` reads it; None: the size in the folder
-    device=None # to compute on; None: the accelerator, if there is one
+    device=None, # to compute on; None: the accelerator, if there is one
+    folded=False # for inference alone: BatchNorm in the convolutions of the body?
 ) -> Detector:  # in evaluation mode
     "A detector read from a folder, on its device"
     folder = Path(folder)
@@ -48,4 +50,5 @@ def load_detector(
     faults = SafetensorError, RuntimeError, ValueError, KeyError, TypeError
     with blame(f'{folder}: unreadable detector', *faults): model = Detector.from_pretrained(folder)
     if size: model.feed = Feed.parse(size)
+    if folded: model = folding.folded(model)
     return model.to(pick_device(device))
