@@ -86,7 +86,7 @@ def show_pairs(
 def _say_none(ax, min_score):
     "Write the lowest score on an image without boxes"
     ax.text(.5, .03, f'none above {min_score:g}', transform=ax.transAxes, ha='center',
-            fontsize=7, color='w', bbox=dict(facecolor='k', lw=0, pad=1.5, alpha=.6))
+            fontsize=8, color='w', bbox=dict(facecolor='k', lw=0, pad=1.5, alpha=.6))
 
 # %% ../nbs/15_viz.ipynb #2c921ca5
 def show_predictions(
@@ -314,6 +314,6 @@ def _plot_columns(ax, columns, y):
     for name,values in columns.items():
         ax.plot(columns.index, values, '.-', ms=4, lw=2 if name==y else 1.2, label=name)
     ax.set(xlabel='epoch', ylabel=y)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(columns)==1: ax.set_xticks(columns.index)
