@@ -101,7 +101,8 @@ def draw_refinement(model, batch, vocab, folder, films=3):
     path = model.trajectory(images, sizes, steps=12)
     for i in range(films):
         save_refinement(images[i], path, folder/f'refinement{i+1}.gif', i, vocab, size=4.)
-    save_figure(show_refinement(images[0], path, vocab=vocab), folder/'refinement.png')
+    fig = show_refinement(images[0], path, steps=(0, 1, 3, 12), vocab=vocab, ncols=4, size=2.8)
+    save_figure(fig, folder/'refinement.png')
     return films
 
 def draw_truth(batch, vocab, folder, n=3):

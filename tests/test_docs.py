@@ -154,13 +154,12 @@ def test_no_page_scrolls_sideways(measured):
     assert not wide, '\n'.join(f'{path}: {m.excess} px too wide: {m.wide}' for path,m in wide.items())
 
 SCREENS = 15 # a page is no higher
-LONGER = {'sets/05_augment.ipynb': 17, '04_mixing.ipynb': 17, '10_model.ipynb': 17, '15_viz.ipynb': 16.5} # still to be cut
 
 @needs_pandoc
 @needs_browser
 def test_no_page_is_long(measured):
     "A longer page holds a second idea, which has a page of its own; the index of names is looked through"
-    limits = dict.fromkeys(measured, SCREENS) | LONGER | {'api.ipynb': 1000}
+    limits = dict.fromkeys(measured, SCREENS) | {'api.ipynb': 1000}
     long = {path: m.screens for path,m in measured.items() if m.screens > limits[path]}
     assert not long, '\n'.join(f'{path}: {n:.1f} screens, of {limits[path]}' for path,n in long.items())
 

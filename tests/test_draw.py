@@ -1,7 +1,8 @@
 "Boxes where they belong and names inside the image, for any form of image; the style is set once"
+import base64, io
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from PIL import Image
-from deqdet.ops.draw import STYLE, class_color, draw_box, draw_boxes, show_image, style
+from deqdet.ops.draw import STYLE, _as_output, class_color, draw_box, draw_boxes, show_image, style
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +75,17 @@ def test_the_style_is_set():
         style()
         assert {k: plt.rcParams[k] for k in STYLE} == STYLE
         style(photos=True) # formats are a notebook's; elsewhere nothing happens
+
+@pytest.mark.parametrize('photos,kind,sharpness', [(False, 'PNG', 2), (True, 'JPEG', 1.5)])
+def test_a_figure_has_more_pixels_than_it_is_shown_with(img, photos, kind, sharpness):
+    fig = show_image(img).figure
+    outputs = [_as_output(fig, photo, photos) for photo in (False, True)]
+    (data,size), = [o for o in outputs if o] # of the two kinds, one
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert image.format==kind and abs(size['width']*sharpness - image.width) <= 1
+    assert abs(size['height']*sharpness - image.height) <= 1
+
+def test_a_plot_is_never_a_photograph():
+    fig,ax = plt.subplots()
+    ax.plot([1, 2])
+    assert _as_output(fig, True, photos=True) is None and _as_output(fig, False, photos=True)

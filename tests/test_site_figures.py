@@ -37,6 +37,10 @@ def test_wide_figures():
     assert figure_classes([output(.1, 'png', 700)])==['plot','wide']
     assert figure_classes([dict(data={'text/plain': 'x'}), dict(text='x')])==[]
 
+def test_a_figure_is_as_wide_as_it_is_shown():
+    sharp = output(.5, 'png', 700)
+    assert figure_classes([sharp | dict(metadata={'image/png': dict(width=350, height=50)})])==[]
+
 def test_a_deviation_stays_with_its_number():
     table = pd.DataFrame(dict(AP=['.62 ± .11', '.65 ± .08']), index=['cold', 'warm'])
     assert '.62&nbsp;±&nbsp;.11' in neat_table(table._repr_html_())
