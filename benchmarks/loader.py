@@ -1,7 +1,8 @@
 """Images per second and core, at 1333x800 and at 320: deqdet's loader against torchvision's own way and against a tar read in order
 
-    python benchmarks/loader.py --rounds 5 --out benchmarks/results/loader_sizes.json"""
-import json, tarfile, tempfile, time
+    python benchmarks/loader.py --rounds 5 --out benchmarks/results/loader_sizes.json
+    python benchmarks/loader.py --part draft --rounds 5 --detector runs/cards --out benchmarks/results/draft.json"""
+import json, os, tarfile, tempfile, time
 from contextlib import redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -105,21 +106,48 @@ def decoders(data):
             'Pillow to_image': lambda: F.to_image(pil())}
 
 
-def draft(rounds, hw=(3000, 4000)):
-    "A large photograph for a small input: decoding at a reduced scale (Pillow's draft) against the whole"
-    b = BytesIO(); picture(np.random.default_rng(1), hw).save(b, 'JPEG', quality=90)
+def drafted(data, size):
+    "A JPEG at the smallest scale of decoding (1, 1/2, 1/4, 1/8) that has at least this height and width"
+    im = Image.open(BytesIO(data))
+    im.draft('RGB', size[::-1])
+    return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)
+
+
+def draft(rounds, large=((3000, 4000), (960, 1280), (480, 640)), sizes=((800, 1333), (320, 320), (128, 128))):
+    "A photograph to a small input: decoding at a reduced scale (Pillow's draft) against all pixels, by `load_image`'s decoder"
     res = {}
-    for short,long in ((800, 1333), (320, 320), (128, 128)):
-        size = fit_hw(hw, short, long)
-        def go(reduced):
-            im = Image.open(BytesIO(b.getvalue()))
-            if reduced: im.draft('RGB', size[::-1])
-            return F.resize(torch.from_numpy(np.array(im)).permute(2, 0, 1), size, antialias=True)
-        t = alternate(dict(whole=lambda: go(False), draft=lambda: go(True)), rounds, clock=cpu)
-        diff = (go(True).int() - go(False).int()).abs().float()
-        res[f'{hw[1]}x{hw[0]} to {size[1]}x{size[0]}'] = dict(
-            whole_ms=t['whole']['median']*1e3, draft_ms=t['draft']['median']*1e3,
-            mean_difference=diff.mean().item(), largest_difference=diff.max().item())
+    for hw in large:
+        b = BytesIO(); picture(np.random.default_rng(1), hw).save(b, 'JPEG', quality=90)
+        data = b.getvalue()
+        for short,long in sizes:
+            size = fit_hw(hw, short, long)
+            whole = lambda: F.resize(decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, True), size, antialias=True)
+            reduced = lambda: F.resize(drafted(data, size), size, antialias=True)
+            t = alternate(dict(whole=whole, draft=reduced), rounds, clock=cpu)
+            diff = (reduced().int() - whole().int()).abs().float()
+            res[f'{hw[1]}x{hw[0]} to {size[1]}x{size[0]}'] = dict(
+                whole_ms=t['whole']['median']*1e3, draft_ms=t['draft']['median']*1e3, ratio=t['draft']['ratio'],
+                mean_difference=diff.mean().item(), largest_difference=diff.max().item())
+    return res
+
+
+def drafted_ap(folder, path, size):
+    "AP on a validation set whose images are fed small, all pixels decoded or some"
+    from deqdet.evaluate import coco_ap
+    from deqdet.predict import load_detector
+    model = load_detector(folder, size=str(size), device='cpu')
+    ds = det_dls(path, num_workers=0, device='cpu').valid_ds
+    res = {}
+    for way in 'whole', 'draft':
+        preds = []
+        for o in ds.images:
+            file = ds.folder/o['file_name']
+            hw = o['height'], o['width']
+            image = load_image(file) if way=='whole' else drafted(file.read_bytes(), fit_hw(hw, size, size))
+            d = model.predict(image, min_score=0.).dets
+            scale = torch.tensor([hw[1]/image.shape[2], hw[0]/image.shape[1]]).repeat(2)
+            preds.append(dict(image_id=o['id'], boxes=d['boxes']*scale, scores=d['scores'], labels=d['labels']))
+        res[way] = dict(AP=float(coco_ap(preds, ds.coco, ds.cat_ids).AP))
     return res
 
 
@@ -147,8 +175,12 @@ def speeds(path, args, *size):
 
 
 def main():
-    args = parser(__doc__, pictures=60, bs=4).parse_args()
+    args = parser(__doc__, pictures=60, bs=4, part='', detector='', set='cards').parse_args()
     torch.set_num_threads(args.threads); torch.manual_seed(0)
+    if args.part=='draft':
+        result = dict(reduced_decode=draft(args.rounds))
+        if args.detector: result |= {f'{args.set} at {k} pixels': drafted_ap(args.detector, Path(os.environ['DEQDET_DATA'])/args.set, k) for k in (160, 224)}
+        return report(result, args.out, clock='CPU time of one process')
     if args.pictures % args.bs: raise SystemExit('--pictures must be a multiple of --bs')
     path = Path(tempfile.mkdtemp()); write(path, args.pictures)
     data = (path/'images/00000.jpg').read_bytes()

@@ -9,11 +9,14 @@ Both are trained by `own_data.py`'s loop for the same minutes of one core, and k
     python benchmarks/peers.py --measure ap --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/onnx --out nbs/results/peers_ap.json
 
 The folder `--onnx` keeps exported files, one for each detector and number of steps; what is missing there is exported first.
-AP that stands in the file is not measured again. `--measure parts` tells where the time of one of our images goes.
+AP that stands in the file is not measured again. `--measure parts` tells where the time of one of our images goes,
+`--measure memory` the peak of a fresh process for each way. `--untrained retinanet,faster_rcnn,ssdlite` adds torchvision's other detectors on the
+same body and pyramid without training: they find nothing, so suppression of duplicates is not in their times.
 
 AP is that of the whole validation set. Times are of the processor, one image at a time from the fed image to boxes (decoding of the file is left out),
 in turns in one run: every round measures each way on the same images."""
-import argparse, copy, json, os, time, warnings
+import argparse, copy, json, os, subprocess, sys, time, warnings
+from functools import cache, partial
 from pathlib import Path
 import torch
 from torch import nn
@@ -24,11 +27,10 @@ from deqdet.model import Feed
 from deqdet.ops.folding import fold, folded
 from deqdet.predict import load_detector, save_detector
 from deqdet.sets.augment import recipe_1x, recipe_small
+from coco_size import peak, resident
 from common import alternate, parser, report
-from own_data import KINDS, Peer, ap, train
+from own_data import FPN, KINDS, Peer, ap, train
 
-STEPS = 1, 2, 3, 5
-TOLS = (.2,)
 FORMS = 'bf16', 'folded', 'folded bf16', 'compiled', 'onnxruntime'
 TRAINING = dict(seed=0, opt='muon', lr=2.5e-3, body_lr=.1, updates=0, frozen=3, wd=.1, ema=.99, curve='') # as `own_data.py` has them
 
@@ -77,6 +79,24 @@ def fcos(file, args):
     held = torch.load(file, weights_only=True)
     peer = Peer('fcos', held['vocab'], argparse.Namespace(size=args.size, frozen=3))
     peer.net.load_state_dict(held['weights'])
+    peer.net.eval()
+    return peer
+
+
+def ssdlite(n_classes, size):
+    "torchvision's SSDLite heads on the body and pyramid of the others"
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.ssd import SSD
+    from torchvision.models.detection.ssdlite import SSDLiteHead
+    boxes = DefaultBoxGenerator([[2, 3]]*5)
+    head = SSDLiteHead([128]*5, boxes.num_anchors_per_location(), n_classes + 1, nn.BatchNorm2d)
+    return SSD(FPN(3), boxes, (size, size), n_classes + 1, [.5]*3, [.5]*3, head, score_thresh=.5, _skip_resize=True) # untrained, all boxes would pass .01
+
+
+def untrained(kind, vocab, args):
+    "Another detector of torchvision, as it begins"
+    peer = Peer('fcos' if kind=='ssdlite' else kind, vocab, argparse.Namespace(size=args.size, frozen=3))
+    if kind=='ssdlite': peer.net = ssdlite(len(vocab), args.size)
     peer.net.eval()
     return peer
 
@@ -146,22 +166,41 @@ def exported(model, folder, steps):
     return load_exported(file)
 
 
-def ways(args):
-    "Each way by name; the first one is the peer"
-    model = load_detector(args.ours, device='cpu')
-    peer = fcos(args.fcos, args)
-    found = {'FCOS': peer} | {f'lite, T={t}': Kept(model, steps=t) for t in STEPS}
-    found |= {f'lite, tol={t}': Kept(model, tol=t) for t in TOLS}
-    theirs = {'bf16': lambda: Half(peer), 'folded': lambda: folded_peer(peer), 'folded bf16': lambda: Half(folded_peer(peer)),
-              'compiled': lambda: compiled_peer(peer), 'onnxruntime': lambda: ExportedPeer(peer, args.onnx)}
-    small = folded(model)
-    steps = dict.fromkeys(FORMS, args.form_steps) | dict(onnxruntime=args.onnx_steps)
-    fast = load_detector(args.ours, device='cpu').compile() if 'compiled' in args.forms else None
-    ours = {'bf16': lambda t: Half(Kept(model, steps=t)), 'folded': lambda t: Kept(small, steps=t), 'folded bf16': lambda t: Half(Kept(small, steps=t)),
-            'compiled': lambda t: Kept(fast, steps=t), 'onnxruntime': lambda t: Kept(exported(model, args.onnx, t))}
-    for k in filter(None, args.peer_forms.split(',')): found[f'FCOS, {k}'] = theirs[k]()
-    for k in filter(None, args.forms.split(',')): found |= {f'lite, T={t}, {k}': ours[k](int(t)) for t in steps[k].split(',')}
-    return found
+def ways(args, vocab):
+    "For each way by name what makes it; the first one is the peer"
+    model = cache(lambda: load_detector(args.ours, device='cpu'))
+    peer = cache(lambda: fcos(args.fcos, args))
+    small = cache(lambda: folded(model()))
+    fast = cache(lambda: load_detector(args.ours, device='cpu').compile())
+    theirs = {'': peer, 'bf16': lambda: Half(peer()), 'folded': lambda: folded_peer(peer()), 'folded bf16': lambda: Half(folded_peer(peer())),
+              'compiled': lambda: compiled_peer(peer()), 'onnxruntime': lambda: ExportedPeer(peer(), args.onnx)}
+    ours = {'': lambda t: Kept(model(), steps=t), 'bf16': lambda t: Half(Kept(model(), steps=t)), 'folded': lambda t: Kept(small(), steps=t),
+            'folded bf16': lambda t: Half(Kept(small(), steps=t)), 'compiled': lambda t: Kept(fast(), steps=t),
+            'onnxruntime': lambda t: Kept(exported(model(), args.onnx, t))}
+    steps = {k: split(args.onnx_steps if k=='onnxruntime' else args.form_steps) for k in split(args.forms)}
+    makers = {f'FCOS{", "*bool(k)}{k}': theirs[k] for k in ['', *split(args.peer_forms)]}
+    makers |= {k: partial(untrained, k, vocab, args) for k in split(args.untrained)}
+    makers |= {f'lite, T={t}': partial(ours[''], int(t)) for t in split(args.steps)}
+    makers |= {f'lite, tol={t}': partial(lambda t: Kept(model(), tol=t), float(t)) for t in split(args.tols)}
+    return makers | {f'lite, T={t}, {k}': partial(ours[k], int(t)) for k in steps for t in steps[k]}
+
+
+def split(text): return [o for o in text.split(',') if o]
+
+
+def used(name, args, vocab, batches):
+    "Megabytes at the peak of this process, beyond the imports, with one way alone"
+    make = ways(args, vocab)[name]
+    before = resident()
+    detector = make()
+    for b in batches: detector.detect(*b)
+    return dict(peak_mb=(peak() - before)/1e6)
+
+
+def fresh(name):
+    "The same, in a fresh process"
+    run = subprocess.run([sys.executable, '-W', 'ignore', *sys.argv, '--only', name], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def ms(found, batches, rounds):
@@ -197,16 +236,21 @@ def standing(file):
 @torch.no_grad()
 def measured(args, about):
     "Milliseconds of each way in turns, or AP of each way, written one by one"
-    batches = [b for b, _ in zip(loaders(args, 1).valid, range(args.images))]
+    dls = loaders(args, 1)
+    vocab = list(dls.vocab)
+    batches = [b for b, _ in zip(dls.valid, range(args.images))]
     if args.measure=='parts': return report(parts(load_detector(args.ours, device='cpu').eval(), batches[0], args.rounds), args.out, **about)
-    found = ways(args)
+    if args.only: return print(json.dumps(used(args.only, args, vocab, batches)))
+    makers = ways(args, vocab)
+    if args.measure=='memory': return report({k: fresh(k) for k in makers}, args.out, **about)
+    found = {k: make() for k, make in makers.items()}
     if args.measure=='ms': return report(ms(found, batches, args.rounds), args.out, **about)
     dls, rows = loaders(args, 8), standing(args.out)
     for k in [o for o in found if o not in rows]: report(rows := rows | {k: ap(found[k], dls)}, args.out, **about)
 
 
 def main():
-    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., measure='ms', train='', save='', ours='', fcos='', images=16, form_steps='2,3', onnx_steps='2,3', onnx='runs/onnx', forms=','.join(FORMS), peer_forms=','.join(FORMS)).parse_args()
+    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., measure='ms', train='', save='', ours='', fcos='', images=16, steps='1,2,3,5', tols='0.2', form_steps='2,3', onnx_steps='2,3', untrained='', only='', onnx='runs/onnx', forms=','.join(FORMS), peer_forms=','.join(FORMS)).parse_args()
     torch.set_num_threads(args.threads)
     if args.train: print(f'{args.save}: {trained(args)[0]} updates')
     else: measured(args, dict(set=args.set, size=args.size, images=args.images))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback
+from deqdet.ops.linear import CHOSEN
 from deqdet.sets.augment import recipe_small
 from deqdet.data import det_dls, synth_coco
 from deqdet.equilibrium import Perturb, Settled
@@ -192,12 +193,21 @@ def test_weights_of_another_model_are_refused(path, last):
 
 def test_another_batch_size_is_refused(path, last): refused(path, last, 'must be the same', bs=4)
 
+def test_the_libraries_of_matmuls_are_those_of_the_file(path, last, tmp_path):
+    s = torch.load(last, weights_only=True)
+    assert len(s['matmuls'])==1 and CHOSEN.items() >= s['matmuls'][0].items()
+    s['matmuls'][0][7, 9] = False
+    torch.save(s, tmp_path/'last.pt')
+    run(make(path, [Resume(tmp_path/'last.pt', resume=True)]))
+    assert CHOSEN.pop((7, 9)) is False
+
 def test_a_file_of_an_older_version_loads(path, whole, tmp_path):
-    "It says 'cuda' where today's says 'device'"
+    "It says 'cuda' where today's says 'device', and has no libraries of matmuls"
     file = tmp_path/'last.pt'
     with pytest.raises(RuntimeError, match='cut off'): run(make(path, [Resume(file, every=1), CutOff(4)]))
     s = torch.load(file, weights_only=True)
     for r in s['rng']: r['cuda'] = r.pop('device')
+    del s['matmuls']
     torch.save(s, file)
     same(whole, run(make(path, [Resume(file, resume=True)])))
 
