@@ -20,6 +20,7 @@ import numpy as np, torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 from torchvision.ops import batched_nms
 from common import report
 from deqdet.data import det_dls
@@ -126,12 +127,13 @@ def cold(model, feats, first, steps):
         found[n] = dict(boxes=pred.boxes[0], scores=scores, labels=labels)
     return found
 
-class Started:
+class Started(nn.Module):
     "A detector whose features of the frame have been computed already"
-    def __init__(self, model): self.decoder,self.training,self.now = model.decoder,False,None
+    def __init__(self, model):
+        super().__init__()
+        self.decoder = model.decoder
+        self.now = None
     def start(self, images, sizes): return self.now
-    def eval(self): return self
-    def train(self, mode): return self
 
 # settings of ByteTrack; each row of the table takes the best of them
 BYTE = [dict(track_activation_threshold=a, high_conf_det_threshold=h, minimum_consecutive_frames=m)

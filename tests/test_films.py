@@ -1,4 +1,7 @@
 "Generated films: the same seed, frames in any order, truth that fits the pixels"
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 import numpy as np, pytest
 from deqdet.sets.films import Actor, Film, Frame, cut_out, sprites_from
 from PIL import Image
@@ -72,3 +75,15 @@ def test_cutouts_of_real_photographs(data_dir):
     cutouts = sprites_from(source)
     f = Film(seed=1, n=4, size=128, objects=4, kinds=cutouts.kinds, cutouts=cutouts)
     assert len(list(f)) == 4 and set(f[2].labels.tolist()) <= set(cutouts.kinds)
+
+def test_the_benchmark_follows_a_film():
+    "Cold detections and warm tracks of every frame, on the features of one pass"
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'))
+    from films import one_film
+    from deqdet.zoo import create_detector
+    @contextmanager
+    def clock(name): yield
+    model = create_detector('deqdet_tiny', vocab=list('abcd'))
+    frames,colds,warms,applied = one_film(model, Film(seed=1, n=3, size=64), [1, 2], [(2, 1)], .5, clock)
+    assert len(frames)==len(colds[1])==len(colds[2])==len(warms[2, 1])==3
+    assert applied=={(2, 1): 3.} # g, and two of f
