@@ -2,6 +2,7 @@
 import os
 for k in 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS': os.environ.setdefault(k, '1') # before torch
 os.environ.setdefault('MPLBACKEND', 'Agg')
+import json, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -13,3 +14,20 @@ def data_dir():
     path = Path(path)
     if not path.is_dir(): pytest.skip(f'DEQDET_DATA={path} is not a folder')
     return path
+
+PARTS = 'solver','boxes','backbone','mixing','decoder','mixer','equilibrium','loss','model'
+LOADED = """
+import json, sys
+from importlib import import_module
+loaded = {}
+for name in sys.argv[1:]:
+    import_module(f'deqdet.{name}')
+    loaded[name] = sorted({m.split('.')[0] for m in sys.modules})
+print(json.dumps(loaded))
+"""
+
+@pytest.fixture(scope='session')
+def loaded():
+    "{part of a detector: all that a process holds once it is imported}: one process, the lightest part first"
+    res = subprocess.run([sys.executable, '-c', LOADED, *PARTS], capture_output=True, text=True, check=True)
+    return {k: set(v) for k,v in json.loads(res.stdout).items()}

@@ -542,13 +542,17 @@ def test_ctrl_c_says_how_to_go_on(world, tmp_path):
 def test_a_signal_to_all_processes(world, tmp_path, sig):
     "A shell and a queue signal those too that load images"
     out = tmp_path/'run'
-    args = ['--model', world/'start', '--every', '1', '--device', 'cpu', '--bs', '2', '--epochs', '99', '--workers', '2', '--out', out]
-    cmd = map(str, [Path(sys.executable).parent/'deqdet_train', world/'shapes', *args])
-    p = subprocess.Popen(list(cmd), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    def in_a_session():
+        os.setsid()
+        sys.stderr = (tmp_path/'err.txt').open('w', buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        train(world, out, epochs=99, workers=2)
+    pid = child(in_a_session)
     wait_for(out/'resume.pt')
-    os.killpg(p.pid, sig)
-    err = p.communicate(timeout=60)[1]
-    assert p.returncode == 128 + sig and 'to go on: deqdet_train' in err and 'Traceback' not in err, err
+    os.killpg(pid, sig)
+    status = end(pid)
+    err = (tmp_path/'err.txt').read_text()
+    assert status == 128 + sig and 'to go on: deqdet_train' in err and 'Traceback' not in err, err
 
 
 # --------------------------------------------------------------------------------------- what comes out

@@ -1,5 +1,5 @@
 "Training that is cut off, anywhere and in any way, goes on as if nothing had happened"
-import os, random, signal, subprocess, sys
+import io, os, random, signal, sys, time, traceback
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -265,41 +265,66 @@ def test_a_signal_ends_the_run_between_two_iterations(path, whole, tmp_path):
     same(whole, again)
     assert signal.getsignal(signal.SIGTERM)==handler
 
-# The rest needs processes that can be killed. This file is also their program.
-PROGRAM = '''
-import os, sys, time, torch
-sys.path.insert(0, {tests!r})
-from test_resume import *
-how,n,saves = {how!r}, {n}, [0]
-def hang(): print('NOW', flush=True); time.sleep(600)
-save,fsync,move = torch.save, os.fsync, os.replace
-def torch_save(s, f):
-    saves[0] += 1
-    if saves[0] != n or how != 'write': return save(s, f)
-    import io; b = io.BytesIO(); save(s, b); f.write(b.getvalue()[:len(b.getvalue())//2]); f.flush(); hang()
-def replace_(a, b):
-    if str(b).endswith('last.pt') and saves[0]==n and how=='before move': hang()
-    move(a, b)
-    if str(b).endswith('last.pt') and saves[0]==n and how=='after move': hang()
-torch.save,os.replace = torch_save,replace_
-class Slow(Callback):
-    def before_backward(self):
-        if how=='term' and self.train_iter==n: print('NOW', flush=True); time.sleep(3)
-learn = make(Path({path!r}), [Resume({file!r}, every=1), Stop(), Slow()])
-run(learn)
-print('stopped by', learn.stop.asked, 'after', learn.train_iter)
-'''
+# The rest needs processes that can be killed: forks of this one, which has imported all that they need
+
+def told(path, file, how, n):
+    "A run that prints NOW where it is to be struck: in the n-th save, around its renaming, or in the n-th iteration"
+    saves = 0
+    def hang():
+        print('NOW', flush=True)
+        time.sleep(100)
+    save,move = torch.save,os.replace
+    def torch_save(s, f):
+        nonlocal saves
+        saves += 1
+        if saves!=n or how!='write': return save(s, f)
+        whole = io.BytesIO()
+        save(s, whole)
+        f.write(whole.getvalue()[:len(whole.getvalue())//2])
+        f.flush()
+        hang()
+    def replace_(a, b):
+        here = str(b).endswith('last.pt') and saves==n
+        if here and how=='before move': hang()
+        move(a, b)
+        if here and how=='after move': hang()
+    class Slow(Callback):
+        def before_backward(self):
+            if how!='term' or self.train_iter!=n: return
+            print('NOW', flush=True)
+            time.sleep(3)
+    torch.save,os.replace = torch_save,replace_
+    learn = run(make(path, [Resume(file, every=1), Stop(), Slow()]))
+    print('stopped by', learn.stop.asked, 'after', learn.train_iter)
+
+def child(f, pipe):
+    "Call `f` in a process of its own that prints to a pipe; its id"
+    pid = os.fork()
+    if pid: return pid
+    status = 1
+    try:
+        signal.alarm(120) # ends it
+        for fd in (1, 2): os.dup2(pipe, fd)
+        sys.stdout = sys.stderr = open(1, 'w')
+        f()
+        status = 0
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 def strike(path, file, how, n, sig):
     "Start a run, wait until it says so, send a signal; what it printed, and its exit status"
-    code = PROGRAM.format(tests=str(Path(__file__).parent), path=str(path), file=str(file), how=how, n=n)
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    for line in p.stdout:
-        if line.strip()=='NOW': p.send_signal(sig); break
-    out,err = p.communicate(timeout=120)
-    assert 'Traceback' not in err, err[-2000:]
-    return out, p.returncode
+    here,there = os.pipe()
+    pid = child(lambda: told(path, file, how, n), there)
+    os.close(there)
+    out = ''
+    with open(here) as lines:
+        for line in lines:
+            out += line
+            if line.strip()=='NOW': os.kill(pid, sig)
+    assert 'NOW' in out and 'Traceback' not in out, out
+    return out, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 @pytest.mark.parametrize('how, n, done', [('write', 3, 2), ('before move', 4, 3), ('after move', 2, 2)])
 def test_sigkill_while_saving(path, whole, tmp_path, how, n, done):

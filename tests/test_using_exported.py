@@ -27,6 +27,10 @@ def file(request, model, tmp_path_factory):
     return model.export(tmp_path_factory.mktemp('exported')/f'm{request.param}', steps=0)
 
 
+@pytest.fixture(scope='module')
+def exported(file): return load_exported(file)
+
+
 def noise(h, w): return np.random.default_rng((h, w)).integers(0, 256, (h, w, 3), dtype=np.uint8)
 
 
@@ -35,16 +39,14 @@ def agree(a, b):
     torch.testing.assert_close(a.boxes.sort(0).values, b.boxes.sort(0).values, atol=2e-2, rtol=1e-3) # nearly equal scores may change places
 
 
-def test_parity_on_ten_odd_sizes(model, file):
-    exported = load_exported(file)
+def test_parity_on_ten_odd_sizes(model, exported):
     assert (exported.vocab, exported.feed, exported.thresholds) == (['a', 'b'], Feed(96, 128), [.1, 0.])
     pictures = [noise(*hw) for hw in SIZES]
     for o in pictures: agree(exported.predict(o, min_score=0.), predict(model, o, min_score=0., steps=0))
     for a, b in zip(predict(exported, pictures, min_score=0., bs=4), predict(model, pictures, min_score=0., bs=4, steps=0)): agree(a, b)
 
 
-def test_thin_images_are_padded_further(model, file):
-    exported = load_exported(file)
+def test_thin_images_are_padded_further(model, exported):
     for hw in THIN:
         a = exported.predict(noise(*hw), min_score=0.)
         b = predict(model, noise(*hw), min_score=0., steps=0)
@@ -91,7 +93,7 @@ def test_a_body_that_pads_by_size(tmp_path):
     assert any(type(m).__name__ == 'Conv2dSame' for m in lite.modules()), 'the detector itself is left as it was'
 
 
-def test_int8_is_smaller_and_near(model, file, tmp_path):
+def test_int8_is_smaller_and_near(model, file, exported, tmp_path):
     "The weights of matmuls in eight bits: names are kept, scores change little; a torch program has no such form"
     if file.suffix == '.pt2':
         with pytest.raises(ValueError, match='int8: only ONNX'): model.export(tmp_path/'x.pt2', int8=True)
@@ -100,7 +102,7 @@ def test_int8_is_smaller_and_near(model, file, tmp_path):
     small.write_bytes(file.read_bytes())
     to_int8(small)
     assert small.stat().st_size < .8*file.stat().st_size
-    exported = load_exported(small)
-    assert (exported.vocab, exported.feed) == (['a', 'b'], Feed(96, 128))
-    a, b = (m.predict(noise(64, 96), min_score=0.) for m in (exported, load_exported(file)))
+    eight = load_exported(small)
+    assert (eight.vocab, eight.feed) == (['a', 'b'], Feed(96, 128))
+    a, b = (m.predict(noise(64, 96), min_score=0.) for m in (eight, exported))
     assert 0 < (a.scores - b.scores).abs().max() < .02
