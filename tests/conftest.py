@@ -2,9 +2,14 @@
 import os
 for k in 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS': os.environ.setdefault(k, '1') # before torch
 os.environ.setdefault('MPLBACKEND', 'Agg')
-import json, subprocess, sys
+import gc, json, subprocess, sys
 from pathlib import Path
 import pytest
+
+def pytest_collection_finish():
+    "What libraries and test files hold stays: collections of garbage leave it out"
+    gc.collect()
+    gc.freeze()
 
 @pytest.fixture(scope='session')
 def data_dir():

@@ -4,7 +4,7 @@ In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbde
 In the tree itself: pytest, in two processes. The last line is `N passed, M failed`, `, K skipped` following where something was.
 A notebook of which no cell runs is not a pass. Each notebook has a process of its own, a fork of one that has
 imported `LIBRARIES` and nothing of ours: importing them takes longer than many a notebook."""
-import atexit, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
+import atexit, gc, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -131,6 +131,8 @@ def ended(pid, timeout):
 def nursery(libraries):
     "Fork for each line of stdin, `[root, notebook, file for the output, file for the notebook, seconds]`; answer with the exit status"
     for lib in libraries: import_module(lib)
+    gc.collect()
+    gc.freeze() # the half million objects of libraries: no page collects them, or copies their memory
     for line in sys.stdin:
         root,nb,out,fresh,timeout = json.loads(line)
         pid = os.fork()

@@ -1,7 +1,6 @@
 "Gradients, noise and every argument on small steps; peak memory and time of a training step at published widths"
 import json
 import os
-import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,15 +21,16 @@ import json, os, resource, sys, torch
 from deqdet.decoder import Queries
 from deqdet.mixer import MixerStep
 from deqdet.equilibrium import Equilibrium
+torch.manual_seed(0)
+init, refine = MixerStep(80), MixerStep(80)
+feats = [torch.randn(1, 256, 128//s, 160//s).to(memory_format=torch.channels_last) for s in (4, 8, 16, 32)]
+for f in feats: f.requires_grad_()
+queries = Queries(40, 256)
 def measure(kw):
-    torch.manual_seed(0)
-    deq = Equilibrium(MixerStep(80), MixerStep(80), **{k: tuple(v) if isinstance(v, list) else v for k, v in kw.items()})
-    feats = [torch.randn(1, 256, 256//s, 320//s).to(memory_format=torch.channels_last) for s in (4, 8, 16, 32)]
-    for f in feats: f.requires_grad_()
-    queries = Queries(100, 256)
+    deq = Equilibrium(init, refine, **{k: tuple(v) if isinstance(v, list) else v for k, v in kw.items()})
     for p in [*deq.parameters(), *feats]: p.grad = torch.zeros_like(p)   # their memory is there from the start
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    preds = deq(queries(torch.tensor([[256, 320]])), feats)
+    preds = deq(queries(torch.tensor([[128, 160]])), feats)
     sum(p.logits.square().mean() + p.boxes.mean() for p in preds).backward()
     return dict(n=len(preds), memory=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)/1024)
 for kw in json.loads(sys.argv[1]):
@@ -70,37 +70,39 @@ def test_peak_memory_does_not_grow_with_supervised_states_nor_with_steps(measure
 
 @pytest.fixture(scope='module')
 def recomputing():
-    "A training step that recomputes, and the plain one, on the same weights"
+    "A training step that recomputes, and the plain one, on the same weights; the multiplications of one of each"
     torch.manual_seed(0)
     init = MixerStep(80)
     refine = MixerStep(80)
-    feats = [torch.randn(1, 256, 128//s, 160//s, requires_grad=True) for s in (4, 8, 16, 32)]
-    queries = Queries(50, 256)
+    feats = [torch.randn(1, 256, 64//s, 96//s, requires_grad=True) for s in (4, 8, 16, 32)]
+    queries = Queries(20, 256)
     def training_step(recompute):
-        preds = Equilibrium(init, refine, recompute=recompute)(queries(torch.tensor([[128, 160]])), feats)
+        preds = Equilibrium(init, refine, recompute=recompute)(queries(torch.tensor([[64, 96]])), feats)
         sum(p.logits.square().mean() + p.boxes.mean() for p in preds).backward()
-    return partial(training_step, True), partial(training_step, False)
+    steps = partial(training_step, True), partial(training_step, False)
+    flops = []
+    for step in steps:
+        with FlopCounterMode(display=False) as counter: step()
+        flops.append(counter.get_total_flops())
+    return steps, flops
 
 
 def test_recomputing_costs_little_arithmetic(recomputing):
     "The multiplications of a training step, against the plain step's"
-    flops = []
-    for training_step in recomputing:
-        with FlopCounterMode(display=False) as counter: training_step()
-        flops.append(counter.get_total_flops())
+    flops = recomputing[1]
     assert flops[1] < flops[0] <= 1.3*flops[1]
 
 
 def test_recomputing_costs_little_time(recomputing):
-    "The processor's time in turns, without the system's for fresh pages; the median leaves out a turn that was disturbed"
+    "The processor's time in turns, without the system's for fresh pages: in two of three, one may be disturbed"
     def seconds(training_step):
         begun = os.times().user
         training_step()
         return os.times().user - begun
-    for training_step in recomputing: training_step()
-    ratios = [seconds(recomputing[0])/seconds(recomputing[1]) for _ in range(3)]
-    print(ratios)
-    assert statistics.median(ratios) <= 1.5
+    recomputed,plain = recomputing[0] # each has run once
+    ratios = []
+    while len(ratios) < 3 and sum(r <= 1.5 for r in ratios) < 2: ratios.append(seconds(recomputed)/seconds(plain))
+    assert sum(r <= 1.5 for r in ratios)==2, ratios
 
 
 # ---------------------------------------------------------------- gradients of a small map
