@@ -1,5 +1,5 @@
 "Two processes on a CPU: the same gradients, weights and AP as one, and no process waits forever"
-import os, signal, subprocess, sys
+import os, signal, socket, subprocess, sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -124,11 +124,33 @@ ACCELERATE = 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2'
 
 def launch(*args, by=TORCHRUN):
     "Run a script in two processes"
-    cmd = [sys.executable, '-m', *by, *map(str, args)]
+    return run([sys.executable, '-m', *by, *map(str, args)])
+
+def run(cmd):
+    "What a command printed"
     env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', CUDA_VISIBLE_DEVICES='')
     res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=600)
     assert res.returncode==0, res.stdout[-2000:] + res.stderr[-4000:]
     return res.stdout
+
+def two_workers(path):
+    "What torchrun does, in forks of this process: `test_script` has the launchers"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    os.environ.update(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    children = []
+    for rank in '01':
+        pid = os.fork()
+        if not pid:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank)
+            signal.alarm(500) # ends it
+            worker(path)
+            sys.stdout.flush()
+            os._exit(0)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    assert codes==[0, 0], codes
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
@@ -136,7 +158,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def both(path):
-    launch(__file__, path)
+    run([sys.executable, __file__, path])
     return [torch.load(path/f'out{r}.pt', weights_only=False) for r in range(2)]
 
 def test_gradients_and_weights(both, path):
@@ -241,4 +263,4 @@ def test_an_abandoned_loader_ends_with_the_process(tmp_path):
     res = subprocess.run(cmd, capture_output=True, text=True, timeout=90)
     assert res.returncode==0 and 'DataError' in res.stdout, res.stderr[-2000:]
 
-if __name__=='__main__': worker(Path(sys.argv[1]))
+if __name__=='__main__': two_workers(Path(sys.argv[1]))
