@@ -69,13 +69,29 @@ def as_markdown(nb):
         elif cell.cell_type=='code' and option(cell, 'include')!='false': res += code(cell)
     return '\n\n'.join(res)
 
-def to_html(text, css, dark=False):
-    "Markdown as a page"
+NEXT = '<!-- next page -->'
+
+def bodies(texts):
+    "HTML of each text, from one process of pandoc; starting it takes longer than a page"
     cmd = [pandoc(), '-f', 'markdown-smart', '-t', 'html5', '--mathml', '--wrap=preserve']
+    text = f'\n\n{raw(NEXT)}\n\n'.join(texts)
     res = subprocess.run(cmd, input=text, capture_output=True, text=True, check=True)
+    return res.stdout.split(NEXT)
+
+def page(body, css, dark=False):
+    "A body with its head"
     theme = 'quarto-dark' if dark else 'quarto-light'
     return (f'<!DOCTYPE html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>{BASE}{css}</style>'
-            f'<body class="{theme}"><main>{res.stdout}</main></body>')
+            f'<body class="{theme}"><main>{body}</main></body>')
+
+def to_html(text, css, dark=False):
+    "Markdown as a page"
+    return page(bodies([text])[0], css, dark)
+
+def all_as_html(nbs, css):
+    "name -> page, for name -> processed notebook"
+    found = bodies([as_markdown(nb) for nb in nbs.values()])
+    return {name: page(body, css) for name,body in zip(nbs, found, strict=True)}
 
 def as_html(nb, css, dark=False): return to_html(as_markdown(nb), css, dark)
 
@@ -122,7 +138,7 @@ def measured(pages, folder, width=390):
 
 def main(source, out):
     css = (source/'styles.css').read_text(encoding='utf-8')
-    pages = {f.relative_to(source).as_posix(): as_html(read_nb(f), css) for f in sorted(source.rglob('*.ipynb'))}
+    pages = all_as_html({f.relative_to(source).as_posix(): read_nb(f) for f in sorted(source.rglob('*.ipynb'))}, css)
     for path,page in pages.items():
         file = (out/path).with_suffix('.html')
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,7 @@ def html(processed):
     "path -> the page as HTML"
     css = (ROOT/'nbs/styles.css').read_text(encoding='utf-8')
     files = sorted(processed.rglob('*.ipynb'))
-    return {f.relative_to(processed).as_posix(): render.as_html(read_nb(f), css) for f in files}
+    return render.all_as_html({f.relative_to(processed).as_posix(): read_nb(f) for f in files}, css)
 
 @needs_pandoc
 def test_options_keep_their_hyphens(site, html):
