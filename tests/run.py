@@ -193,7 +193,7 @@ def check_pytest(root, files=('tests',)):
     "pytest on tests/ or some of its files: its cases, and one more failure where pytest itself did not finish"
     with tempfile.TemporaryDirectory() as d:
         xml = Path(d)/'junit.xml'
-        cmd = [sys.executable, '-m', 'pytest', '-q', *files, '--continue-on-collection-errors', f'--junitxml={xml}']
+        cmd = [sys.executable, '-m', 'pytest', '-q', f'--rootdir={root}', *files, '--continue-on-collection-errors', f'--junitxml={xml}']
         code,out,secs = call(cmd, root, timeout=4*TIMEOUT)
         res = read_junit(xml) if xml.exists() else []
     if not code: return res
