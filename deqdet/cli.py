@@ -210,9 +210,12 @@ def deqdet_train(
     resume:bool=False  # continue in --out, with its options
 ):
     "Train; on several GPUs: accelerate launch --no_python deqdet_train DATA"
-    options = dict(locals(), skip_bad=skip_bad or None)
+    options = dict(data=data, model=model, minutes=minutes, epochs=epochs, queries=queries,
+        size=size, bs=bs, accumulate=accumulate, lr=lr, wd=wd, recipe=recipe, augment=augment,
+        pretrained=pretrained, amp=amp, ema=ema, patience=patience, mosaic=mosaic, rare=rare,
+        seed=seed, layout=layout, train=train, valid=valid, valid_pct=valid_pct,
+        skip_bad=skip_bad or None, workers=workers, device=device, track=track, every=every)
     begun = time.monotonic()
-    for name in ('out', 'push', 'resume'): del options[name]
     given = {k: v for k,v in options.items() if v is not None}
     folder = out or Path('runs')/Path(data).resolve().name
     train_command(given, folder, resume, begun, push)
@@ -252,8 +255,7 @@ def _predict_images(detector, files, folder, layout, draw, min_score, **options)
     from deqdet.predict import count_classes, save_as, to_coco
     place = set_folder(folder, layout)
     done,bad = _drawn(detector, files, folder, draw, min_score=min_score, **options)
-    coco = to_coco(done, detector.vocab, count_classes(detector))
-    write_json(coco, folder/'predictions.json')
+    write_json(to_coco(done, detector.vocab, count_classes(detector)), folder/'predictions.json')
     if place: save_as(done, place, layout, detector.vocab)
     _tell_end(done, bad, folder, min_score)
     return 2 if bad else 0
