@@ -4,9 +4,10 @@ In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbde
 In the tree itself: pytest, in two processes. The last line is `N passed, M failed`, `, K skipped` following where something was.
 A notebook of which no cell runs is not a pass. Each notebook has a process of its own, a fork of one that has
 imported `LIBRARIES` and nothing of ours: importing them takes longer than many a notebook."""
-import atexit, gc, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
+import ast, atexit, gc, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, traceback, warnings
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +18,12 @@ BIN = Path(sys.executable).parent
 THREADS = 'OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'
 WORKERS = min(os.cpu_count() or 1, 4)
 TIMEOUT = 900 # seconds for a notebook
-# not fastai: it changes what tensors can do, and a page that needs it says so itself
 LIBRARIES = ['torch','pandas','timm','torchvision.transforms.v2','scipy.optimize','pycocotools.coco','matplotlib.pyplot','nbdev.test']
+# fastai changes what tensors can do: it is imported for pages that import it themselves, which follow those that do not
+LATER = ['fastai.data.core','fastai.learner']
 # what takes longest, started first so that it does not run alone at the end
-LONGEST = ['tutorials/train','tutorials/equilibrium','14_learner','21_cli','08_equilibrium','13_evaluate','tutorials/own_data',
-           '07_solver','families/04_deformable','tutorials/steps_vs_accuracy','10_model','11_sqr']
+LONGEST = ['tutorials/own_data','14_learner','tutorials/train','tutorials/steps_vs_accuracy','tutorials/round_trip',
+           'training/13_contraction','tutorials/equilibrium','19_runs','training/03_callbacks']
 OUTPUTS = bool(os.environ.get('DEQDET_OUTPUTS')) # are stored outputs compared with fresh ones?
 FLAG = 'notest' # cells that nbdev-test skips (tst_flags of nbdev)
 NOT_OURS = '.*','_proc','_docs','demo','bench','runs','build','dist','*.egg-info','__pycache__'
@@ -86,6 +88,44 @@ def runs(path):
     from nbdev.test import nb_test_cells
     return sum(bool(c.source.strip()) for c in nb_test_cells(path, skip_flags=FLAG))
 
+# ---- what a page imports
+
+def imports(source, package=()):
+    "Modules that Python imports outside of functions; `package` holds the names of the folders it stands in"
+    found = set()
+    todo = list(ast.parse(source).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.With, ast.Try)): todo += node.body
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = package[:len(package)+1-node.level] if node.level else ()
+            name = '.'.join([*base, node.module] if node.module else base)
+            found |= {name} | {f'{name}.{a.name}' for a in node.names}
+    return found
+
+@cache
+def module_imports(root, name):
+    "What a module of the project imports, nothing for other modules"
+    parts = tuple(name.split('.'))
+    for file,package in ((root/f"{'/'.join(parts)}.py", parts[:-1]), (root.joinpath(*parts)/'__init__.py', parts)):
+        if file.exists(): return imports(file.read_text(encoding='utf-8'), package)
+    return set()
+
+def needs(root, path):
+    "Those of `LATER` that a notebook imports, itself or through modules of the project"
+    from nbdev.test import nb_test_cells
+    seen = set()
+    todo = set()
+    for c in nb_test_cells(path, skip_flags=FLAG):
+        if not re.search('^[%!]', c.source, re.M): todo |= imports(c.source)
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        todo |= module_imports(root, name) - seen
+    last = max((i for i,lib in enumerate(LATER) if lib in seen), default=-1)
+    return LATER[:last+1] # in their order, so that what is imported grows
+
 # ---- notebooks, each in a fork
 
 def redirect(out):
@@ -128,32 +168,44 @@ def ended(pid, timeout):
         try: os.killpg(pid, signal.SIGKILL)
         except ProcessLookupError: pass
 
-def nursery(libraries):
-    "Fork for each line of stdin, `[root, notebook, file for the output, file for the notebook, seconds]`; answer with the exit status"
-    for lib in libraries: import_module(lib)
+def hold(libraries):
+    "Import libraries for all forks"
+    if not set(libraries) - set(sys.modules): return
+    with warnings.catch_warnings(action='ignore'):
+        for lib in libraries: import_module(lib)
     gc.collect()
     gc.freeze() # the half million objects of libraries: no page collects them, or copies their memory
+
+def nursery(libraries):
+    "Fork for each line of stdin, `[root, notebook, libraries, file for the output, file for the notebook, seconds]`; answer with the exit status"
+    hold(libraries)
     for line in sys.stdin:
-        root,nb,out,fresh,timeout = json.loads(line)
+        root,nb,more,out,fresh,timeout = json.loads(line)
+        hold(more)
         pid = os.fork()
         if not pid: in_fork(root, nb, out, fresh)
         print(json.dumps(ended(pid, timeout)), flush=True)
 
 own = threading.local()
 
-def my_nursery():
-    "The nursery of this thread, started where there is none or where it has died"
-    if getattr(own, 'nursery', None) is None or own.nursery.poll() is not None:
+def my_nursery(more):
+    "The nursery of this thread; a new one where there is none, where it has died, or where it holds more than `more` of `LATER`"
+    old = getattr(own, 'nursery', None)
+    if old is None or old.poll() is not None or len(own.more) > len(more):
+        if old: old.stdin.close() # it ends
         cmd = [sys.executable, __file__, '--nursery', *LIBRARIES]
         own.nursery = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ(ROOT))
+    own.more = more
     return own.nursery
 
 def run_notebook(root, nb, timeout=TIMEOUT, fresh=None):
     "nbdev-test on a notebook: exit status, what it printed, seconds; `fresh` gets the notebook with its new outputs"
     start = time.time()
     with tempfile.NamedTemporaryFile('r', encoding='utf-8', errors='replace') as f:
-        process = my_nursery()
-        print(json.dumps([str(root), str(nb), f.name, fresh and str(fresh), timeout]), file=process.stdin, flush=True)
+        more = needs(root, nb)
+        process = my_nursery(more)
+        request = str(root), str(nb), more, f.name, fresh and str(fresh), timeout
+        print(json.dumps(request), file=process.stdin, flush=True)
         answer = process.stdout.readline()
         code = json.loads(answer) if answer else 'the process that starts notebooks died'
         return code, re.sub(r'\x1b\[[0-9;]*m', '', f.read()), time.time()-start
@@ -202,10 +254,11 @@ def check_pytest(root, files=('tests',)):
     return res
 
 def notebooks(root):
-    "The notebooks that nbdev would take, nothing hidden or private; those that take long come first"
+    "The notebooks that nbdev would take, nothing hidden or private: those that need less of `LATER` first, then those that take long"
     found = [p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts)]
     names = {p:p.relative_to(root/'nbs').with_suffix('').as_posix() for p in found}
-    return sorted(found, key=lambda p: (LONGEST.index(names[p]) if names[p] in LONGEST else len(LONGEST), p))
+    def rank(p): return LONGEST.index(names[p]) if names[p] in LONGEST else len(LONGEST)
+    return sorted(found, key=lambda p: (len(needs(root, p)), rank(p), p))
 
 def report(results):
     "Print failures, skips, the slowest notebooks and the totals; the exit status"

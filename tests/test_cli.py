@@ -9,6 +9,7 @@ from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.predict import COCO, load_detector, save_detector
 from deqdet.zoo import create_detector
+from forks import forked, torchrun
 
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,
              points=(4,), out_points=8, hidden=64)
@@ -106,11 +107,12 @@ def test_a_bug_is_no_fault_of_the_user(capsys):
     refused(capsys, 130, 'h: stopped', shell.command(h))
 
 
-@pytest.mark.parametrize('buffered', ['', '1'])
-def test_output_without_a_reader(buffered):
-    "As in `deqdet_models | head -1`"
-    p = subprocess.Popen([Path(sys.executable).parent/'deqdet_models'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         env=os.environ | dict(PYTHONUNBUFFERED=buffered))
+PRINTS = 'from deqdet.shell import command\n@command\ndef prints(): print("a line")\nprints()'
+
+@pytest.mark.parametrize('buffered, cmd', [('', [Path(sys.executable).parent/'deqdet_models']), ('1', [sys.executable, '-c', PRINTS])])
+def test_output_without_a_reader(buffered, cmd):
+    "As in `deqdet_models | head -1`, and a command that starts quickly"
+    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(PYTHONUNBUFFERED=buffered))
     p.stdout.close()
     assert p.stderr.read() == '' and p.wait() == 128 + signal.SIGPIPE
 
@@ -686,10 +688,9 @@ def test_two_processes(world, tmp_path):
     script = tmp_path/'script.py'
     script.write_text('from deqdet.cli import deqdet_train\ndeqdet_train()')
     args = [str(world/'shapes'), '--model', str(world/'start'), '--device', 'cpu', '--bs', '2', '--epochs', '1', '--out', str(tmp_path/'run')]
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, *args],
-                         capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count('epoch 1 of 1:') == 1, run.stdout
+    code, out = forked(torchrun(script, *args))
+    assert code == 0, out
+    assert out.count('epoch 1 of 1:') == 1, out
     assert json.loads((tmp_path/'run/metrics.json').read_text())['last']['AP'] is not None
 
 

@@ -14,6 +14,7 @@ from deqdet.learner import EMA, CSVLog, NonFinite, Recipe, Resume, Stop, det_lea
 from deqdet.families.adamixer import AdaMixer
 from deqdet.training.processes import shard_weights, whole_weights
 from torch.distributed.tensor import DTensor
+from forks import accelerate, forked, script, torchrun
 
 HYPER = AdaMixer(n_classes=4, body='resnet10t', frozen_stages=0, feat_width=32, norm_groups=8, n_queries=49,
                  grid=(7,7,.3), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=64)
@@ -119,22 +120,8 @@ def worker(path):
                stopped=stopped(path), divided=[divided(path, o) for o in (STACK, CALM) if FSDP])
     torch.save(out, path/f'out{rank_distrib()}.pt')
 
-TORCHRUN = 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'
-ACCELERATE = 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0'
-
-def launch(*args, by=TORCHRUN):
-    "Run a script in two processes"
-    return run([sys.executable, '-m', *by, *map(str, args)])
-
-def run(cmd):
-    "What a command printed"
-    env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', CUDA_VISIBLE_DEVICES='')
-    res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=600)
-    assert res.returncode==0, res.stdout[-2000:] + res.stderr[-4000:]
-    return res.stdout
-
 def two_workers(path):
-    "What torchrun does, in forks of this process: `test_script` has the launchers"
+    "What torchrun does, in forks: `test_script` has the launchers"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -158,7 +145,8 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def both(path):
-    run([sys.executable, __file__, path])
+    code,out = forked(lambda: two_workers(path), timeout=600)
+    assert code==0, out[-4000:]
     return [torch.load(path/f'out{r}.pt', weights_only=False) for r in range(2)]
 
 def test_gradients_and_weights(both, path):
@@ -210,10 +198,11 @@ def test_signal_to_one_stops_both(both):
     assert [o['stopped']['iterations'] for o in both]==[2, 2]
     assert [o['stopped']['asked'] for o in both]==[None, 'SIGTERM']
 
-@pytest.mark.parametrize('by', [TORCHRUN, ACCELERATE], ids=['torchrun', 'accelerate'])
+@pytest.mark.parametrize('by', [torchrun, accelerate], ids=['torchrun', 'accelerate'])
 def test_script(path, by):
-    "The ten lines of examples/train.py, in two processes"
-    out = launch(Path(__file__).parents[1]/'examples'/'train.py', path, 1, by=by)
+    "The ten lines of examples/train.py, in two processes; those of `accelerate launch` are interpreters of their own in test_cli.py"
+    code,out = forked(by(Path(__file__).parents[1]/'examples'/'train.py', path, 1))
+    assert code==0, out[-4000:]
     assert out.count('images per update')==1 and '8 images per update: 4 in a batch x 2 processes' in out
 
 NOTEBOOK = '''
@@ -235,11 +224,9 @@ if __name__=='__main__': notebook_launcher(train, sys.argv[1:], num_processes=2)
 def test_notebook_launcher(path, tmp_path):
     "What `notebook_launcher` starts trains together, and both know the AP"
     (tmp_path/'notebook.py').write_text(NOTEBOOK)
-    env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', CUDA_VISIBLE_DEVICES='')
-    cmd = [sys.executable, '-W', 'ignore', tmp_path/'notebook.py', path, tmp_path]
-    res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
-    assert res.returncode==0, res.stderr[-4000:]
-    assert '2 in a batch x 2 processes' in res.stdout
+    code,out = forked(script(tmp_path/'notebook.py', path, tmp_path))
+    assert code==0, out[-4000:]
+    assert '2 in a batch x 2 processes' in out
     a,b = ((tmp_path/f'AP{r}').read_text() for r in range(2))
     assert a==b and 0<=float(a)<=1
 
@@ -262,5 +249,3 @@ def test_an_abandoned_loader_ends_with_the_process(tmp_path):
     cmd = [sys.executable, '-W', 'ignore', '-c', ABANDONED, path]
     res = subprocess.run(cmd, capture_output=True, text=True, timeout=90)
     assert res.returncode==0 and 'DataError' in res.stdout, res.stderr[-2000:]
-
-if __name__=='__main__': two_workers(Path(sys.argv[1]))

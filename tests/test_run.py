@@ -1,5 +1,5 @@
 "The runner behind `make test` counts what happened, and nothing else"
-import os, subprocess, sys, time
+import os, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest
 from fastcore.nbio import mk_cell, new_nb, write_nb
@@ -10,26 +10,33 @@ TOML = '[project]\nname = "deqdet"\n\n[tool.nbdev]\nput_version_in_init = false\
 EXPORTS = [mk_cell('# Page\n\n> small', 'markdown'), mk_cell('#| default_exp page'),
            mk_cell('#| export\ndef one(): return 1')]
 
-@pytest.fixture
-def few_libraries(monkeypatch):
+@pytest.fixture(scope='module')
+def few_libraries():
     "A quick start for notebooks that need none of them"
-    monkeypatch.setattr(run, 'LIBRARIES', ['nbdev.test'])
-    monkeypatch.setattr(run, 'own', run.threading.local())
-    yield
-    run.own.nursery.stdin.close()
-    assert run.own.nursery.wait(30)==0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, 'LIBRARIES', ['nbdev.test'])
+        patch.setattr(run, 'own', run.threading.local())
+        yield
+        run.own.nursery.stdin.close()
+        assert run.own.nursery.wait(30)==0
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    "An nbdev project with one exporting notebook, exported"
+    root = tmp_path_factory.mktemp('exported')
+    (root/'nbs').mkdir()
+    (root/'deqdet').mkdir()
+    (root/'pyproject.toml').write_text(TOML)
+    write_nb(new_nb(EXPORTS), root/'nbs/00_page.ipynb')
+    code,out,_ = run.call([run.BIN/'nbdev-export'], root)
+    assert not code, out
+    run.call([run.BIN/'nbdev-clean'], root)
+    return root
 
 @pytest.fixture
-def project(tmp_path):
-    "An nbdev project with one exporting notebook, exported"
-    (tmp_path/'nbs').mkdir()
-    (tmp_path/'deqdet').mkdir()
-    (tmp_path/'pyproject.toml').write_text(TOML)
-    write_nb(new_nb(EXPORTS), tmp_path/'nbs/00_page.ipynb')
-    code,out,_ = run.call([run.BIN/'nbdev-export'], tmp_path)
-    assert not code, out
-    run.call([run.BIN/'nbdev-clean'], tmp_path)
-    return tmp_path
+def project(exported, tmp_path):
+    "A copy of it"
+    return shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
 
 def test_sound_project(project):
     assert check_export(project).status=='passed'
@@ -119,9 +126,34 @@ def alive(pid):
     except FileNotFoundError: return False
 
 def test_longest_notebooks_exist_and_come_first():
+    "Among those that need the same of `LATER`"
     found = run.notebooks(run.ROOT)
-    assert [str(p.relative_to(run.ROOT/'nbs'))[:-6] for p in found[:len(run.LONGEST)]]==run.LONGEST
-    assert len(found)==len(set(found))
+    names = [str(p.relative_to(run.ROOT/'nbs'))[:-6] for p in found]
+    assert set(run.LONGEST) <= set(names) and len(names)==len(set(names))
+    levels = {n: len(run.needs(run.ROOT, p)) for n,p in zip(names, found)}
+    assert list(levels.values())==sorted(levels.values()) and set(levels.values())=={0, 1, 2}
+    for level in range(3):
+        same = [n for n in names if levels[n]==level]
+        first = [n for n in run.LONGEST if levels[n]==level]
+        assert same[:len(first)]==first
+
+def test_libraries_that_only_some_notebooks_import(project, few_libraries, monkeypatch):
+    "They are there for a notebook that imports one, itself or through a module; a notebook before or after it does not get them"
+    monkeypatch.setattr(run, 'LATER', ['colorsys','sched'])
+    (project/'deqdet/colours.py').write_text('with open("/dev/null"): import colorsys\ndef lazy(): import sched\n')
+    (project/'deqdet/wing').mkdir()
+    (project/'deqdet/wing/__init__.py').touch()
+    (project/'deqdet/wing/room.py').write_text('from .. import colours\nfrom ..page import one\n')
+    held = 'import sys\nassert {!r}==[m for m in ("colorsys","sched") if m in sys.modules]'
+    tried = {'01_none': ([], 'from deqdet.page import one'), '02_through': (['colorsys'], 'from deqdet.wing.room import one'),
+             '03_itself': (['colorsys','sched'], 'import sched'), '04_lazy': (['colorsys'], 'import deqdet.colours\ndeqdet.colours.lazy')}
+    paths = {}
+    for name,(libraries,later) in tried.items():
+        paths[name] = project/f'nbs/{name}.ipynb'
+        write_nb(new_nb([mk_cell('# Tried', 'markdown'), mk_cell(held.format(libraries)), mk_cell(later)]), paths[name])
+        assert run.needs(project, paths[name])==libraries
+    for name in [*tried, '01_none']: assert check_notebook(project, paths[name]).status=='passed', name
+    assert [p.stem for p in run.notebooks(project)]==['00_page', '01_none', '02_through', '04_lazy', '03_itself']
 
 def test_what_hangs_is_stopped(tmp_path):
     code,out,secs = run.call([sys.executable, '-uc', 'import time; print("on"); time.sleep(60)'], tmp_path, timeout=3)
