@@ -287,10 +287,13 @@ def main():
         copy = Path(d).resolve()/ROOT.name
         copy.mkdir()
         copy_tree(ROOT, copy)
-        results = show(check_export(copy)) + show(check_clean(copy))
-        jobs = [(check_pytest, ROOT, files) for files in halves(ROOT)] + [(check_notebook, copy, nb) for nb in notebooks(copy)]
+        results = []
         with ThreadPoolExecutor(WORKERS) as pool:
-            for res in pool.map(lambda j: show(j[0](*j[1:])), jobs): results += res
+            def begin(jobs): return pool.map(lambda j: show(j[0](*j[1:])), jobs)
+            tests = begin([(check_pytest, ROOT, files) for files in halves(ROOT)])
+            for check in check_export, check_clean: results += show(check(copy)) # before a page runs, beside tests
+            pages = begin([(check_notebook, copy, nb) for nb in notebooks(copy)])
+            for res in (*tests, *pages): results += res
     print(f'\n{time.time()-start:.0f} s with {WORKERS} workers')
     return report(results)
 

@@ -5,6 +5,7 @@ import pytest, torch
 from PIL import Image
 from deqdet import cli, demo, runs, shell
 from deqdet.data import load_image, synth_coco
+from deqdet.equilibrium import Settled
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.predict import COCO, load_detector, save_detector
@@ -12,7 +13,7 @@ from deqdet.zoo import create_detector
 from forks import forked, torchrun
 
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,
-             points=(4,), out_points=8, hidden=64)
+             points=(4,), out_points=8, hidden=64, strategy=Settled(steps=3, supervise=(1, 3), recompute=False))
 RUN = dict(bs=2, epochs=2, lr=1e-3, ema=.5, every=1, device='cpu')
 
 
@@ -27,6 +28,14 @@ def world(tmp_path_factory):
     save_detector(model, d/'start')
     train(d, 'run')
     return d
+
+
+@pytest.fixture
+def blank(monkeypatch):
+    "Trainings that leave empty files in the place of figures, which take as long as the training"
+    def touch(folder, ds):
+        for o in 'curves.png', 'predictions.png': (folder/o).touch()
+    monkeypatch.setattr(runs, 'draw_training', touch)
 
 
 def train(d, out, data='shapes', **kwargs):
@@ -197,7 +206,7 @@ def test_a_stack_has_no_tolerance(world, tmp_path, capsys):
     bad(capsys, '--tol 0.001', cli.deqdet_eval, str(tmp_path/'stack'), str(world/'shapes'), tol=1e-3, device='cpu')
 
 
-def test_zero_is_a_number(world, tmp_path):
+def test_zero_is_a_number(world, tmp_path, blank):
     "Not the same as nothing said"
     train(world, tmp_path/'out', epochs=1, wd=0., workers=0)
     config = json.loads((tmp_path/'out/config.json').read_text())
@@ -379,7 +388,7 @@ def test_damaged_checkpoint(world, tmp_path, capsys):
     bad(capsys, str(run/'config.json'), train, world, run, resume=True)
 
 
-def test_fine_tuning_keeps_weights(world, tmp_path):
+def test_fine_tuning_keeps_weights(world, tmp_path, blank):
     cats = runs.start_detector(str(world/'run'), ['cat', 'dog'])
     old, new = weights(world/'run'), cats.state_dict()
     assert {k for k in old if old[k].shape != new[k].shape} == {f'decoder.{s}.cls.3.{p}' for s in ('init', 'step') for p in ('weight', 'bias')}
@@ -469,7 +478,7 @@ def wait_for(file, seconds=60):
         time.sleep(.01)
 
 
-def test_resume_is_the_same_training(world, tmp_path):
+def test_resume_is_the_same_training(world, tmp_path, blank):
     "SIGTERM somewhere, then SIGKILL somewhere, then to the end: the weights are those of a training in one go"
     run = tmp_path/'run'
     pid = child(lambda: train(world, run))
@@ -487,7 +496,7 @@ def test_resume_is_the_same_training(world, tmp_path):
 
 
 @pytest.mark.parametrize('when', ['resume.pt', 'last', 'best', 'log.csv'])
-def test_killed_while_saving(world, tmp_path, monkeypatch, when):
+def test_killed_while_saving(world, tmp_path, monkeypatch, when, blank):
     "SIGKILL between the writing of a file and its renaming"
     run = tmp_path/'run'
     def die(target): when in Path(target).parts[-2:] and os.kill(os.getpid(), signal.SIGKILL)
@@ -517,7 +526,7 @@ def test_what_may_change_on_the_way(world, tmp_path, capsys):
     train(world, run, resume=True, size='64', skip_bad=True, layout='coco', every=9, workers=1) # the same, and what is free
 
 
-def test_going_on_says_where(world, tmp_path, capsys):
+def test_going_on_says_where(world, tmp_path, capsys, blank):
     "What was trained before is not printed as if it were trained again"
     train(world, tmp_path/'run', epochs=1)
     capsys.readouterr()
@@ -629,22 +638,22 @@ def test_minutes(world, tmp_path, capsys):
     "Evaluated and saved when the time is up; what is left of it is what a training that goes on has"
     out = tmp_path/'run'
     begun = time.time()
-    train(world, out, epochs=None, minutes=.1)
+    train(world, out, epochs=None, minutes=.06)
     text = capsys.readouterr().out
-    assert 'of 0.1 minutes: train_loss' in text and 'of training in all' in text and '100000' not in text
+    assert 'of 0.06 minutes: train_loss' in text and 'of training in all' in text and '100000' not in text
     m = json.loads((out/'metrics.json').read_text())
     log = (out/'log.csv').read_text().splitlines()
-    assert m['minutes'] == .1 and m['curve'] and m['last']['AP'] is not None and m['pictures_seen'] == 2*m['curve'][-1]['updates']
+    assert m['minutes'] == .06 and m['curve'] and m['last']['AP'] is not None and m['pictures_seen'] == 2*m['curve'][-1]['updates']
     assert len(log) == m['epochs'] + 1 and all(o.count(',') == log[0].count(',') for o in log)
     assert {o.name for o in out.iterdir()} == {o.name for o in (world/'run').iterdir()}
     saved = torch.load(out/'resume.pt', weights_only=True)
     assert 0 < saved['cbs']['time_budget']['before'] < time.time() - begun
-    train(world, out, resume=True, minutes=.15)
+    train(world, out, resume=True, minutes=.1)
     again = json.loads((out/'metrics.json').read_text())
-    assert again['minutes'] == .15 and len(again['curve']) > len(m['curve']) and 'going on after' in capsys.readouterr().out
+    assert again['minutes'] == .1 and len(again['curve']) > len(m['curve']) and 'going on after' in capsys.readouterr().out
 
 
-def test_other_classes_and_queries(world, tmp_path, capsys):
+def test_other_classes_and_queries(world, tmp_path, capsys, blank):
     "In one command, from a folder of ours; it says what it kept"
     train(world, tmp_path/'run', epochs=1, queries=16)
     said = capsys.readouterr().out
@@ -665,7 +674,7 @@ def test_thresholds_are_kept(world, tmp_path):
     assert (next(detect(model, picture, min_score=None)).dets['scores'] >= .3).all()
 
 
-def test_small_sets_needs(world, tmp_path, capsys):
+def test_small_sets_needs(world, tmp_path, capsys, blank):
     "Mosaics, rare classes and patience, in one training, which goes on as it began"
     train(world, tmp_path/'run', epochs=9, lr=1e-9, patience=2, mosaic=1., rare=.9)
     said = capsys.readouterr().out
@@ -677,7 +686,7 @@ def test_small_sets_needs(world, tmp_path, capsys):
     bad(capsys, '--patience 0: a number from 1', train, world, tmp_path/'no', patience=0)
 
 
-def test_tiny_objects_get_a_warning(world, tmp_path, capsys):
+def test_tiny_objects_get_a_warning(world, tmp_path, capsys, blank):
     train(world, tmp_path/'run', epochs=1, size='16')
     err = capsys.readouterr().err
     assert re.search(r'warning: \d+% of the objects are smaller than 4 pixels .*; --size \d+ would do', err), err

@@ -7,6 +7,7 @@ from deqdet import cli
 from deqdet.commands.tracking import TRACKERS, trackers
 from deqdet.data import det_dls, synth_coco
 from deqdet.export import load_exported
+from deqdet.equilibrium import Settled
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.ops.errors import CommandError
@@ -14,7 +15,8 @@ from deqdet.predict import save_detector
 from test_using_hub import Hub, hub # a server that speaks as the hub does
 
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32, heads=4, groups=2,
-             points=(4,), out_points=8, hidden=64)
+             points=(4,), out_points=8, hidden=64,
+             strategy=Settled(steps=3, supervise=(1, 3), recompute=False))
 
 
 @pytest.fixture(scope='module')

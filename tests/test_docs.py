@@ -1,11 +1,13 @@
 "The input of the documentation is sound, and every kind of fault is caught where there is one"
-import os, re, subprocess, sys
+import os, re, sys, warnings
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 import pytest
 from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 import docs_check, render
 from deqdet.pages import _defined, public_names
+from forks import forked
 from docs_check import KINDS, Site, Text, faults, slug
 from readme import as_md, readme
 from run import copy_tree
@@ -42,15 +44,23 @@ def test_quarto_yml_repeats_settings(site):
     assert (web['repo-url'], web['site-url'], web['repo-branch'])==(cfg.git_url, cfg.doc_url, cfg.branch)
     assert site.yml['project']['output-dir']==cfg.doc_path.name
 
+def process(folder):
+    "Run all of nbdev's processors, execution included, as nbdev-docs runs them before it calls Quarto"
+    from nbdev import config
+    from nbdev.serve import proc_nbs
+    warnings.simplefilter('ignore')
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    config._load_toml = cache(config._load_toml) # it is read twice for each cell
+    proc_nbs(n_workers=0)
+
 @pytest.fixture(scope='module')
 def processed(tmp_path_factory):
-    "Folder of the notebooks after all of nbdev's processors, execution included, as nbdev-docs runs them before it calls Quarto"
+    "Folder of the notebooks after all processors"
     folder = tmp_path_factory.mktemp('project')
     copy_tree(ROOT, folder)
-    env = os.environ | {'PYTHONPATH': str(folder), 'PYTHONWARNINGS': 'ignore'}
-    res = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'],
-                         cwd=folder, env=env, capture_output=True, text=True)
-    assert res.returncode==0, res.stderr[-3000:]
+    code,out = forked(lambda: process(folder), timeout=900)
+    assert code==0, out[-3000:]
     return folder/'_proc'
 
 def test_nbdev_renders_every_page(site, processed):

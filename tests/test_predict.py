@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from deqdet.data import DataError, det_dls, load_image, synth_coco
+from deqdet.equilibrium import Settled
 from deqdet.families.adamixer import AdaMixer
 from deqdet.learner import det_learner
 from deqdet.model import Detector, Feed
@@ -15,7 +16,8 @@ from deqdet.zoo import create_detector
 
 SHAPES = ['disc', 'triangle', 'square', 'cross']
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32,
-             heads=4, groups=2, points=(4,), out_points=8, hidden=64)
+             heads=4, groups=2, points=(4,), out_points=8, hidden=64,
+             strategy=Settled(steps=3, supervise=(1, 3), recompute=False))
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,7 @@ from io import StringIO
 import numpy as np, pytest, torch
 from PIL import Image
 from deqdet.cli import deqdet_export
-from deqdet.export import Fixed, load_exported, to_int8
+from deqdet.export import Exported, Fixed, load_exported, record, to_int8
 from deqdet.model import Feed
 from deqdet.ops.errors import CommandError
 from deqdet.predict import predict
@@ -120,12 +120,12 @@ def test_faults_in_one_line(model, tmp_path):
 
 
 @pytest.mark.skipif(torch.__version__ < '2.7', reason='torch 2.6 cannot write the conditions on free sizes of this graph')
-def test_a_body_that_pads_by_size(tmp_path):
-    "EfficientNet's same padding is recorded as constants: seconds, and the detector's own results"
+def test_a_body_that_pads_by_size():
+    "EfficientNet's same padding is recorded as constants: seconds, and the detector's own results; files are tested above"
     torch.manual_seed(0)
     lite = create_detector('deqdet_lite', vocab=['a', 'b'], pretrained=False).eval()
     lite.feed = Feed(96, 128)
-    exported = load_exported(lite.export(tmp_path/'lite.pt2', steps=0))
+    exported = Exported(torch.no_grad()(record(lite, steps=0).module()), dict(classes='["a", "b"]', feed='{"short": 96, "long": 128}'))
     for hw in SIZES:
         if min(hw) > 32: agree(exported.predict(noise(*hw), min_score=0.), predict(lite, noise(*hw), min_score=0., steps=0))
     assert any(type(m).__name__ == 'Conv2dSame' for m in lite.modules()), 'the detector itself is left as it was'

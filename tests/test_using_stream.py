@@ -3,6 +3,7 @@ import gc, weakref
 import numpy as np, pytest, torch
 from PIL import Image
 from deqdet.data import DataError
+from deqdet.equilibrium import Settled
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.ops.errors import CommandError
@@ -10,7 +11,8 @@ from deqdet.predict import detect, find_pictures, predict
 from deqdet.using.stream import AHEAD, SUFFIXES
 
 SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=9, grid=(3, 3, .4), width=32,
-             heads=4, groups=2, points=(4,), out_points=8, hidden=64)
+             heads=4, groups=2, points=(4,), out_points=8, hidden=64,
+             strategy=Settled(steps=3, supervise=(1, 3), recompute=False))
 FLAT = dict(min_score=0., max_dets=5)
 
 
