@@ -260,15 +260,20 @@ def notebooks(root):
     def rank(p): return LONGEST.index(names[p]) if names[p] in LONGEST else len(LONGEST)
     return sorted(found, key=lambda p: (len(needs(root, p)), rank(p), p))
 
+def slowest(results, n=10):
+    "The slowest, with their seconds; those of a test include the fixtures that it was the first to need"
+    first = sorted(results, key=lambda r: -r.seconds)[:n]
+    return ', '.join(f"{r.name.removeprefix('nbs/').removeprefix('tests.')} {r.seconds:.0f} s" for r in first)
+
 def report(results):
-    "Print failures, skips, the slowest notebooks and the totals; the exit status"
+    "Print failures, skips, what was slowest and the totals; the exit status"
     for r in results:
         if r.status=='failed' and r.note: print(f'\n---- {r.name}\n{r.note}')
     print()
     for r in results:
         if r.status!='passed': print(f'{r.status}: {r.name}' + (f' ({r.note})' if r.status=='skipped' else ''))
-    slow = sorted((r for r in results if r.name.endswith('.ipynb')), key=lambda r:-r.seconds)[:5]
-    print('Slowest notebooks: ' + ', '.join(f'{Path(r.name).name} {r.seconds:.0f} s' for r in slow))
+    print('Slowest notebooks: ' + slowest([r for r in results if r.name.endswith('.ipynb')]))
+    print('Slowest tests: ' + slowest([r for r in results if '::' in r.name]))
     n = {s:sum(r.status==s for r in results) for s in ('passed','failed','skipped')}
     skipped = f", {n['skipped']} skipped" if n['skipped'] else ''
     print(f"{n['passed']} passed, {n['failed']} failed{skipped}", flush=True)

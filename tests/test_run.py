@@ -189,6 +189,12 @@ def test_last_line(capsys, statuses, last, code):
     assert report([Result(f'{i}.ipynb', s, 1.) for i,s in enumerate(statuses)])==code
     assert capsys.readouterr().out.splitlines()[-1]==last
 
+def test_what_was_slow_is_named(capsys):
+    report([Result(f'nbs/a/{i}.ipynb', 'passed', i) for i in range(12)] + [Result(f'tests.test_x::test_{i}', 'passed', i) for i in (3, 1, 2)])
+    pages,tests,_ = capsys.readouterr().out.splitlines()[-3:]
+    assert pages=='Slowest notebooks: ' + ', '.join(f'a/{i}.ipynb {i} s' for i in range(11, 1, -1))
+    assert tests=='Slowest tests: test_x::test_3 3 s, test_x::test_2 2 s, test_x::test_1 1 s'
+
 def test_copy_follows_git(tmp_path):
     src,dest = tmp_path/'src',tmp_path/'dest'
     src.mkdir()
