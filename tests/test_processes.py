@@ -247,5 +247,5 @@ def test_an_abandoned_loader_ends_with_the_process(tmp_path):
     path = synth_coco(tmp_path/'shapes', n_train=8, n_valid=2, size=64, seed=3)
     for f in (path/'images').glob('train_*'): f.write_bytes(f.read_bytes()[:200])
     cmd = [sys.executable, '-W', 'ignore', '-c', ABANDONED, path]
-    res = subprocess.run(cmd, capture_output=True, text=True, timeout=90)
+    res = subprocess.run(cmd, capture_output=True, text=True, timeout=300)
     assert res.returncode==0 and 'DataError' in res.stdout, res.stderr[-2000:]
