@@ -15,7 +15,7 @@ from torchvision.ops import box_convert
 from .ops.record import Record
 
 # %% ../nbs/01_boxes.ipynb #eea955dd
-_all_ = ['Record']
+_all_ = ['Record'] # base of the package's named tuples, exported again
 
 # %% ../nbs/01_boxes.ipynb #cecdf045
 def xyxy_to_cxcywh(
@@ -66,7 +66,7 @@ def move(
 def pairs(
     a: Tensor, # (...,N,4) boxes
     b: Tensor  # (...,M,4) boxes
-) -> tuple[Tensor, Tensor]: # (...,N,1,4) and (...,1,M,4): elementwise functions become pairwise
+) -> tuple[Tensor, Tensor]: # (...,N,1,4) and (...,1,M,4), which broadcast
     "Line up every box of `a` with every box of `b`"
     return a[..., :, None, :], b[..., None, :, :]
 
