@@ -73,15 +73,15 @@ def infer_resnet(
 class Layout:
     "Published names of our tensors"
     names: tuple    # (pattern, replacement) from our keys to theirs, applied in order
-    drop: tuple=()  # patterns of keys that we have no use for
+    drop: tuple=()  # patterns of keys that are not needed here
 
     def key(self, ours):
         "Their name of our key"
         return rename(ours, self.names)
 
-POSITIONS = r'\.relative_position_index$'                # computed from the window's size
+POSITIONS = r'\.relative_position_index$'                # timm computes them from the window's size
 LEFTOVER = r'bbox_head\.\d+\.instance_interactive_conv'  # of a parent class, unused
-COUNTERS = r'\.num_batches_tracked$'                     # of training
+COUNTERS = r'\.num_batches_tracked$'                     # counters of training
 
 # %% ../../nbs/checkpoints/01_layouts.ipynb #8add2558
 deqdet_layout = Layout(
@@ -143,7 +143,7 @@ def mmdet_names(
         (r'^pyramid\.body\.net\.', 'backbone.'))
 
 def _heads(to):
-    "Where the steps are: our prefix to theirs"
+    "Rules for the prefixes of the steps"
     return (
         (r'^decoder\.init\.', f'{to}0.'),
         (r'^decoder\.step\.', f'{to}1.'),

@@ -79,7 +79,7 @@ class Fault(NamedTuple):
     kind: str     # one of `KINDS`
     image_id: int
     det: dict     # the detection: id, category_id, bbox, score; None for a missed object
-    obj: dict     # the object that it is about: id, category_id, bbox; None for background
+    obj: dict     # the object that it refers to: id, category_id, bbox; None for background
     iou: float    # their overlap
     free: bool=False # True: with its class or box corrected, the detection would match the object
 
