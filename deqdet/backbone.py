@@ -45,7 +45,7 @@ STD = (58.395, 57.12, 57.375)    # their standard deviations
 def normalisation(
     net: nn.Module # timm network
 ) -> tuple[tuple, tuple]: # mean and deviation of red, green and blue, in 0..255
-    "Mean and deviation of the network's training images; ImageNet's if it has none"
+    "Mean and standard deviation of the network's training images; ImageNet's if it has none"
     config = getattr(net, 'pretrained_cfg', None) or {}
     if 'mean' not in config: return MEAN, STD
     mean = tuple(round(255*m, 6) for m in config['mean'])
@@ -124,7 +124,7 @@ class Body(nn.Module):
 # %% ../nbs/03_backbone.ipynb #0eb90f71
 @patch
 def frozen(self:Body) -> list[nn.Module]:
-    "The frozen parts"
+    "The parts that stay frozen"
     k = self.frozen_stages
     if k < 0: return []
     if None in self.stages:

@@ -91,7 +91,7 @@ class DetDataset:
 def sample(self:DetDataset,
     i # number of the image, 0..len-1
 ):    # image and `Target`
-    "Item `i`, or an error"
+    "Image and target `i`, through `tfm`; a file that cannot be read raises `DataError`"
     o = self.images[i]
     name = o['file_name'] # or the image itself
     hw = o.get('height'), o.get('width')

@@ -28,7 +28,7 @@ def to_original(
     boxes: Tensor, # (B,n,4) corners in pixels of the fed images
     scale: Tensor  # (B,2) fed size divided by original size, of x and of y
 ) -> Tensor:       # (B,n,4) corners in pixels of the original images
-    "Undo the resizing of images"
+    "Boxes in pixels of the original images"
     return boxes/torch.cat([scale, scale], -1)[:, None] # scale as (B,1,4)
 
 # %% ../nbs/10_model.ipynb #2d5044ae
@@ -226,7 +226,7 @@ class Blueprint:
     def loss(self): return SetLoss()
 
     def build(self, pretrained=False, vocab=None):
-        "A `Detector`"
+        "The `Detector` with these hyper-parameters"
         return Detector(self.pyramid(pretrained), self.queries(), self.decoder(), self, vocab,
                         self.layout)
 
@@ -303,7 +303,7 @@ def save_pretrained(self:Detector,
 def from_pretrained(cls:Detector,
     folder # what `save_pretrained` wrote
 ): # the detector, in evaluation mode
-    "Read a detector"
+    "The detector that a folder holds"
     folder = Path(folder)
     config = (folder/'config.json').read_bytes()
     with blame(f'{folder}: unreadable detector', Exception): # a damaged file may raise any error

@@ -120,7 +120,7 @@ class _Book:
 
     @torch.no_grad()
     def look(self, z, fz):
-        "Record the residuals"
+        "Record the residuals, and which rows have settled"
         res = self.measure(z, fz)
         if self.by_query: res = self.hold(take(self.last, self.rows), res)
         if self.tol > 0:

@@ -76,7 +76,7 @@ class Layout:
     drop: tuple=()  # patterns of keys that are not needed here
 
     def key(self, ours):
-        "Their name of our key"
+        "The published name of a key of this package"
         return rename(ours, self.names)
 
 POSITIONS = r'\.relative_position_index$'                # timm computes them from the window's size
@@ -125,7 +125,7 @@ def mmdet_names(
     cls_layers: int=1, # hidden layers of the class tower
     reg_layers: int=3  # hidden layers of the box tower
 ) -> tuple:            # (pattern, replacement), in order
-    "From our keys to mmdetection's"
+    "Rules from our keys to mmdetection's"
     conv = 'instance_interactive_conv'
     inside = _inside_a_step({
         f'cls.{3*cls_layers}': 'fc_cls.', f'reg.{3*reg_layers}': 'fc_reg.',
@@ -158,7 +158,7 @@ def detectron2_names(
     cls_layers: int=1, # hidden layers of the class tower
     reg_layers: int=3  # hidden layers of the box tower
 ) -> tuple:            # (pattern, replacement), in order
-    "From our keys to those of the original repository"
+    "Rules from our keys to those of the original repository"
     inside = _inside_a_step({
         f'cls.{3*cls_layers}': 'class_logits.', f'reg.{3*reg_layers}': 'bboxes_delta.',
         'cls': 'cls_module.', 'reg': 'reg_module.',
