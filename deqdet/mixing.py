@@ -85,7 +85,7 @@ def ends(
     low = x.floor()
     part = x - low
     cell = torch.stack([low, low+1])
-    at = cell.clamp(min=0).clamp(max=n-1) # where it differs, the cell lies outside
+    at = cell.clamp(min=0).clamp(max=n-1) # differs from `cell` where that lies outside
     return at, torch.where(at==cell, torch.stack([1-part, part]), 0.)
 
 # %% ../nbs/04_mixing.ipynb #ff8a5704

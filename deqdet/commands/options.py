@@ -76,7 +76,7 @@ def with_epochs(
     o,      # options, complete
     batches # in an epoch of each process
 ) -> dict:  # options with `epochs` or `minutes`
-    "The options, with a number of epochs if no length is given"
+    "The options, with a number of epochs if neither epochs nor minutes are given"
     if 'epochs' in o or 'minutes' in o: return o
     return o | dict(epochs=recipes[o['recipe']].epochs_for(batches//o['accumulate']))
 
