@@ -39,7 +39,7 @@ def fold(
     *inputs # what it is called with
 ):          # the same module
     "The module with each BatchNorm in the convolution before it"
-    rest = {} # BatchNorm -> what else it does
+    rest = {} # BatchNorm -> its other operations
     for conv,norm in followed(net, *inputs):
         conv.weight,conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean,
             norm.running_var, norm.eps, norm.weight, norm.bias)

@@ -34,7 +34,7 @@ def warn_if_tiny(
     feed,    # `Feed`
     stride=4 # of the finest features, in pixels
 ):
-    "Warn where more than a tenth of the objects is smaller than a stride"
+    "Warns if more than a tenth of the objects is smaller than a stride"
     sides = fed_sides(ds, feed)
     share = (sides < stride).float().mean().item() if len(sides) else 0.
     if share <= .1: return
