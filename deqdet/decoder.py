@@ -95,7 +95,7 @@ def position_embedding(
     width: int    # D: length of the embedding, a multiple of 8
 ) -> Tensor:      # (B,N,D)
     "Sines and cosines of the four numbers of each position"
-    p = xyzr/xyzr.new_tensor([1000,1000,1,1])
+    p = torch.cat([xyzr[..., :2]/1000, xyzr[..., 2:]], -1)
     i = torch.arange(width//8, device=p.device, dtype=p.dtype)
     angle = p[..., None]*10000**(-2*i/(width//4))                    # (B,N,4,D/8)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-3)
