@@ -15,9 +15,10 @@ from pathlib import Path
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import get_model, rank_distrib
+from .commands.options import ( # some are imported from here
+    DIETS, MAY_CHANGE, Diet, complete_options, has_start, loaders, recipe_and_feed)
 from .commands.options import (
-    DIETS, MAY_CHANGE, Diet, complete_options, has_start, loaders, recipe_and_feed,
-    resumed_options, saved_options, start_detector, with_epochs) # some are imported from here
+    resumed_options, saved_options, start_detector, with_enough_queries, with_epochs)
 from .commands.tracking import trackers
 from .learner import (CSVLog, EMA, MANY, NonFinite, Resume, Stop, TimeBudget, det_learner)
 from .model import Feed
@@ -26,7 +27,7 @@ from .ops.files import finite, write_json
 from .ops.machine import duration, machine # `duration` is imported from here
 from .predict import detect, load_detector, save_detector, save_figure
 from .sets.mosaic import Mosaic
-from .sets.sizes import warn_if_tiny
+from .sets.sizes import warn_if_crowded, warn_if_tiny
 from .training.callbacks import Patience
 from .training.lines import EpochLines
 from .training.processes import lost_process
@@ -90,6 +91,11 @@ def _callbacks(o, folder, resume):
     cbs += [cb(o[k]) for k,cb in asked.items() if o.get(k)]
     return cbs + trackers(o.get('track'), folder, o)
 
+def _warn(ds, model):
+    "Warn of objects that the detector cannot find"
+    warn_if_tiny(ds, model.feed)
+    warn_if_crowded(ds, model.hyper.n_queries)
+
 def make_learner(
     o,      # options, complete
     folder, # of the training
@@ -98,13 +104,15 @@ def make_learner(
     "A learner from options, whose callbacks write the folder"
     with blame(f"--size {o['size']}", ValueError): feed = Feed.parse(o['size'])
     dls = loaders(o, feed)
-    if not resume: warn_if_tiny(dls.train_ds, feed)
+    if not resume: o = with_enough_queries(o, dls.train_ds)
     torch.manual_seed(o['seed'])
     model = start_detector(o['model'], dls.vocab, o.get('pretrained'), o.get('queries'))
     model.feed = feed
+    if not resume: _warn(dls.train_ds, model)
     learn = det_learner(dls, model, o['recipe'], o.get('lr'), o.get('wd'), path=folder,
                         cbs=_callbacks(o, folder, resume), accumulate=o['accumulate'],
                         amp=o.get('amp'))
+    learn.options = o
     if sys.stdout.isatty() and 'minutes' not in o: return learn
     return learn.remove_cb(ProgressCallback).add_cb(EpochLines())
 
@@ -116,7 +124,8 @@ def draw_training(
 ):
     "Write `curves.png` and `predictions.png`"
     log = read_log(folder/'log.csv')
-    if log['AP'].notna().any(): log = log[log['AP'].notna()] # with `minutes`, only some epochs are evaluated
+    evaluated = log['AP'].notna() # with `minutes`, only some epochs are
+    if evaluated.any(): log = log[evaluated]
     save_figure(plot_training(log)[0].figure, folder/'curves.png')
     ids = {ds.folder/o['file_name']: o['id'] for o in ds.coco['images'][:n]}
     found = detect(load_detector(folder), list(ids))
@@ -214,7 +223,7 @@ def train(
     o = complete_options(options, PROCESSES)
     folder = Path(folder)
     learn = make_learner(o, folder, resume)
-    o = learn.options = with_epochs(o, math.ceil(len(learn.dls.train)/PROCESSES))
+    o = learn.options = with_epochs(learn.options, math.ceil(len(learn.dls.train)/PROCESSES))
     make_folder(folder)
     _configure(learn, o, folder, resume)
     with resumable(o, folder) as how: _fit(learn, o, begun)

@@ -54,7 +54,7 @@ class TopDown(nn.Module):
 def box_levels(
     boxes: Tensor,    # (...,4) xyxy in pixels
     n: int=4,         # number of levels
-    finest: float=56. # boxes below twice this side, in pixels, are read from the finest level
+    finest: float=56. # boxes below twice this side are read from the finest level
 ) -> Tensor:          # (...) level in 0..n-1
     "The pyramid level that each box is read from"
     side = area(boxes).clamp(min=0).sqrt()
@@ -141,7 +141,7 @@ class SparseStep(nn.Module):
         layers=(1,3),        # hidden layers of the class tower, and of the box tower
         size: int=7,         # cells on a side
         ratio: int=2,        # points along each side of a cell
-        finest: float=56.,   # boxes below twice this side, in pixels, are read from the finest level
+        finest: float=56.,   # boxes below twice this side are read from the finest level
         stds=(.5,.5,1.,1.),  # scale of the four numbers that move a box
         limit: float=1000/16 # a side changes at most by this factor
     ):
@@ -184,7 +184,7 @@ class SparseRCNN(Family):
     reg_layers: int=3         # hidden layers of the box tower
     roi: int=7                # cells on a side of a box
     ratio: int=2              # points along each side of a cell
-    finest: float=56.         # boxes below twice this side, in pixels, are read from the finest level
+    finest: float=56.         # boxes below twice this side are read from the finest level
     stds: tuple=(.5,.5,1.,1.) # scale of the four numbers that move a box
     limit: float=1000/16      # a side changes at most by this factor
     strategy: object=Stacked(6) # how steps are combined
