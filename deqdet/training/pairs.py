@@ -67,7 +67,7 @@ def warm_state(
     model,  # `Detector` whose decoder is an equilibrium
     frames, # (B,3,H,W), the earlier ones
     sizes,  # (B,2) height and width without padding
-    fresh,  # state (B,N) of g on the images; None: all queries go on
+    fresh,  # state (B,N) of g on the images; None: no query starts there
     take=.4 # score from which a query holds an object
 ):          # state
     "The state from which the queries start on the images that follow"
