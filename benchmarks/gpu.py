@@ -61,9 +61,9 @@ def tf32(f):
 
 
 def forms(o, name, f):
-    "The function as it is, and in the other precisions of the device"
+    "The function as it is, and in other precisions; TF32 would be compiled once more"
     found = {name: f, f'{name}, bf16': half(f, o.device)}
-    if o.device.type=='cuda': found[f'{name}, tf32'] = tf32(f)
+    if o.device.type=='cuda' and name!='compiled': found[f'{name}, tf32'] = tf32(f)
     return found
 
 
@@ -231,7 +231,7 @@ def pictures(o, n):
     "A batch as the loader makes it, in memory that the device can copy from; sizes on the device"
     images = torch.randint(0, 256, (n, *o.padded, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     sizes = torch.tensor([[o.height, o.across]]*n, device=o.device)
-    return (images if o.device.type=='cpu' else images.pin_memory()), sizes
+    return (images.pin_memory() if o.device.type in ('cuda','xpu') else images), sizes
 
 
 def solve(o):
@@ -303,13 +303,12 @@ def train(o, n):
     kept = Equilibrium(d.init, d.step, plan=replace(d.plan, recompute=False))
     nets = {'plain': plain(model)} if n <= o.plain_up_to else {}
     nets |= {'ours': model, 'nothing recomputed': Detector(model.pyramid, model.queries, kept)}
-    if o.backend: nets['compiled'] = compiled(o, model)
+    if o.backend and n==max(numbers(o.train_batches)): nets['compiled'] = compiled(o, model)
     ways = {}
     for k,net in nets.items():
         opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-6)
         go = partial(update, net.train(), model.hyper.loss(), batch, opt, o.device)
-        ways |= {k: go(), f'{k}, bf16': go(bf16=True)}
-        if o.device.type=='cuda': ways[f'{k}, tf32'] = tf32(ways[k])
+        ways |= forms(o, k, go()) | {f'{k}, bf16': go(bf16=True)} # backward outside autocast
     rows, _ = measured(o, ways, n, graphs=False)
     return dict(ways=rows, gflop=sum(f for f,_ in operations(ways['ours']))/1e9/n)
 
@@ -335,9 +334,11 @@ def finetune(o):
                 whole_seconds=time.monotonic() - begun)
 
 
+def numbers(text): return [int(n) for n in text.split(',') if n]
+
+
 def parts(o):
     "For each part by name what measures it"
-    def numbers(text): return [int(n) for n in text.split(',') if n]
     found = dict(ceilings=ceilings, step=step, solve=solve)
     found |= {f'image, {n}': partial(image, n=n) for n in numbers(o.batches)}
     found |= {f'train, {n}': partial(train, n=n) for n in numbers(o.train_batches)}
