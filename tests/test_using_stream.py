@@ -7,6 +7,7 @@ from deqdet.equilibrium import Settled
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.ops.errors import CommandError
+from deqdet.ops.folding import folded
 from deqdet.predict import detect, find_pictures, predict
 from deqdet.using.stream import AHEAD, SUFFIXES
 
@@ -180,3 +181,4 @@ def test_a_box_for_each_query():
     wide.feed = Feed(64, 64)
     counts = [len(predict(wide, noise(48, 64), 0., **o).scores) for o in ({}, dict(max_dets=7), dict(max_dets=100))]
     assert counts == [121, 7, 100]
+    assert len(predict(folded(wide), noise(48, 64), 0.).scores) == 121

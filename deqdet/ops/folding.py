@@ -56,6 +56,7 @@ def folded(
     "The detector with each BatchNorm of its body in the convolution before it"
     model = deepcopy(model).eval()
     model.n_classes = model.hyper.n_classes
+    model.n_queries = model.hyper.n_queries
     model.hyper = None # its weights have other names, so no folder could rebuild it
     pyramid = model.pyramid
     side = 2*max(pyramid.strides)

@@ -139,8 +139,8 @@ def check_max_dets(
                            f'({n} queries x {k} classes)')
 def _most_dets(model):
     "100, or the number of queries of a detector that has more"
-    hyper = getattr(model, 'hyper', None)
-    return max(100, getattr(hyper, 'n_queries', 0))
+    known = getattr(model, 'hyper', None) or model # a folded detector has no record
+    return max(100, getattr(known, 'n_queries', 0))
 
 
 # %% ../../nbs/using/04_stream.ipynb #6fa29c8d
