@@ -28,7 +28,7 @@ def commit():
 
 
 def _seconds(f, clock):
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    sync = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     sync(); start = clock()
     f()
     sync(); return clock() - start

@@ -27,14 +27,16 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from deqdet.backbone import create_body
 from deqdet.data import det_dls
 from deqdet.evaluate import coco_ap
+from deqdet.families.adopt import with_queries
 from deqdet.loss import SetLoss
 from deqdet.ops.files import finite
 from deqdet.sets.augment import recipe_1x, recipe_small
+from deqdet.sets.sizes import queries_for
 from deqdet.training.denoise import denoising_loss
 from deqdet.training.minutes import clock_factor
 from deqdet.training.optim import Muon
 from deqdet.training.quality import with_overlap
-from deqdet.zoo import create_detector
+from deqdet.zoo import create_detector, published
 from common import commit, machine, parser
 
 STEPS = 1, 2, 3, 5, 10, 20, 40 # at which AP is measured
@@ -50,7 +52,8 @@ class Ours:
 
     def __init__(self, name, vocab, args, start=True, denoise=True, overlap=True, **overrides):
         self.denoise = denoise
-        self.net = create_detector(name, vocab=vocab, pretrained=True, start=start, frozen_stages=args.frozen, **overrides)
+        changes = dict(frozen_stages=args.frozen, **queries(name, args.queries)) | overrides
+        self.net = create_detector(name, vocab=vocab, pretrained=True, start=start, **changes)
         self.criterion = with_overlap(SetLoss()) if overlap else SetLoss()
 
     def loss(self, images, sizes, target):
@@ -61,6 +64,14 @@ class Ours:
         return loss + denoising_loss(self.net, feats, sizes, target, loss=self.criterion)
 
     def detect(self, images, sizes, target, **kwargs): return self.net.predict(images, sizes, orig=target.orig, **kwargs)
+
+
+def queries(name, n):
+    "Fields of a record with `n` queries, where that is more than it has"
+    hyper = published(name).hyper
+    if n <= hyper.n_queries: return {}
+    more = with_queries(hyper, n)
+    return dict(n_queries=more.n_queries, grid=more.grid)
 
 
 class FPN(nn.Module):
@@ -232,11 +243,13 @@ def run(args):
         folder = Path(os.environ['DEQDET_DATA'])/args.set
         tfms = recipe_small(args.size), recipe_1x(False, args.size, args.size)
         dls = det_dls(folder, bs=args.bs, tfms=tfms, val_bs=8, num_workers=0, seed=args.seed)
+    args.queries = args.queries or queries_for(dls.train_ds)
     detector = KINDS[args.kind](list(dls.vocab), args=args)
     n, average = train(detector, dls, args)
     entry = dict(cell(args), updates_made=n, epochs=n/len(dls.train), lr=args.lr, size=args.size, bs=args.bs)
     entry |= measure(detector, dls, average)
     if average.curve: entry['by_epochs'] = average.curve
+    if isinstance(detector, Ours): entry['queries'] = detector.net.hyper.n_queries
     entry |= dict(parameters=sum(p.numel() for p in detector.net.parameters()), commit=commit(), machine=machine())
     return entry
 
@@ -278,7 +291,7 @@ def run_all(args):
 def main(**defaults):
     "Run what the command line says; keywords are other defaults"
     p = parser(__doc__, **dict(set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
-               size=320, bs=4, seeds=1, curve='', sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
+               size=320, bs=4, queries=0, seeds=1, curve='', sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()
     if args.all: return run_all(args)

@@ -9,7 +9,8 @@ Both are trained by `own_data.py`'s loop for the same minutes of one core, and k
     python benchmarks/peers.py --measure ap --ours runs/cards_lite --fcos runs/cards_fcos.pt --onnx runs/onnx --out nbs/results/peers_ap.json
 
 The folder `--onnx` keeps exported files, one for each detector and number of steps; what is missing there is exported first.
-AP that stands in the file is not measured again. `--measure parts` tells where the time of one of our images goes,
+`--others rtdetr=runs/cards_rtdetr.pt` adds further detectors that were trained and kept so, of torchvision or, by
+`transformers_peer.py`, of transformers. AP that stands in the file is not measured again. `--measure parts` tells where the time of one of our images goes,
 `--measure memory` the peak of a fresh process for each way. `--untrained retinanet,faster_rcnn,ssdlite` adds torchvision's other detectors on the
 same body and pyramid without training: they find nothing, so suppression of duplicates is not in their times.
 
@@ -29,10 +30,11 @@ from deqdet.predict import load_detector, save_detector
 from deqdet.sets.augment import recipe_1x, recipe_small
 from coco_size import peak, resident
 from common import alternate, parser, report
-from own_data import FPN, KINDS, Peer, ap, train
+from own_data import FPN, KINDS, Ours, Peer, ap, train
+from transformers_peer import RATES
 
 FORMS = 'bf16', 'folded', 'folded bf16', 'compiled', 'onnxruntime'
-TRAINING = dict(seed=0, opt='muon', lr=2.5e-3, body_lr=.1, updates=0, frozen=3, wd=.1, ema=.99, curve='') # as `own_data.py` has them
+TRAINING = dict(seed=0, queries=0, opt='muon', lr=2.5e-3, body_lr=.1, updates=0, frozen=3, wd=.1, ema=.99, curve='') # as `own_data.py` has them
 
 
 def loaders(args, bs):
@@ -45,14 +47,15 @@ def loaders(args, bs):
 
 def trained(args):
     "Train one detector, and write the average of its weights"
-    o = argparse.Namespace(**vars(args) | TRAINING | dict(class_lr=4. if 'lite' in args.train else 1.))
+    rates = dict(class_lr=4. if 'lite' in args.train else 1.) | RATES.get(args.train, {})
+    o = argparse.Namespace(**vars(args) | TRAINING | rates)
     torch.manual_seed(o.seed)
     dls = loaders(o, 4)
     detector = KINDS[o.train](list(dls.vocab), args=o)
     n, average = train(detector, dls, o)
     average.swap()
     net = detector.net.eval()
-    if isinstance(detector, Peer): return n, torch.save(dict(weights=net.state_dict(), vocab=list(dls.vocab)), o.save)
+    if not isinstance(detector, Ours): return n, torch.save(dict(weights=net.state_dict(), vocab=list(dls.vocab)), o.save)
     net.feed = Feed(o.size, o.size)
     return n, save_detector(net, o.save)
 
@@ -74,10 +77,10 @@ class Half:
         with torch.autocast('cpu', torch.bfloat16): return self.inner.detect(*batch)
 
 
-def fcos(file, args):
-    "The peer that was kept"
+def kept_peer(kind, file, args):
+    "A peer that was kept"
     held = torch.load(file, weights_only=True)
-    peer = Peer('fcos', held['vocab'], argparse.Namespace(size=args.size, frozen=3))
+    peer = KINDS[kind](held['vocab'], args=argparse.Namespace(size=args.size, frozen=3))
     peer.net.load_state_dict(held['weights'])
     peer.net.eval()
     return peer
@@ -169,7 +172,7 @@ def exported(model, folder, steps):
 def ways(args, vocab):
     "For each way by name what makes it; the first one is the peer"
     model = cache(lambda: load_detector(args.ours, device='cpu'))
-    peer = cache(lambda: fcos(args.fcos, args))
+    peer = cache(lambda: kept_peer('fcos', args.fcos, args))
     small = cache(lambda: folded(model()))
     fast = cache(lambda: load_detector(args.ours, device='cpu').compile())
     theirs = {'': peer, 'bf16': lambda: Half(peer()), 'folded': lambda: folded_peer(peer()), 'folded bf16': lambda: Half(folded_peer(peer())),
@@ -180,6 +183,10 @@ def ways(args, vocab):
     steps = {k: split(args.onnx_steps if k=='onnxruntime' else args.form_steps) for k in split(args.forms)}
     makers = {f'FCOS{", "*bool(k)}{k}': theirs[k] for k in ['', *split(args.peer_forms)]}
     makers |= {k: partial(untrained, k, vocab, args) for k in split(args.untrained)}
+    for kind, file in (o.split('=') for o in split(args.others)):
+        other = cache(partial(kept_peer, kind, file, args))
+        makers[kind] = other
+        if 'bf16' in split(args.peer_forms): makers[f'{kind}, bf16'] = lambda other=other: Half(other())
     makers |= {f'lite, T={t}': partial(ours[''], int(t)) for t in split(args.steps)}
     makers |= {f'lite, tol={t}': partial(lambda t: Kept(model(), tol=t), float(t)) for t in split(args.tols)}
     return makers | {f'lite, T={t}, {k}': partial(ours[k], int(t)) for k in steps for t in steps[k]}
@@ -250,7 +257,7 @@ def measured(args, about):
 
 
 def main():
-    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., measure='ms', train='', save='', ours='', fcos='', images=16, steps='1,2,3,5', tols='0.2', form_steps='2,3', onnx_steps='2,3', untrained='', only='', onnx='runs/onnx', forms=','.join(FORMS), peer_forms=','.join(FORMS)).parse_args()
+    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., measure='ms', train='', save='', ours='', fcos='', images=16, steps='1,2,3,5', tols='0.2', form_steps='2,3', onnx_steps='2,3', untrained='', others='', only='', onnx='runs/onnx', forms=','.join(FORMS), peer_forms=','.join(FORMS)).parse_args()
     torch.set_num_threads(args.threads)
     if args.train: print(f'{args.save}: {trained(args)[0]} updates')
     else: measured(args, dict(set=args.set, size=args.size, images=args.images))

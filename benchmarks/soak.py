@@ -6,11 +6,40 @@ training survives, so that one process lives long enough for a line through its 
 
     python benchmarks/soak.py --minutes 60 --out soak.json
 
+Memory is resident memory (`MB`), the part of it that is no file (`anonymous`), what malloc has given out (`in_use`) and
+holds free (`free`), and Python's small blocks (`blocks`). Only a growth of `in_use` or `blocks` is kept by the program.
+
 The disk is a tmpfs of `--disk` MB where mounting is allowed (as root on Linux); elsewhere that fault is left out."""
-import argparse, atexit, os, random, shutil, signal, struct, subprocess, sys, tempfile, time, traceback
+import argparse, atexit, ctypes, os, random, shutil, signal, struct, subprocess, sys, tempfile, time, traceback
 from pathlib import Path
 
-PLACES = struct.Struct('qq') # updates at the start of this process, and now
+PLACES = struct.Struct('qq5q') # updates at the start of this process, and now; what it holds
+GAUGES = 'MB', 'anonymous', 'in_use', 'free', 'blocks' # columns of the memory
+
+
+# ---- what a process holds
+
+class _Mallinfo(ctypes.Structure):
+    "What glibc tells about its heaps, in bytes"
+    _fields_ = [(k, ctypes.c_size_t) for k in ('arena', 'ordblks', 'smblks', 'hblks', 'hblkhd', 'usmblks',
+                                               'fsmblks', 'uordblks', 'fordblks', 'keepcost')]
+
+def _asker():
+    "glibc's `mallinfo2`, or None elsewhere"
+    f = getattr(ctypes.CDLL(None), 'mallinfo2', None)
+    if f: f.restype = _Mallinfo
+    return f
+
+def resident():
+    "Bytes in memory, and those of them that are no file"
+    lines = Path('/proc/self/status').read_text().splitlines()
+    kb = {k: int(v.split()[0]) for k,_,v in (o.partition(':') for o in lines) if k in ('VmRSS', 'RssAnon')}
+    return 1024*kb['VmRSS'], 1024*kb['RssAnon']
+
+def held(ask=_asker()):
+    "What this process holds, in the order of `GAUGES`: bytes, and small blocks of Python"
+    m = ask() if ask else _Mallinfo()
+    return *resident(), m.uordblks + m.hblkhd, m.fordblks, sys.getallocatedblocks()
 
 
 # ---- the training: the usual command, which also writes its updates where the harness reads them
@@ -27,7 +56,7 @@ def train(progress, options):
         def before_batch(self):
             if self.start is None: self.start = self.train_iter
         def after_batch(self):
-            if self.training: os.pwrite(self.file, PLACES.pack(self.start, self.train_iter), 0)
+            if self.training: os.pwrite(self.file, PLACES.pack(self.start, self.train_iter, *held()), 0)
     plain = runs._callbacks
     runs._callbacks = lambda *args: plain(*args) + [Progress()]
     try: cli.deqdet_train(**options)
@@ -67,7 +96,8 @@ class Life:
     @property
     def made(self):
         "Updates of this process"
-        return self.places[1]-self.places[0] if self.places else 0
+        places = self.places
+        return places[1]-places[0] if places else 0
 
     def alive(self):
         if self.status is None:
@@ -214,15 +244,16 @@ class Soak:
         self.rough = (1-calm)*self.seconds
         self.lives = []
         self.faults = []
-        self.memory = [] # of (process, seconds, updates, MB)
+        self.memory = [] # of (process, seconds, updates, *GAUGES)
 
     def now(self): return time.monotonic()-self.begun
 
     def sample(self, life):
         "Note the memory of the process that trains"
-        if life.alive() and life.places:
-            mb = int(stat_of(life.pid)[21])*os.sysconf('SC_PAGE_SIZE')/1e6
-            self.memory.append((life.number, round(self.now(), 1), life.places[1], round(mb, 3)))
+        if not (life.alive() and life.places): return
+        _,n,*sizes,blocks = life.places # as they were after its last update
+        mb = [round(o/1e6, 3) for o in sizes]
+        self.memory.append((life.number, round(self.now(), 1), n, *mb, blocks))
 
     def watch(self, life, seconds):
         "Let it train for a while"
@@ -260,7 +291,7 @@ class Soak:
         "What an ended process did"
         left,seconds = rest(life.pid)
         for pid in left: os.kill(pid, signal.SIGKILL)
-        start,end = life.places or (None, None)
+        start,end = life.places[:2] if life.places else (None, None)
         self.lives.append(dict(
             start=start, end=end, by=how, status=life.status, said=life.last_words(), left=len(left),
             last_process_ended_after=round(seconds, 1)))
@@ -298,18 +329,26 @@ def line(points):
     rest = sum((y-my-slope*(x-mx))**2 for x,y in points)
     return slope, (rest/max(n-2, 1)/sxx)**.5
 
-def growth(memory, warmup):
-    "MB an hour and MB per 1000 updates of the process that lived longest, after its first seconds"
+def late_part(memory, warmup):
+    "(seconds, updates, *gauges) of the process that lived longest, after its first seconds"
     lives = {}
-    for k,t,updates,mb in memory: lives.setdefault(k, []).append((t, updates, mb))
-    if not lives: return None
+    for k,*rest in memory: lives.setdefault(k, []).append(rest)
+    if not lives: return []
     longest = max(lives.values(), key=lambda o: o[-1][0]-o[0][0])
-    late = [o for o in longest if o[0] > longest[0][0]+warmup]
+    return [o for o in longest if o[0] > longest[0][0]+warmup]
+
+def growth(memory, warmup):
+    "MB an hour and MB per 1000 updates of that process; of each gauge per 1000 updates"
+    late = late_part(memory, warmup)
     if len(late) < 10: return None
-    slope,error = line([(t/3600, mb) for t,_,mb in late])
-    by_update,_ = line([(n/1000, mb) for _,n,mb in late])
-    return dict(mb_an_hour=round(slope, 2), error=round(error, 2), mb_per_1000_updates=round(by_update, 3),
-                minutes=round((late[-1][0]-late[0][0])/60, 1), updates=late[-1][1]-late[0][1], mb=round(late[-1][2]))
+    slope,error = line([(o[0]/3600, o[2]) for o in late])
+    by_update = {}
+    for i,k in enumerate(GAUGES[:len(late[0])-2]):
+        found = line([(o[1]/1000, o[2+i]) for o in late])
+        by_update[k] = [round(v, 3) for v in found] # with its standard error
+    return dict(mb_an_hour=round(slope, 2), error=round(error, 2), mb_per_1000_updates=by_update['MB'][0],
+                per_1000_updates=by_update, minutes=round((late[-1][0]-late[0][0])/60, 1),
+                updates=late[-1][1]-late[0][1], mb=round(late[-1][2]))
 
 def faulty(soak):
     "What went wrong, as lines"
@@ -336,7 +375,7 @@ def summary(soak, warmup):
                 most_updates_lost=most, left_behind=sum(o['left'] for o in soak.lives),
                 last_loader_ended_after=max(o['last_process_ended_after'] for o in soak.lives),
                 memory=growth(soak.memory, warmup), wrong=faulty(soak), lives=soak.lives, events=soak.faults,
-                samples=soak.memory[::max(1, len(soak.memory)//400)])
+                samples=soak.memory[::max(1, -(-len(soak.memory)//400))])
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])

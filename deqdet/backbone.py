@@ -30,7 +30,7 @@ _all_ = ['read_weights', 'load_timm', 'pretrained_net']
 STRIDES = (4, 8, 16, 32) # pixels per cell, in x and in y, of the four levels
 
 def four_levels(
-    found: list[int] # stride of each level that a network has to offer
+    found: list[int] # stride of each level of a network
 ) -> list[int]:      # (4) index of the levels at strides 4, 8, 16, 32
     "Indices of the detector's four levels among those of a network"
     missing = [s for s in STRIDES if s not in found]
@@ -40,12 +40,12 @@ def four_levels(
 
 # %% ../nbs/03_backbone.ipynb #b1a0c3d7
 MEAN = (123.675, 116.28, 103.53) # ImageNet's red, green and blue, in 0..255
-STD = (58.395, 57.12, 57.375)    # their deviations
+STD = (58.395, 57.12, 57.375)    # their standard deviations
 
 def normalisation(
     net: nn.Module # timm network
 ) -> tuple[tuple, tuple]: # mean and deviation of red, green and blue, in 0..255
-    "Mean and deviation of the network's training images; ImageNet's if it has none"
+    "Mean and standard deviation of the network's training images; ImageNet's if it has none"
     config = getattr(net, 'pretrained_cfg', None) or {}
     if 'mean' not in config: return MEAN, STD
     mean = tuple(round(255*m, 6) for m in config['mean'])
@@ -64,8 +64,8 @@ def freeze(
 def stage_name(
     net: nn.Module, # timm feature extractor
     name: str       # module that ends a level, under its name in the whole network: 'layers.0'
-) -> str|None:      # its name in the extractor: 'layers_0'; None: it is not there
-    "The name in an extractor of a module of the whole network"
+) -> str|None:      # its name in the extractor: 'layers_0'; None if there is none
+    "The name that a module of the whole network has in a feature extractor"
     names = dict(net.named_modules())
     candidates = (name, name.replace('.', '_', 1), f'model.{name}')
     return next((c for c in candidates if c in names), None)
@@ -87,7 +87,7 @@ class Body(nn.Module):
     "Four channels-first levels, at strides 4, 8, 16 and 32, from a timm feature extractor"
     def __init__(self,
         net: nn.Module,             # timm model made with `features_only=True`
-        frozen_stages: int=-1,      # freeze the stem (0) and so many stages (1..4); -1: nothing
+        frozen_stages: int=-1,      # 0: freeze the stem; 1..4: and that many stages; -1: nothing
         norm_eval: bool=False,      # keep every BatchNorm on its stored statistics
         out_norm: bool|None=None    # a LayerNorm per level; None: where `net` is channels-last
     ):
@@ -124,7 +124,7 @@ class Body(nn.Module):
 # %% ../nbs/03_backbone.ipynb #0eb90f71
 @patch
 def frozen(self:Body) -> list[nn.Module]:
-    "The frozen parts"
+    "The parts that stay frozen"
     k = self.frozen_stages
     if k < 0: return []
     if None in self.stages:
@@ -136,9 +136,9 @@ def frozen(self:Body) -> list[nn.Module]:
 
 @patch
 def train(self:Body,
-    mode=True # training mode?
+    mode=True # True: training mode; False: evaluation mode
 ):
-    "As `nn.Module.train`, except that frozen parts stay frozen"
+    "This module in training mode, or not; frozen parts stay frozen"
     nn.Module.train(self, mode)
     for m in self.frozen(): freeze(m)
     if self.norm_eval:
@@ -168,9 +168,9 @@ def pad_first(
 def create_body(
     name: str,                        # timm name, such as 'resnet50.tv_in1k'
     pretrained: bool|str|Path=False,  # True: package or hub; a path: that file
-    frozen_stages: int=1,             # freeze the stem (0) and so many stages (1..4); -1: nothing
+    frozen_stages: int=1,             # 0: freeze the stem; 1..4: and that many stages; -1: nothing
     norm_eval: bool=True,             # keep every BatchNorm on its stored statistics
-    drop_path: float|None=0.,         # chance of skipping the last block; None: not passed
+    drop_path: float|None=0.,         # probability of skipping the last block; None: not passed to timm
     out_norm: bool|None=None,         # a LayerNorm per level; None: where channels are last
     **kwargs                          # for the network itself, as timm takes them
 ) -> Body:                            # images -> four levels
@@ -251,7 +251,7 @@ class Pyramid(nn.Module):
         images: Tensor,          # (B,3,H,W) RGB, integers 0..255 or floats 0..1
         sizes: Tensor|None=None  # (B,2) sides without padding, in pixels; None: no padding
     ) -> Tensor:                 # (B,3,H,W) floats, 0 on padding
-        "Images as in the backbone's training: mean 0, deviation 1, padding 0"
+        "Images as in the backbone's training: mean 0, standard deviation 1, padding 0"
         x = images.to(self.mean.dtype)
         if images.is_floating_point(): x = x*255
         x = (x - self.mean)/self.std

@@ -15,7 +15,7 @@ from torchvision.ops import box_convert
 from .ops.record import Record
 
 # %% ../nbs/01_boxes.ipynb #eea955dd
-_all_ = ['Record']
+_all_ = ['Record'] # base of the package's named tuples, exported again
 
 # %% ../nbs/01_boxes.ipynb #cecdf045
 def xyxy_to_cxcywh(
@@ -56,7 +56,7 @@ def move(
     xyzr: Tensor,  # (...,4) cx, cy in pixels, log2 scale, log2 ratio
     delta: Tensor  # (...,4) dx, dy in units of the box's scale, dz, dr
 ) -> Tensor:       # (...,4) the moved box, in the form of `xyzr`
-    "One refinement of a position"
+    "The box after one refinement"
     xy,zr = xyzr.split(2, -1)
     dxy,dzr = delta.split(2, -1)
     scale = 2**zr[..., :1] # (...,1) pixels
@@ -66,8 +66,8 @@ def move(
 def pairs(
     a: Tensor, # (...,N,4) boxes
     b: Tensor  # (...,M,4) boxes
-) -> tuple[Tensor, Tensor]: # (...,N,1,4) and (...,1,M,4): elementwise functions become pairwise
-    "Line up every box of `a` with every box of `b`"
+) -> tuple[Tensor, Tensor]: # (...,N,1,4) and (...,1,M,4), which broadcast
+    "Every box of `a` beside every box of `b`, as two tensors that broadcast"
     return a[..., :, None, :], b[..., None, :, :]
 
 # %% ../nbs/01_boxes.ipynb #abf4f913

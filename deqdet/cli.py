@@ -268,7 +268,7 @@ def deqdet_predict(
                      dict(nargs='+')],
     out:str='predictions', # folder for drawings and predictions.json; for a film a file, film.mp4
     min_score:float=None, # leave out scores below; by default as chosen in training, or .3
-    max_dets:int=100,   # detections in an image, at most
+    max_dets:int=None,  # detections in an image; by default 100, or a box per query if more
     size:str=None,      # pixels of the long side, or 800x1333 for both; by default as trained
     steps:int=None,     # refinement steps; by default those of the detector
     tol:float=None,     # relative residual at which an image stops; by default all steps

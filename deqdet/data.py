@@ -43,7 +43,7 @@ _all_ = ['DataError', 'LAYOUTS', 'Problem', 'Report', 'SHAPES', 'Source', 'Targe
 
 # %% ../nbs/02_data.ipynb #a7c4f3f7
 def _warn(file, problems):
-    "One warning for all that was left out"
+    "Warn once about all annotations that were left out"
     lost = [o for o in problems if o.kind not in KEPT]
     if not lost: return
     counts = ', '.join(f'{n} {k}' for k,n in Counter(o.kind for o in lost).items())
@@ -83,15 +83,15 @@ class DetDataset:
             try: return self.sample((i+j) % n)
             except DataError as e:
                 if self.on_error=='raise': raise
-                warnings.warn(f'{e}: the next image stands in for it')
-        raise DataError(f'{self.file}: not one of {n} images can be read')
+                warnings.warn(f'{e}: the next image replaces it')
+        raise DataError(f'{self.file}: none of {n} images can be read')
 
 # %% ../nbs/02_data.ipynb #de41e367
 @patch
 def sample(self:DetDataset,
     i # number of the image, 0..len-1
 ):    # image and `Target`
-    "Item `i`, or an error"
+    "Image and target `i`, through `tfm`; a file that cannot be read raises `DataError`"
     o = self.images[i]
     name = o['file_name'] # or the image itself
     hw = o.get('height'), o.get('width')
@@ -145,10 +145,10 @@ def epoch_order(
     n,         # images
     seed,      # of the loader
     epoch,     # 0, 1, …
-    wide=None, # (n,) bool: batches hold images of one kind
+    wide=None, # (n,) bool, wider than high: batches hold images of one kind
     bs=1       # images in a batch
 ) -> list:     # of the numbers 0..n-1
-    "The order of one epoch: it depends on nothing but the arguments"
+    "The order of one epoch, a function of the arguments alone"
     order = permutation(n, seed, epoch)
     if wide is None: return order
     res = []
@@ -295,7 +295,7 @@ def det_dls(
     seed=0,           # of order, augmentation and division
     group=None,       # batch wide images with wide ones; by default from 1000 images on
     keep_empty=True,  # train on images without objects too
-    rare=None,        # part of the images below which a class is rare: its images come more often
+    rare=None,        # classes in a smaller share of the images are rare: theirs are repeated
     device=None       # where batches go; by default the accelerator if there is one
 ) -> DataLoaders:
     "Loaders to train and to validate a detector on a folder"

@@ -46,8 +46,8 @@ class Queries(nn.Module):
         n: int,             # N: queries
         width: int,         # D: numbers in a content vector
         boxes: Tensor=None, # (N,4) cx, cy, w, h as fractions; default: the whole image
-        train_boxes: bool=False, # are boxes parameters?
-        norm: bool=True,    # layer norm on contents?
+        train_boxes: bool=False, # make the boxes parameters
+        norm: bool=True,    # apply a layer norm to contents
         state=State         # builds a state `at` contents and corners
     ):
         super().__init__()
@@ -63,7 +63,7 @@ class Queries(nn.Module):
 
     def forward(self,
         sizes,     # (B,2) h, w of the unpadded images
-        feats=None # features, for other families
+        feats=None # of the images; queries of other families read them
     ):
         h,w = sizes.to(self.boxes.dtype).unbind(-1)
         whwh = torch.stack([w,h,w,h], -1)[:, None]            # (B,1,4)
@@ -95,7 +95,7 @@ def position_embedding(
     width: int    # D: length of the embedding, a multiple of 8
 ) -> Tensor:      # (B,N,D)
     "Sines and cosines of the four numbers of each position"
-    p = xyzr/xyzr.new_tensor([1000,1000,1,1])
+    p = torch.cat([xyzr[..., :2]/1000, xyzr[..., 2:]], -1)
     i = torch.arange(width//8, device=p.device, dtype=p.dtype)
     angle = p[..., None]*10000**(-2*i/(width//4))                    # (B,N,4,D/8)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-3)
@@ -123,15 +123,15 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)) # (B,N,3,H,D/H)
         q,k,v = qkv.permute(2,0,3,1,4)                       # (B,H,N,D/H) each
         if bias is not None: bias = bias.to(q.dtype)
-        heard = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) # (B,H,N,D/H)
-        return self.out(heard.transpose(1,2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) # (B,H,N,D/H)
+        return self.out(mixed.transpose(1,2).flatten(2))
 
 # %% ../nbs/05_decoder.ipynb #9f79e1f6
 def tower(
     width: int,   # D: numbers in a content vector
     n_out: int,   # numbers to read
     layers: int=1,# hidden layers
-    bias=True     # do hidden layers have one?
+    bias=True     # give hidden layers a bias
 ):
     "An MLP: `layers` times linear, layer norm, ReLU, then linear to `n_out` numbers"
     hidden = []
@@ -196,6 +196,6 @@ class Stack(nn.Module):
 # %% ../nbs/05_decoder.ipynb #a6389d99
 @dataclass(frozen=True)
 class Stacked:
-    "Strategy of `stages` steps, each applied once; called with them, it returns the decoder"
+    "Strategy of `stages` steps, each applied once; calling it with them returns the decoder"
     stages: int=6 # steps with their own weights
     def __call__(self, steps): return Stack(steps)

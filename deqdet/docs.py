@@ -25,7 +25,7 @@ def _fields(
     return [line for t in fields for line in lines[t.lineno-1:t.end_lineno]]
 
 def _inherits(cls):
-    "Does a class take `__init__` from another package?"
+    "True if a class takes `__init__` from another package"
     owner = next(c for c in cls.__mro__ if '__init__' in vars(c))
     return owner.__module__.partition('.')[0]!=cls.__module__.partition('.')[0]
 
@@ -56,7 +56,7 @@ def published(
 # %% ../nbs/23_docs.ipynb #cf2f69b6
 def _tidy(
     code,    # a declaration
-    is_class # of a class?
+    is_class # True: of a class
 ):
     "A declaration without links, modules of types, and types guessed from None"
     code = re.sub(r'`([^`\n]+)`', r'\1', code).replace(':NoneType=', '=')

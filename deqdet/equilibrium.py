@@ -10,6 +10,7 @@ __all__ = ['rag', 'phantom', 'implicit', 'RAG', 'Phantom', 'Implicit', 'Perturb'
 
 # %% ../nbs/08_equilibrium.ipynb #b092e591
 import torch
+from fastcore.basics import patch
 from dataclasses import dataclass, field, replace
 from functools import partial
 from torch import nn, Tensor
@@ -30,7 +31,7 @@ class RAG:
         for _ in range(self.k): z = f(z)
         return z
 
-rag = RAG # the name in detectors that were saved before
+rag = RAG # the name in detectors saved by earlier versions
 
 # %% ../nbs/08_equilibrium.ipynb #12587eef
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Phantom:
             z = rebuild(z, part_way)
         return z
 
-phantom = Phantom # the name in detectors that were saved before
+phantom = Phantom # the name in detectors saved by earlier versions
 
 # %% ../nbs/08_equilibrium.ipynb #56ad8807
 class _MapGradient(torch.autograd.Function):
@@ -63,9 +64,9 @@ class _MapGradient(torch.autograd.Function):
 # %% ../nbs/08_equilibrium.ipynb #a23bda63
 @dataclass
 class Implicit:
-    "The gradient of the implicit function theorem: `g = v + J^T g`, solved in the backward pass"
+    "The gradient of the implicit function theorem: `u = v + J^T u`, solved in the backward pass"
     method: object=Picard() # how the adjoint equation is solved
-    tol: float=1e-6         # relative residual of g, per image
+    tol: float=1e-6         # relative residual of u, per image
     max_iter: int=50        # products with the Jacobian, at most
     solution: object=field(default=None, init=False, repr=False) # of the last backward pass
 
@@ -81,14 +82,14 @@ class Implicit:
         "The gradient that enters the last application"
         zero = tuple(torch.zeros_like(p) for p in v)
         rows = torch.arange(len(v[0]), device=v[0].device)
-        def step(g, v, rows): # g has lost the images that converged, the graph has all
-            back = take(pull(put(zero, rows, g)), rows)
+        def step(u, v, rows): # u holds the images that still move, the graph holds all
+            back = take(pull(put(zero, rows, u)), rows)
             return tuple(a + b.to(a.dtype) for a,b in zip(v, parts(back)))
         self.solution = solve(step, v, (v, rows), method=self.method,
                               tol=self.tol, max_iter=self.max_iter)
         return self.solution.z
 
-implicit = Implicit # the name in detectors that were saved before
+implicit = Implicit # the name in detectors saved by earlier versions
 
 # %% ../nbs/08_equilibrium.ipynb #683f93a2
 def _coin(p): return torch.rand(1).item() < p
@@ -167,7 +168,7 @@ def cast_once(
     return lambda z, feats: functional_call(step, weights, (z, feats))
 
 def _no_cast_cache(device):
-    "The current autocast of a device type, without its cache of casted weights"
+    "The current autocast of a device type, without its cache of cast weights"
     enabled = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device)
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -193,28 +194,6 @@ class Equilibrium(nn.Module):
         answer = self.solve(state, feats, **kwargs).z
         return [self.step.read(answer)]
 
-    def supervised(self, state, feats):
-        "[Pred] that get a loss: of g, of f applied to g's guess, and along the path"
-        feats = prepared(self.step, feats)
-        z = self.apply_step(self.init, state, feats)
-        preds = [self.init.read(z)]
-        guess = _detach(z)
-        for _ in range(self.plan.init_steps):
-            z = self.apply_step(self.step, z, feats)
-            preds.append(self.step.read(z))
-        f = partial(self.apply_step, self.step, feats=feats)
-        for z in self.path(guess, feats): preds.append(self.step.read(self.plan.grad(f, z)))
-        return preds
-
-    def apply_step(self, step, z, feats):
-        "The step's next state, with gradient; the backward pass recomputes its activations"
-        if not (self.plan.recompute and torch.is_grad_enabled()): return step(z, feats)
-        return checkpoint(step, z, feats, use_reentrant=False)
-
-    def length(self, steps=None):
-        "Applications of f at inference"
-        return self.plan.extra + (self.plan.steps if steps is None else steps)
-
     def solve(self, state, feats, steps=None, warm_start=None, **kwargs):
         "`Solution` of T + `extra` applications at most, from g's guess or a known state"
         feats = prepared(self.step, feats)
@@ -222,23 +201,52 @@ class Equilibrium(nn.Module):
         options = dict(max_iter=self.length(steps), measure=self.measure) | kwargs
         return solve(self.step, z0, (feats,), **options)
 
-    def trajectory(self, state, feats, steps=None, **kwargs):
-        "[(State, Pred)]: g's guess, then the state after every application of f"
-        keep = range(self.length(steps) + 1)
-        kept = self.solve(state, feats, steps, keep=keep, **kwargs).kept
-        makers = [self.init] + [self.step]*(len(kept)-1)
-        return [(z, maker.read(z)) for maker,z in zip(makers, kept.values())]
+    def length(self, steps=None):
+        "Applications of f at inference"
+        return self.plan.extra + (self.plan.steps if steps is None else steps)
 
-    def compile(self, **kwargs):
-        "`torch.compile` for both steps and for the measure; keywords are its own"
-        for m in (self.init, self.step, self.measure): m.compile(**kwargs)
+# %% ../nbs/08_equilibrium.ipynb #85c7fa19
+@patch
+def supervised(self:Equilibrium, state, feats):
+    "[Pred] that get a loss: of g, of f applied to g's guess, and along the path"
+    feats = prepared(self.step, feats)
+    z = self.apply_step(self.init, state, feats)
+    preds = [self.init.read(z)]
+    guess = _detach(z)
+    for _ in range(self.plan.init_steps):
+        z = self.apply_step(self.step, z, feats)
+        preds.append(self.step.read(z))
+    f = partial(self.apply_step, self.step, feats=feats)
+    for z in self.path(guess, feats): preds.append(self.step.read(self.plan.grad(f, z)))
+    return preds
 
-    def path(self, z, feats):
-        "The states to supervise, computed without gradient from the first guess"
-        noise = self.plan.perturb
-        device = z[0].device.type
-        with torch.no_grad(), _no_cast_cache(device):
-            f = cast_once(self.step, device)
-            walk = f if noise is None else lambda z, feats: f(noise(z), feats)
-            sol = solve(walk, z, (feats,), max_iter=self.plan.steps, keep=self.plan.supervise)
-        return [sol.kept[i] for i in self.plan.supervise]
+@patch
+def apply_step(self:Equilibrium, step, z, feats):
+    "The step's next state, with gradient; the backward pass recomputes its activations"
+    if not (self.plan.recompute and torch.is_grad_enabled()): return step(z, feats)
+    return checkpoint(step, z, feats, use_reentrant=False)
+
+@patch
+def path(self:Equilibrium, z, feats):
+    "The states to supervise, computed without gradient from the first guess"
+    noise = self.plan.perturb
+    device = z[0].device.type
+    with torch.no_grad(), _no_cast_cache(device):
+        f = cast_once(self.step, device)
+        walk = f if noise is None else lambda z, feats: f(noise(z), feats)
+        sol = solve(walk, z, (feats,), max_iter=self.plan.steps, keep=self.plan.supervise)
+    return [sol.kept[i] for i in self.plan.supervise]
+
+# %% ../nbs/08_equilibrium.ipynb #c517f1d0
+@patch
+def trajectory(self:Equilibrium, state, feats, steps=None, **kwargs):
+    "[(State, Pred)]: g's guess, then the state after every application of f"
+    keep = range(self.length(steps) + 1)
+    kept = self.solve(state, feats, steps, keep=keep, **kwargs).kept
+    makers = [self.init] + [self.step]*(len(kept)-1)
+    return [(z, maker.read(z)) for maker,z in zip(makers, kept.values())]
+
+@patch
+def compile(self:Equilibrium, **kwargs):
+    "`torch.compile` for both steps and for the measure; keywords are its own"
+    for m in (self.init, self.step, self.measure): m.compile(**kwargs)

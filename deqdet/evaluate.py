@@ -127,7 +127,7 @@ class APCallback(Callback):
 def multiply_adds(
     f, *args, **kwargs # a function and what it is called with
 ) -> int:              # multiply-adds of its products and convolutions
-    "Cost of one call; sampling and elementwise work are not counted"
+    "Multiply-adds of one call, without those of sampling and elementwise work"
     with FlopCounterMode(display=False) as c: f(*args, **kwargs)
     return c.get_total_flops() // 2
 
@@ -181,7 +181,7 @@ def plot_ap_vs_steps(
     y: str='AP',      # 'AP', 'AP50' or 'AP75'
     ax=None           # matplotlib axes; None: new ones
 ):                    # the axes
-    "AP against steps, time or cost"
+    "The axes with AP against steps, time or cost"
     ax = ax or plt.subplots(figsize=(5, 2.8))[1]
     rows = rows if isinstance(rows, dict) else {'':rows}
     labels = dict(steps='refinement steps', seconds='seconds per image',

@@ -26,7 +26,7 @@ def focal_loss(
     logits: Tensor, # (S,B,N,K) class logits
     at: Tensor,     # (4,n) indices of the scores that should be 1: state, image, query, class
     alpha: float=.25, # weight of positives; negatives weigh 1-alpha
-    gamma: float=2. # how much easy cases are down-weighted
+    gamma: float=2. # how strongly easy cases are down-weighted
 ) -> Tensor:        # (S,B,N,K)
     "Focal loss of all scores"
     hot = torch.zeros_like(logits)
@@ -196,7 +196,7 @@ def activation(self:SetLoss,
 
 @patch
 def decodes(self:SetLoss,
-    scored: Scored,    # what `activation` gave
+    scored: Scored,    # what `activation` returned
     max_dets: int=100  # how many to keep in each image
 ) -> Detections:       # scores, labels, boxes
     "The best detections of an activated prediction"

@@ -28,7 +28,7 @@ def to_original(
     boxes: Tensor, # (B,n,4) corners in pixels of the fed images
     scale: Tensor  # (B,2) fed size divided by original size, of x and of y
 ) -> Tensor:       # (B,n,4) corners in pixels of the original images
-    "Undo the resizing of images"
+    "Boxes in pixels of the original images"
     return boxes/torch.cat([scale, scale], -1)[:, None] # scale as (B,1,4)
 
 # %% ../nbs/10_model.ipynb #2d5044ae
@@ -105,7 +105,7 @@ def _turned(self:Detector, f):
 def evaluating(
     model # any module
 ):
-    "Evaluation mode without gradients; afterwards each module has its previous mode"
+    "The model in evaluation mode, without gradients; afterwards each module has its previous mode"
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -162,7 +162,7 @@ def compile(self:Detector,
 # %% ../nbs/10_model.ipynb #c147fa09
 def residual_trace(
     model,      # a `Detector`, or a learner that holds one
-    batch,      # images, sizes, and whatever else
+    batch,      # images and sizes; further items are ignored
     steps=None  # of the decoder
 ) -> Residual:  # rel and abs, (T,B,2) each: content and corners, by application and image
     "Changes of the state from one step to the next"
@@ -200,7 +200,7 @@ class Blueprint:
     body: str='resnet50.tv_in1k' # as in `named_body`; '': features are fed instead of images
     channels: tuple=()           # widths of the fed features, where there is no body
     frozen_stages: int=1         # stem and stages that do not learn; -1: none
-    drop_path: float=0.          # chance to skip a block of a Swin
+    drop_path: float=0.          # probability of skipping the last block of a Swin
     n_queries: int=100
     width: int=256               # numbers in a content vector
     heads: int=8                 # attention heads
@@ -226,7 +226,7 @@ class Blueprint:
     def loss(self): return SetLoss()
 
     def build(self, pretrained=False, vocab=None):
-        "A `Detector`"
+        "The `Detector` with these hyper-parameters"
         return Detector(self.pyramid(pretrained), self.queries(), self.decoder(), self, vocab,
                         self.layout)
 
@@ -260,7 +260,7 @@ MOVED = {'deqdet.model.AdaMixer': 'deqdet.families.adamixer.AdaMixer',
          'deqdet.deformable.DeformableDETR': 'deqdet.families.deformable.DeformableDETR'}
 
 def from_dict(
-    x # what `to_dict` gave
+    x # what `to_dict` returned
 ):    # the record
     "The record of a parsed JSON value"
     if isinstance(x, list): return tuple(from_dict(o) for o in x)
@@ -303,7 +303,7 @@ def save_pretrained(self:Detector,
 def from_pretrained(cls:Detector,
     folder # what `save_pretrained` wrote
 ): # the detector, in evaluation mode
-    "Read a detector"
+    "The detector that a folder holds"
     folder = Path(folder)
     config = (folder/'config.json').read_bytes()
     with blame(f'{folder}: unreadable detector', Exception): # a damaged file may raise any error

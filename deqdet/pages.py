@@ -87,7 +87,7 @@ def _draws(tree):
 
 def fold_title(
     source:str # of a code cell
-) -> str|None: # 'Imports' or 'Code of the figure'; None: the cell says something else
+) -> str|None: # 'Imports' or 'Code of the figure'; None: another kind of cell
     "A title for a cell that only imports or mostly draws"
     trees = ast.parse(source).body
     if all(isinstance(t, (ast.Import,ast.ImportFrom)) for t in trees): return 'Imports'
@@ -149,7 +149,7 @@ def _head(row, is_number):
     return re.sub(r'<th>(.*?)</th>', lambda m: _aligned('th', m[1], next(sides)), row, flags=re.S)
 
 def _is_count(body):
-    "Do the rows have pandas' own numbers 0, 1, 2 ... before a text?"
+    "True if the rows have pandas' own numbers 0, 1, 2 ... before a text"
     heads = re.findall(r'<tr>\s*<th>(.*?)</th>\s*<td style="text-align: (\w+)', body)
     return heads==[(str(i), 'left') for i in range(len(heads))] and len(heads) > 0
 
@@ -198,12 +198,12 @@ def _has_figure(cell):
     return any(k.startswith('image/') for k in kinds)
 
 def _said(source):
-    "The words that a cell has for its figure, or ''"
+    "The alt text that a cell gives for its figure, or ''"
     found = re.search(r'^#\|\s*fig-alt:\s*(.+)$', source, re.M)
     return found[1].strip().strip('"') if found else ''
 
 def _describe(cell, words):
-    "Give the images in a cell's HTML their words: Quarto does so for others only"
+    "Give the images in a cell's HTML an alt text: Quarto does so only for other images"
     alt = f'<img alt="{escape(words)}" '
     for output in cell.outputs:
         html = ''.join(output.get('data', {}).get('text/html', ''))
@@ -211,7 +211,7 @@ def _describe(cell, words):
         output['data']['text/html'] = re.sub(r'<img (?!alt=)', lambda m: alt, html)
 
 class Words(Processor):
-    "Give figures the words of the text before them"
+    "Give figures without alt text the text before them"
     def begin(self): self.text = ''
 
     def cell(self,
@@ -250,7 +250,7 @@ def _width(output):
 def figure_classes(
     outputs # of a cell
 ) -> list:  # of 'plot' and 'wide'
-    "What the style sheet must know of the figures of a cell"
+    "Classes of a cell with figures, for the style sheet"
     figures = [o for o in outputs if _opened(o)]
     if not figures: return []
     is_plot = all(_is_plot(_opened(o)) for o in figures)
@@ -267,7 +267,7 @@ class Figures(Processor):
 
 # %% ../nbs/24_pages.ipynb #8446b8f9
 def _sentences(module):
-    "name -> first line of its docstring, for what a module defines"
+    "name -> first line of its docstring, for the definitions of a module"
     tree = ast.parse(Path(find_spec(module).origin).read_text(encoding='utf-8'))
     kinds = ast.FunctionDef, ast.ClassDef
     docs = {t.name: ast.get_docstring(t) or '' for t in tree.body if isinstance(t, kinds)}

@@ -92,7 +92,7 @@ COCO = COCO.replace('\n', ' ').split(', ')
 def read_names(
     file # text with a name on each line, or a COCO annotation file
 ) -> list:
-    "Class names"
+    "Class names from a file"
     text = Path(file).read_text()
     if Path(file).suffix != '.json': return [o.strip() for o in text.splitlines() if o.strip()]
     with blame(file, ValueError, KeyError, TypeError):

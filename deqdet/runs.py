@@ -15,9 +15,10 @@ from pathlib import Path
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import get_model, rank_distrib
+from .commands.options import ( # some are imported from here
+    DIETS, MAY_CHANGE, Diet, complete_options, has_start, loaders, recipe_and_feed)
 from .commands.options import (
-    DIETS, MAY_CHANGE, Diet, complete_options, has_start, loaders, recipe_and_feed,
-    resumed_options, saved_options, start_detector, with_epochs) # some are imported from here
+    resumed_options, saved_options, start_detector, with_enough_queries, with_epochs)
 from .commands.tracking import trackers
 from .learner import (CSVLog, EMA, MANY, NonFinite, Resume, Stop, TimeBudget, det_learner)
 from .model import Feed
@@ -26,7 +27,7 @@ from .ops.files import finite, write_json
 from .ops.machine import duration, machine # `duration` is imported from here
 from .predict import detect, load_detector, save_detector, save_figure
 from .sets.mosaic import Mosaic
-from .sets.sizes import warn_if_tiny
+from .sets.sizes import warn_if_crowded, warn_if_tiny
 from .training.callbacks import Patience
 from .training.lines import EpochLines
 from .training.processes import lost_process
@@ -35,13 +36,13 @@ from .viz import plot_training, read_log, show_predictions
 # %% ../nbs/19_runs.ipynb #c811bea0
 class Keep(Callback):
     "Write `last/` and `best/` after an epoch, and remember the numbers of the best"
-    order = EMA.order-1 # after AP is known, before averaged weights are put aside again
+    order = EMA.order-1 # after AP is known, while the model holds the averaged weights
     best = None  # epoch
     result = {}  # numbers of the best epoch
     last = {}    # numbers of the last epoch
-    at = None    # which one that was
-    seconds = 0. # of training in the epochs before
-    begun = None # when this one did
+    at = None    # number of the last epoch
+    seconds = 0. # of training in earlier epochs
+    begun = None # time at which training in this epoch began
     curve = ()   # for each evaluation: epoch, updates, seconds of training, AP, AP50
     def before_train(self): self.begun = time.time()
     def after_train(self):
@@ -72,8 +73,8 @@ class Keep(Callback):
 
 # %% ../nbs/19_runs.ipynb #2cee32ca
 class RunResume(Resume):
-    "`Resume`, with a message for a file that cannot be resumed from"
-    loaded = staticmethod(lambda: None) # what to do when the file was read
+    "`Resume`, with an error message if the file or the number of epochs does not fit"
+    loaded = staticmethod(lambda: None) # called when the file was read
     def _load(self):
         with blame(self.file, ValueError, KeyError, IndexError, RuntimeError): super()._load()
         done = self.learn.first_epoch
@@ -90,21 +91,28 @@ def _callbacks(o, folder, resume):
     cbs += [cb(o[k]) for k,cb in asked.items() if o.get(k)]
     return cbs + trackers(o.get('track'), folder, o)
 
+def _warn(ds, model):
+    "Warn of objects that the detector cannot find"
+    warn_if_tiny(ds, model.feed)
+    warn_if_crowded(ds, model.hyper.n_queries)
+
 def make_learner(
     o,      # options, complete
     folder, # of the training
-    resume=False # go on from its `resume.pt`?
+    resume=False # True: go on from its `resume.pt`
 ):          # `DetLearner`
-    "Data, detector, and a learner that keeps the folder"
+    "A learner from options, whose callbacks write the folder"
     with blame(f"--size {o['size']}", ValueError): feed = Feed.parse(o['size'])
     dls = loaders(o, feed)
-    if not resume: warn_if_tiny(dls.train_ds, feed)
+    if not resume: o = with_enough_queries(o, dls.train_ds)
     torch.manual_seed(o['seed'])
     model = start_detector(o['model'], dls.vocab, o.get('pretrained'), o.get('queries'))
     model.feed = feed
+    if not resume: _warn(dls.train_ds, model)
     learn = det_learner(dls, model, o['recipe'], o.get('lr'), o.get('wd'), path=folder,
                         cbs=_callbacks(o, folder, resume), accumulate=o['accumulate'],
                         amp=o.get('amp'))
+    learn.options = o
     if sys.stdout.isatty() and 'minutes' not in o: return learn
     return learn.remove_cb(ProgressCallback).add_cb(EpochLines())
 
@@ -114,9 +122,10 @@ def draw_training(
     ds,     # its validation set
     n=6     # images
 ):
-    "`curves.png` and `predictions.png`"
+    "Write `curves.png` and `predictions.png`"
     log = read_log(folder/'log.csv')
-    if log['AP'].notna().any(): log = log[log['AP'].notna()] # a clock does not evaluate every epoch
+    evaluated = log['AP'].notna() # with `minutes`, only some epochs are
+    if evaluated.any(): log = log[evaluated]
     save_figure(plot_training(log)[0].figure, folder/'curves.png')
     ids = {ds.folder/o['file_name']: o['id'] for o in ds.coco['images'][:n]}
     found = detect(load_detector(folder), list(ids))
@@ -124,8 +133,8 @@ def draw_training(
     save_figure(show_predictions(ds, preds, n=n), folder/'predictions.png')
 
 # %% ../nbs/19_runs.ipynb #f4686a83
-PROCESSES = int(os.environ.get('WORLD_SIZE', 1)) # that were started together
-FIRST = os.environ.get('RANK', '0')=='0'         # is it this one that writes and prints?
+PROCESSES = int(os.environ.get('WORLD_SIZE', 1)) # number of processes that were started together
+FIRST = os.environ.get('RANK', '0')=='0'         # True in the process that writes and prints
 
 def _amount(learn, o):
     "The length of a training in epochs or minutes, and in images"
@@ -133,8 +142,8 @@ def _amount(learn, o):
     if 'minutes' in o:
         seen = learn.train_iter*PROCESSES*dls.train.bs
         return dict(minutes=o['minutes'], epochs=learn.keep.at + 1, pictures_seen=seen)
-    batches = math.ceil(len(dls.train)/PROCESSES)*PROCESSES # some are dealt twice
-    epochs = learn.keep.at + 1 # fewer than were planned, where patience ended
+    batches = math.ceil(len(dls.train)/PROCESSES)*PROCESSES # padding repeats some images
+    epochs = learn.keep.at + 1 # fewer than planned if patience ended the run
     return dict(epochs=epochs, pictures_seen=batches*dls.train.bs*epochs)
 
 def finish(
@@ -142,7 +151,7 @@ def finish(
     o,      # options, complete
     folder  # of the training
 ) -> dict:  # what `metrics.json` holds
-    "Images and numbers at the end of a training"
+    "Write the plots and numbers at the end of a training, and return the numbers"
     keep = learn.keep
     dls = learn.dls
     draw_training(folder, dls.valid_ds)
@@ -159,8 +168,8 @@ def finish(
 def resumable(
     o,     # options
     folder # of the training
-):         # how to go on
-    "Adds to errors that end a training the command that resumes it"
+):         # the command that resumes it
+    "A block whose errors end with the command that resumes the training"
     how = shlex.join(['deqdet_train', str(o['data']), '--out', str(folder), '--resume'])
     if PROCESSES > 1: how = f'in {PROCESSES} processes again, {how}'
     try: yield how
@@ -179,7 +188,7 @@ def check_classes(
     folder, # of a training
     vocab   # class names of the data
 ):
-    "Raises an error if a resumed training has other classes than before"
+    "Raise an error if a resumed training has other classes than before"
     file = Path(folder)/'config.json'
     if not file.exists(): return
     then = json.loads(file.read_text())['vocab']
@@ -188,7 +197,7 @@ def check_classes(
         raise CommandError(f'{file}: it began with the classes {then}, the data has {now}')
 
 def _fit_once(learn, o, begun):
-    "By epochs, or by the clock, which runs since `begun`"
+    "Fit for a number of epochs, or for minutes since `begun`"
     if 'minutes' not in o: return learn.fit_published(epochs=o['epochs'])
     budget = TimeBudget(o['minutes'], reserve=min(8., 6*o['minutes']),
                         warmup_batches=learn.recipe.warmup*learn.accumulate)
@@ -196,7 +205,7 @@ def _fit_once(learn, o, begun):
     learn.fit(MANY, cbs=[budget])
 
 def _fit(learn, o, begun):
-    "Alone, or with the processes that were started together"
+    "Fit in this process alone, or in all that were started together"
     if PROCESSES < 2: return _fit_once(learn, o, begun)
     with learn.distrib_ctx(): _fit_once(learn, o, begun)
 
@@ -204,8 +213,8 @@ def _fit(learn, o, begun):
 def train(
     options, # dict, as `complete_options` takes them
     folder,  # to write
-    resume=False, # go on?
-    begun=None    # when the clock of `minutes` began, by `time.monotonic`; None: now
+    resume=False, # True: go on from its `resume.pt`
+    begun=None    # start of the `minutes`, by `time.monotonic`; None: now
 ):           # `DetLearner`
     "Train by options, and write the folder"
     begun = begun or time.monotonic()
@@ -214,7 +223,7 @@ def train(
     o = complete_options(options, PROCESSES)
     folder = Path(folder)
     learn = make_learner(o, folder, resume)
-    o = learn.options = with_epochs(o, math.ceil(len(learn.dls.train)/PROCESSES))
+    o = learn.options = with_epochs(learn.options, math.ceil(len(learn.dls.train)/PROCESSES))
     make_folder(folder)
     _configure(learn, o, folder, resume)
     with resumable(o, folder) as how: _fit(learn, o, begun)
@@ -234,7 +243,7 @@ def _configure(learn, o, folder, resume):
     else: write()
 
 def _exit_if_stopped(learn, o, how):
-    "A signal that ended the training is the status of the process"
+    "Exit with the status of the signal that ended the training, if one did"
     asked = learn.stop.asked
     if not asked: return
     at = f'in epoch {learn.epoch+1} of {learn.n_epoch}'

@@ -111,7 +111,7 @@ def _output_closed():
 def command(
     f # function
 ):    # the function as a command
-    "A command: errors of the user print one line and exit with 2, Ctrl-C with 130"
+    "A command: errors that the user can correct print one line and exit with 2, Ctrl-C with 130"
     @wraps(f)
     def _f(*args, **kwargs):
         from_shell = not args and not kwargs and is_script(currentframe().f_back)
@@ -124,7 +124,7 @@ def command(
     return _f
 
 def _run(f, args, kwargs):
-    "Call a function; an error of the user prints a line and sets the status"
+    "Call a function; an error that the user can correct prints a line and sets the status"
     try:
         check_numbers(signature(f).bind(*args, **kwargs).arguments)
         res = f(*args, **kwargs)

@@ -85,7 +85,7 @@ class Picard:
         part_way = [a + self.damp*(b-a) for a,b in zip(parts(z), parts(fz))]
         return memory, rebuild(fz, part_way)
 
-picard = Picard # the name in detectors that were saved before
+picard = Picard # the name in detectors saved by earlier versions
 
 # %% ../nbs/07_solver.ipynb #095986c4
 def _where(mask, a, b):
@@ -120,7 +120,7 @@ class _Book:
 
     @torch.no_grad()
     def look(self, z, fz):
-        "Record the residuals"
+        "Record the residuals, and which rows have settled"
         res = self.measure(z, fz)
         if self.by_query: res = self.hold(take(self.last, self.rows), res)
         if self.tol > 0:
@@ -181,7 +181,7 @@ def _check_keep(keep, max_iter):
 def _check_answer(fz, n):
     found = len(parts(fz)[0])
     if found != n: raise ValueError(
-        f'f turned {n} images into {found}: what it looks at must come through args')
+        f'f returned {found} images for {n}: tensors that it reads must come through args')
 
 # %% ../nbs/07_solver.ipynb #d886103c
 def solve(

@@ -51,7 +51,7 @@ def _fields(x):
     return get('boxes'), get('labels'), get('scores')
 
 def _grid(n, ncols, size, images):
-    "A figure and its `n` axes in rows, as high as the highest image needs"
+    "A figure and its `n` axes, in rows as high as the highest image"
     nrows = math.ceil(n/ncols)
     ratio = max((x.shape[1]/x.shape[2] for x in images), default=1) # height over width
     height = size*(min(2, max(.2, ratio)) + .07) # of a row, in inches
@@ -67,7 +67,7 @@ def show_pairs(
     preds: list,          # for each: dict(boxes, labels, scores) in pixels of the image
     vocab=None,           # (K,) names
     min_score: float=.3,  # predictions below are left out
-    titles: list=None,    # for each: what to write above the prediction
+    titles: list=None,    # for each: the title of the prediction
     pairs: int=2,         # pairs in a row
     size: float=2.2       # inches of an image
 ):                        # the figure
@@ -94,7 +94,7 @@ def show_predictions(
     preds: list,         # of dict(image_id, boxes, labels, scores) in original pixels
     ids: list=None,      # which images, in this order; None: the first ones
     n: int=4,            # how many
-    notes: dict=None,    # image id -> what to write above
+    notes: dict=None,    # image id -> title of its prediction
     **kwargs             # for `show_pairs`
 ):                       # the figure
     "A figure of truth and prediction for images of a dataset, in the pixels of their files"
@@ -227,7 +227,7 @@ def draw_points(
     strides=(4, 8, 16, 32), # (L,) strides of the levels
     boxes=None,          # (N,4) corners of the queries' boxes
     ax=None,             # matplotlib axes; None: new ones
-    colorbar: bool=True  # a scale for the strides?
+    colorbar: bool=True  # draw a scale for the strides
 ):                       # the axes
     "The axes with the sampling points, coloured by the level that they read"
     if image is not None: ax = show_image(image, ax)

@@ -722,3 +722,8 @@ def test_accelerate_launch(world, tmp_path):
     assert p.returncode==0, err
     m = json.loads((out/'metrics.json').read_text())
     assert m['epochs'] == done//2 + 1 and m['pictures_seen'] == 4*m['epochs']
+
+def test_numbers_out_of_range():
+    shell.check_numbers(dict(epochs=1, workers=0, lr=None, file='shapes'))
+    with pytest.raises(shell.CommandError, match='--valid_pct 150: a number between 0 and 1 was expected'):
+        shell.check_numbers(dict(valid_pct=150))

@@ -24,3 +24,9 @@ def test_faults_are_one_line(model, tmp_path, monkeypatch, capsys, kw, said):
     with pytest.raises(SystemExit) as e: deqdet_export(**dict(model='M') | kw)
     err = capsys.readouterr().err
     assert e.value.code == 2 and said in err and len(err.strip().splitlines()) == 1, err
+
+def test_three_parts_need_an_equilibrium(tmp_path):
+    from deqdet.parts import _check_parts
+    from deqdet.zoo import create_detector
+    if torch.__version__ < '2.7': pytest.skip('ONNX needs torch 2.7')
+    with pytest.raises(TypeError, match='three parts need'): _check_parts(create_detector('adamixer_tiny', n_classes=4))

@@ -175,3 +175,8 @@ def test_1203_classes_from_file_to_ap(tmp_path):
     preds = predict_dl(model, dls.valid, max_dets=300)
     result = lvis_ap(preds, path/'annotations/instances_valid.json', dls.valid.dataset.cat_ids)
     assert len(result.per_class)==1203 and 0 <= result.AP <= 1
+
+def test_a_truth_without_the_lists_names_the_image():
+    truth,results = random_case(0)
+    bare = dict(truth, images=[{k: v for k,v in o.items() if k != 'neg_category_ids'} for o in truth['images']])
+    with pytest.raises(ValueError, match=f"image {bare['images'][0]['id']} has no 'neg_category_ids'"): lvis_ap(results, bare)

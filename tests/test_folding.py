@@ -51,3 +51,24 @@ def test_a_norm_before_its_convolution_stays():
     x = torch.randn(1, 3, 8, 8)
     want = net(x)
     assert followed(net, x)==[] and torch.equal(fold(net, x)(x), want)
+
+
+class Twice(nn.Module):
+    "One convolution that two norms read"
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+    def forward(self, x): return sum(norm(self.conv(x)) for norm in self.norms)
+
+
+def test_a_convolution_that_two_norms_read_stays():
+    net = trained_norms(Twice())
+    x = torch.randn(1, 3, 8, 8)
+    want = net(x)
+    assert followed(net, x)==[] and torch.equal(fold(net, x)(x), want)
+
+
+def test_the_copy_keeps_its_classes_but_no_record():
+    fast = folded(create_detector('deqdet_tiny', n_classes=3, start=False))
+    assert (fast.hyper, fast.n_classes)==(None, 3)

@@ -74,3 +74,9 @@ def test_loaders_deal_them_several_times(shapes):
 def test_without_rare_classes_nothing_changes(shapes):
     plain, same = (det_dls(shapes, 2, rare=r, num_workers=0, device='cpu') for r in (None, .001))
     assert seen(plain.train) == seen(same.train)
+
+
+def test_a_rare_class_below_the_threshold_comes_twice():
+    ds = Set([[0]]*9 + [[0, 1]], 2)
+    assert repeat_factors(ds, .4).tolist()==[1]*9 + [2]
+    assert repeated(ds, .4)==[*range(10), 9] and repeated(ds, .1)==[*range(10)]

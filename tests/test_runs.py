@@ -1,5 +1,7 @@
 "A training in a folder: its options, and what may change on the way"
+from types import SimpleNamespace
 import pytest, torch
+from deqdet.commands.options import with_enough_queries
 from deqdet.data import synth_coco
 from deqdet.learner import recipes
 from deqdet.families.adamixer import AdaMixer
@@ -8,6 +10,7 @@ from deqdet.ops import machine
 from deqdet.ops.errors import CommandError
 from deqdet.predict import save_detector
 from deqdet.runs import DIETS, complete_options, duration, loaders, resumed_options, start_detector, with_epochs
+from deqdet.sets.sizes import queries_for, warn_if_crowded
 from deqdet.zoo import published, zoo
 
 
@@ -115,3 +118,15 @@ def test_another_number_of_queries_by_name():
     "A grid stays a grid"
     model = start_detector('deqdet_tiny', ['cat'], n_queries=20)
     assert model.hyper.n_queries == 20 and len(model.queries.content.weight) == 20
+
+
+def test_full_images_bring_queries():
+    full = SimpleNamespace(ends=torch.tensor([0, 3, 153]))
+    calm = SimpleNamespace(ends=torch.tensor([0, 3, 13]))
+    lite = complete_options({})
+    with pytest.warns(UserWarning, match='225 queries instead of 100'): assert with_enough_queries(lite, full)['queries'] == 225
+    assert with_enough_queries(lite, calm) == lite
+    for o in (dict(queries=50), dict(model='deqdet_tiny')): # named, or without a trained start
+        assert with_enough_queries(complete_options(o), full).get('queries') == o.get('queries')
+    with pytest.warns(UserWarning, match='holds 150 objects, and the detector gives 12 boxes; --queries 225'): warn_if_crowded(full, 12)
+    assert queries_for(SimpleNamespace(ends=torch.tensor([0, 5000]))) == 900

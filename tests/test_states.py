@@ -3,7 +3,7 @@ from typing import NamedTuple
 import pytest, torch
 from torch import Tensor
 from torch.testing import assert_close
-from deqdet.ops.states import (by_autograd, by_differences, flat, jac_penalty, pack, part_norms, parts, put, rebuild,
+from deqdet.ops.states import (by_autograd, by_differences, finite_images, flat, jac_penalty, pack, part_norms, parts, put, rebuild,
                                spectral_radius, take, units, unpack, wide)
 
 
@@ -60,3 +60,10 @@ def test_penalty_of_a_known_map(product):
     z = torch.ones(4, 100, dtype=torch.float64)
     penalty = jac_penalty(lambda z: .5*z, z, draws=50, product=product)
     assert abs(penalty.item() - .25) < .02
+
+
+def test_finite_images():
+    z = Two(torch.ones(4, 1, 1), torch.zeros(4, 1, 1))
+    z.content[1] = torch.inf
+    z.place[2] = torch.nan
+    assert finite_images(z).tolist()==[True, False, False, True]

@@ -7,6 +7,7 @@ from deqdet.equilibrium import Settled
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.ops.errors import CommandError
+from deqdet.ops.folding import folded
 from deqdet.predict import detect, find_pictures, predict
 from deqdet.using.stream import AHEAD, SUFFIXES
 
@@ -32,7 +33,7 @@ class Counted:
     feed, vocab, thresholds = Feed(64, 64), None, None
     def __init__(self): self.batches = []
     def parameters(self): return iter(())
-    def predict(self, images, sizes, orig, min_score):
+    def predict(self, images, sizes, orig, min_score, max_dets):
         self.batches.append(tuple(images.shape))
         one = dict(scores=torch.ones(1), labels=torch.zeros(1, dtype=torch.long))
         return [dict(one, boxes=torch.tensor([[0., 0, w, h]])) for h, w in orig.tolist()]
@@ -172,3 +173,12 @@ def test_thresholds_of_classes_and_nms(model):
     from torchvision.ops import box_iou
     same = few.labels[:, None] == few.labels[None]
     assert (box_iou(few.boxes, few.boxes)*same).triu(1).max() <= .05 and len(few.names) < len(predict(model, x, 0.).names)
+
+
+def test_a_box_for_each_query():
+    "A detector with more than 100 queries gives as many detections, unless another number is asked for"
+    wide = AdaMixer(n_classes=4, **SMALL | dict(n_queries=121, grid=(11, 11, .2))).build(vocab=list('abcd')).eval()
+    wide.feed = Feed(64, 64)
+    counts = [len(predict(wide, noise(48, 64), 0., **o).scores) for o in ({}, dict(max_dets=7), dict(max_dets=100))]
+    assert counts == [121, 7, 100]
+    assert len(predict(folded(wide), noise(48, 64), 0.).scores) == 121

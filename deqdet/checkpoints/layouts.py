@@ -73,15 +73,15 @@ def infer_resnet(
 class Layout:
     "Published names of our tensors"
     names: tuple    # (pattern, replacement) from our keys to theirs, applied in order
-    drop: tuple=()  # patterns of keys that we have no use for
+    drop: tuple=()  # patterns of keys that are not needed here
 
     def key(self, ours):
-        "Their name of our key"
+        "The published name of a key of this package"
         return rename(ours, self.names)
 
-POSITIONS = r'\.relative_position_index$'                # computed from the window's size
+POSITIONS = r'\.relative_position_index$'                # timm computes them from the window's size
 LEFTOVER = r'bbox_head\.\d+\.instance_interactive_conv'  # of a parent class, unused
-COUNTERS = r'\.num_batches_tracked$'                     # of training
+COUNTERS = r'\.num_batches_tracked$'                     # counters of training
 
 # %% ../../nbs/checkpoints/01_layouts.ipynb #8add2558
 deqdet_layout = Layout(
@@ -125,7 +125,7 @@ def mmdet_names(
     cls_layers: int=1, # hidden layers of the class tower
     reg_layers: int=3  # hidden layers of the box tower
 ) -> tuple:            # (pattern, replacement), in order
-    "From our keys to mmdetection's"
+    "Rules from our keys to mmdetection's"
     conv = 'instance_interactive_conv'
     inside = _inside_a_step({
         f'cls.{3*cls_layers}': 'fc_cls.', f'reg.{3*reg_layers}': 'fc_reg.',
@@ -143,7 +143,7 @@ def mmdet_names(
         (r'^pyramid\.body\.net\.', 'backbone.'))
 
 def _heads(to):
-    "Where the steps are: our prefix to theirs"
+    "Rules for the prefixes of the steps"
     return (
         (r'^decoder\.init\.', f'{to}0.'),
         (r'^decoder\.step\.', f'{to}1.'),
@@ -158,7 +158,7 @@ def detectron2_names(
     cls_layers: int=1, # hidden layers of the class tower
     reg_layers: int=3  # hidden layers of the box tower
 ) -> tuple:            # (pattern, replacement), in order
-    "From our keys to those of the original repository"
+    "Rules from our keys to those of the original repository"
     inside = _inside_a_step({
         f'cls.{3*cls_layers}': 'class_logits.', f'reg.{3*reg_layers}': 'bboxes_delta.',
         'cls': 'cls_module.', 'reg': 'reg_module.',

@@ -20,7 +20,7 @@ def decoder_name(
 def zoo_row(
     name,   # of the detector
     entry,  # of the zoo
-    with_cost # add parameters and multiply-adds?
+    with_cost # True: add parameters and multiply-adds
 ) -> dict:
     "A detector as a row of the table"
     h = entry.hyper

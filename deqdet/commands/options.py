@@ -6,10 +6,10 @@ Docs: https://deqdet.github.io/deqdet/commands/options.html.md"""
 
 # %% auto #0
 __all__ = ['DIETS', 'MAY_CHANGE', 'Diet', 'recipe_and_feed', 'has_start', 'complete_options', 'with_epochs', 'resumed_options',
-           'saved_options', 'loaders', 'start_detector']
+           'saved_options', 'loaders', 'with_enough_queries', 'start_detector']
 
 # %% ../../nbs/commands/01_options.ipynb #070be569
-import json, torch
+import json, torch, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from ..data import det_dls
@@ -20,6 +20,7 @@ from ..ops.devices import pick_device
 from ..ops.errors import CommandError, blame
 from ..predict import load_detector, start_from
 from ..sets.augment import feed_tfm
+from ..sets.sizes import queries_for
 from ..zoo import create_detector, published
 
 # %% ../../nbs/commands/01_options.ipynb #9c809db3
@@ -76,7 +77,7 @@ def with_epochs(
     o,      # options, complete
     batches # in an epoch of each process
 ) -> dict:  # options with `epochs` or `minutes`
-    "The options, with a number of epochs if no length is given"
+    "The options, with a number of epochs if neither epochs nor minutes are given"
     if 'epochs' in o or 'minutes' in o: return o
     return o | dict(epochs=recipes[o['recipe']].epochs_for(batches//o['accumulate']))
 
@@ -130,6 +131,21 @@ def loaders(
     if not len(train.labels):
         raise CommandError(f'{train.file}: annotations: not one object to learn from')
     return dls
+
+# %% ../../nbs/commands/01_options.ipynb #5a0e7c22
+def with_enough_queries(
+    o, # options, complete
+    ds # `DetDataset` to train on
+) -> dict: # options, with `queries` where the detector's own number is too small
+    "The options; where images hold many objects, a warning tells the number of queries"
+    if 'queries' in o or not has_start(o['model']): return o
+    own = published(o['model']).hyper.n_queries
+    enough = queries_for(ds)
+    if enough <= own: return o
+    warnings.warn(f'images hold many objects: {enough} queries instead of {own}; '
+                  '--queries sets another number')
+    return o | dict(queries=enough)
+
 
 # %% ../../nbs/commands/01_options.ipynb #cd5623f9
 def start_detector(

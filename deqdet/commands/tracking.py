@@ -40,7 +40,7 @@ class BeginWandb(Callback):
                    dir=make_folder(self.folder), mode=os.environ.get('WANDB_MODE', 'offline'))
 
 class EndWandb(Callback):
-    "Close the run"
+    "Close the run of Weights & Biases"
     order = Recorder.order+2
     def after_fit(self):
         del self.learn.gather_args

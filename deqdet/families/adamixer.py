@@ -18,7 +18,7 @@ from ..model import Family
 class AdaMixer(Family):
     "Hyper-parameters of a detector whose step is AdaMixer's"
     neck_kernel: int=3           # side of the neck's convolutions
-    neck_act: bool=True          # a ReLU in the neck?
+    neck_act: bool=True          # a ReLU in the neck
     norm_groups: int=32          # groups of the neck's norm
     groups: int=4                # groups of feature channels
     points: tuple=(64,)          # points read per group, of each step; the last one repeats

@@ -83,7 +83,7 @@ def adopt(
     vocab,     # class names
     tell=print, # is called with a line on what was kept and what was not
     n_queries=None, # None: as many as there are
-    name=None, # what to call the old one
+    name=None, # name of the old one in the line
     **changes  # fields of the record, such as `dropout=.1`
 ):             # `Detector`, in training mode
     "A detector for these classes, with all weights of another one that fit"

@@ -91,7 +91,7 @@ class DeformableStep(nn.Module):
         points: int=4,    # P: points per head and level
         hidden: int=1024, # width of the feed-forward layer
         dropout: float=0.,# chance to drop a number
-        from_point: bool=False # start from the query's own point, not from the box that came in?
+        from_point: bool=False # True: move a box at the query's own point, not the incoming box
     ):
         super().__init__()
         self.talk = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
@@ -225,8 +225,8 @@ class DeformableDETR(Blueprint):
     points: int=4                # points per head and level that a query reads
     hidden: int=1024             # width of the decoder's feed-forward layers
     dropout: float=.1            # in every layer; an equilibrium needs 0
-    refine: bool=False           # do steps move the box of the step before?
-    two_stage: bool=False        # do queries start at the encoder's proposals? implies `refine`
+    refine: bool=False           # True: steps move the box of the previous step
+    two_stage: bool=False        # True: queries start at the encoder's proposals; implies `refine`
     strategy: object=Stacked(6)  # how steps are combined
 
     def neck(self, channels):
@@ -244,7 +244,7 @@ class DeformableDETR(Blueprint):
         if self.two_stage: return Proposals(self.n_queries, self.width, self.n_classes)
         return Queries(self.n_queries, 2*self.width, norm=False, state=RefState)
 
-    def from_point(self, i): # does the step of stage `i` start from a point?
+    def from_point(self, i): # True if the step of stage `i` starts from a point
         if self.two_stage: return False
         return i==0 or not self.refine
 

@@ -87,7 +87,7 @@ def sines(
     x: Tensor, # (...) angles
     n: int     # numbers for each, even
 ) -> Tensor:   # (...,n) pairs of sine and cosine, of falling frequency
-    "Angles at `n`/2 frequencies"
+    "Sines and cosines of angles at `n`/2 frequencies"
     i = torch.arange(n, dtype=x.dtype, device=x.device)
     angle = x[..., None]/10000**(2*(i//2)/n)                            # (...,n)
     pairs = torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1)
@@ -156,7 +156,7 @@ class DeformableAttention(nn.Module):
 # %% ../../nbs/families/03_deformable_attention.ipynb #42083f41
 @patch
 def places(self:DeformableAttention, q, ref, masks):
-    "(B,N,G,L,P,2) where to read, in cells, in the precision of the references"
+    "(B,N,G,L,P,2) sampling points in cells, in the precision of the references"
     offset = self.offsets(q).to(ref.dtype).unflatten(-1, (*self.shape, 2)) # (B,N,G,L,P,2)
     n = extents(masks).to(ref.dtype)[:, None, None, :, None]               # (B,1,1,L,1,2)
     ref = ref[:, :, None, None, None]                                      # (B,N,1,1,1,2 or 4)

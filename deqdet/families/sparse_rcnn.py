@@ -53,8 +53,8 @@ class TopDown(nn.Module):
 # %% ../../nbs/families/02_sparse_rcnn.ipynb #8db64c53
 def box_levels(
     boxes: Tensor,    # (...,4) xyxy in pixels
-    n: int=4,         # levels there are
-    finest: float=56. # side of a box, in pixels, from which on the next octave begins
+    n: int=4,         # number of levels
+    finest: float=56. # boxes below twice this side are read from the finest level
 ) -> Tensor:          # (...) level in 0..n-1
     "The pyramid level that each box is read from"
     side = area(boxes).clamp(min=0).sqrt()
@@ -67,7 +67,7 @@ def cut_out(
     boxes: Tensor,      # (rB,N,4) xyxy in pixels; r rows for each image, side by side
     strides,            # L strides in pixels
     size: int=7,        # cells on a side
-    ratio: int=2,       # places read on each side of a cell
+    ratio: int=2,       # points along each side of a cell
     finest: float=56.   # for `box_levels`
 ) -> Tensor:            # (rB,N,size*size,C)
     "Features under each box, from the level of its size"
@@ -137,11 +137,11 @@ class SparseStep(nn.Module):
         dynamic: int=64,     # width between the generated layers
         heads: int=8,        # H: attention heads
         hidden: int=2048,    # width of the feed-forward layer
-        learned_boxes=False, # do gradients reach the incoming boxes?
+        learned_boxes=False, # True: gradients reach the incoming boxes
         layers=(1,3),        # hidden layers of the class tower, and of the box tower
         size: int=7,         # cells on a side
-        ratio: int=2,        # places read on each side of a cell
-        finest: float=56.,   # side of a box, in pixels, from which on the next octave begins
+        ratio: int=2,        # points along each side of a cell
+        finest: float=56.,   # boxes below twice this side are read from the finest level
         stds=(.5,.5,1.,1.),  # scale of the four numbers that move a box
         limit: float=1000/16 # a side changes at most by this factor
     ):
@@ -183,8 +183,8 @@ class SparseRCNN(Family):
     cls_layers: int=1         # hidden layers of the class tower
     reg_layers: int=3         # hidden layers of the box tower
     roi: int=7                # cells on a side of a box
-    ratio: int=2              # places read on each side of a cell
-    finest: float=56.         # side of a box, in pixels, from which on the next octave begins
+    ratio: int=2              # points along each side of a cell
+    finest: float=56.         # boxes below twice this side are read from the finest level
     stds: tuple=(.5,.5,1.,1.) # scale of the four numbers that move a box
     limit: float=1000/16      # a side changes at most by this factor
     strategy: object=Stacked(6) # how steps are combined

@@ -29,7 +29,7 @@ def start_file(
 def start_note(
     file # of a trained start
 ) -> dict: # name, scenes, updates, vocab, commit, …
-    "How a file was trained"
+    "Facts about the training of a file"
     with safe_open(file, 'pt') as f: note = f.metadata()
     return dict(note, vocab=json.loads(note['vocab']))
 
@@ -96,7 +96,7 @@ def _without_classes(start):
 
 # %% ../../nbs/families/05_start.ipynb #cd36df82
 class Started(NamedTuple):
-    "What `load_start` did"
+    "Names of the tensors that `load_start` filled, and of the others"
     kept: list  # names of the tensors that came from the file
     fresh: list # names of those that keep their random weights, without the body
 

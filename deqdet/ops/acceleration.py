@@ -27,7 +27,7 @@ def _push(past, x, m):
     return torch.cat([past, x[:,None]], 1)[:, -m:]
 
 def _matmul(a, b):
-    "Matrix product in the precision of its factors, whatever autocast says"
+    "Matrix product in the precision of its factors, also under autocast"
     with torch.autocast(a.device.type, enabled=False): return a@b
 
 # %% ../../nbs/ops/07_acceleration.ipynb #ee3e7944
@@ -90,7 +90,7 @@ class Broyden:
         return _matmul(_matmul(x[:,None], V.mT), U)[:,0] - self.beta*x
 
     def _correct(self, U, V, dx, dg):
-        "`U` and `V` with one rank more, so that `dg` explains `dx`"
+        "`U` and `V` with one rank more, so that H maps `dg` to `dx`"
         v = self._apply(V, U, dx)
         u = dx - self._apply(U, V, dg)
         size = (v*dg).sum(1, keepdim=True)                         # (B,1)

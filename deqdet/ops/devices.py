@@ -57,5 +57,5 @@ def on_device(
 def synchronize(
     device: str|torch.device # where the work was sent
 ):
-    "Wait until a device has done its work"
+    "Waits until a device has done its work"
     if torch.device(device).type!='cpu': torch.accelerator.synchronize(device)

@@ -36,7 +36,7 @@ def _packed(image, photo):
     return file.getvalue()
 
 def _as_output(fig, photo, photos):
-    "What a notebook keeps of a figure, and the size at which it is shown; None: as the other kind"
+    "A figure as base64 and the size at which it is shown; None if its kind is the other one"
     if photo != (photos and _has_photos(fig)): return None
     sharpness = 1.5 if photo else 2
     image = _painted(fig, sharpness)

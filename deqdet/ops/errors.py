@@ -53,7 +53,7 @@ def _without_clutter(text):
 # %% ../../nbs/ops/03_errors.ipynb #fc83ab74
 @contextmanager
 def blame(
-    where, # what the message begins with: file, folder or option
+    where, # beginning of the message: file, folder or option
     *kinds # exceptions
 ):
     "Turns exceptions of these kinds into a `CommandError` that names `where`"

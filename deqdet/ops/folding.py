@@ -39,7 +39,7 @@ def fold(
     *inputs # what it is called with
 ):          # the same module
     "The module with each BatchNorm in the convolution before it"
-    rest = {} # BatchNorm -> what else it does
+    rest = {} # BatchNorm -> its other operations
     for conv,norm in followed(net, *inputs):
         conv.weight,conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean,
             norm.running_var, norm.eps, norm.weight, norm.bias)
@@ -56,6 +56,7 @@ def folded(
     "The detector with each BatchNorm of its body in the convolution before it"
     model = deepcopy(model).eval()
     model.n_classes = model.hyper.n_classes
+    model.n_queries = model.hyper.n_queries
     model.hyper = None # its weights have other names, so no folder could rebuild it
     pyramid = model.pyramid
     side = 2*max(pyramid.strides)

@@ -66,7 +66,7 @@ def onednn_pays(
     x: Tensor, # (...,k)
     w: Tensor  # (m,k)
 ) -> bool:
-    "True if a large matmul should run on oneDNN; measured once for a shape of `w`, if at all"
+    "True if a large matmul should run on oneDNN; a measurement is made once for each shape of `w`"
     shape = tuple(w.shape)
     if shape not in CHOSEN:
         wide = torch.backends.cpu.get_cpu_capability().startswith('AVX') # AVX2 or AVX512

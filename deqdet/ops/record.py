@@ -1,4 +1,4 @@
-"""a tuple with named fields that survives fastai, torch and accelerate
+"""a tuple with named fields that fastai, torch and accelerate rebuild
 
 Docs: https://deqdet.github.io/deqdet/ops/record.html.md"""
 

@@ -102,10 +102,10 @@ def _objects(row):
 def rows_to_coco(
     rows,  # iterable of dicts: image, objects
     place, # (image, number) -> file name
-    names=None, # of the classes; None: what occurs, sorted
-    where='rows' # what a message begins with
+    names=None, # of the classes; None: those that occur, sorted
+    where='rows' # the beginning of messages
 ) -> dict:
-    "Rows in COCO's terms"
+    "Rows as a dict in COCO's form"
     images = []
     objects = []
     faults = KeyError, TypeError, ValueError, IndexError, AttributeError, OSError
@@ -136,7 +136,7 @@ def write_rows(
     rows,          # iterable of dicts with `image` and `objects`
     path,          # folder of the set, to write
     split='train', # name of the split
-    names=None     # of the classes; None: those of the dataset, or what occurs
+    names=None     # of the classes; None: those of the dataset, or those that occur
 ) -> Path:         # the annotation file
     "Rows as one split of a set in COCO layout"
     images = make_folder(Path(path)/'images'/split)
@@ -179,7 +179,7 @@ def coco_of_folder(
     split=None, # name of a split; None: all files
     others=()   # other names of the split
 ) -> tuple:     # COCO dict, folder of the images, file that messages name
-    "One split of a folder in COCO's terms"
+    "One split of a folder in COCO's form"
     path = Path(path)
     files = _files_of(path, split, others or [split])
     if files[0].suffix=='.jsonl':

@@ -60,7 +60,7 @@ def plot_f1(
     curves: dict, # from `f1_curves`
     ax=None       # matplotlib axes; None: new ones
 ):                # the axes
-    "F1 of each class against the threshold, with a dot on the best"
+    "The axes with F1 of each class against the threshold, and a dot on the best"
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     for name,t in curves.items():
         if not t.f1.any(): continue
@@ -75,11 +75,11 @@ def plot_f1(
 KINDS = ('classification','localisation','both','duplicate','background','missed')
 
 class Fault(NamedTuple):
-    "One error"
+    "One error of a detector in an image"
     kind: str     # one of `KINDS`
     image_id: int
     det: dict     # the detection: id, category_id, bbox, score; None for a missed object
-    obj: dict     # the object that it is about: id, category_id, bbox; None for background
+    obj: dict     # the object that it refers to: id, category_id, bbox; None for background
     iou: float    # their overlap
     free: bool=False # True: with its class or box corrected, the detection would match the object
 
@@ -208,7 +208,7 @@ def plot_calibration(
     table: pd.DataFrame, # from `calibration`
     ax=None              # matplotlib axes; None: new ones
 ):                       # the axes
-    "Precision against score, and the diagonal"
+    "The axes with precision against score, and the diagonal"
     ax = ax or plt.subplots(figsize=(3.4, 3))[1]
     ax.plot([0, 1], [0, 1], color='.7', lw=1)
     ax.plot(table.score, table.precision, 'o-')

@@ -27,7 +27,7 @@ def plot_pr(
     classes: list|None=None, # names: one line for each, at the first threshold; None: the mean
     ax=None                # matplotlib axes; None: new ones
 ):                         # the axes
-    "Precision against recall, as COCO interpolates it"
+    "The axes with precision against recall, as COCO interpolates it"
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     names = list(result.per_class.index)
     if classes is None:
@@ -106,7 +106,7 @@ def plot_confusion(
     counts: pd.DataFrame, # from `confusion`
     ax=None               # matplotlib axes; None: new ones
 ):                        # the axes
-    "Confusion matrix: shares of each row as colour, counts as text (up to 25 classes)"
+    "The axes with shares of each row as colour, and counts as text (up to 25 classes)"
     n = len(counts)
     c = counts.to_numpy()
     ax = ax or plt.subplots(figsize=(1.4 + .55*n, 1 + .5*n))[1]

@@ -262,7 +262,7 @@ def _values(column):
     return [o.decode('utf-8', 'surrogatepass') for o in column.tolist()]
 
 class Entries(Sequence):
-    "Entries of a COCO list, made from arrays when they are asked for"
+    "Entries of a COCO list, made from arrays on access"
     def __init__(self,
         arrays # dict: field -> (n,…)
     ): self.arrays = arrays

@@ -246,7 +246,7 @@ def read_yolo(
     anns = [dict(id=i, **o) for i,o in enumerate(objects, 1)]
     return Source(dict(images=images, annotations=anns, categories=categories), path, file)
 
-# %% ../../nbs/sets/03_formats.ipynb #f0f238cc
+# %% ../../nbs/sets/03_formats.ipynb #452f8392
 def read_hf(
     path,      # folder with parquet, arrow or metadata.jsonl files
     split=None # name of a split; None: all files
@@ -256,6 +256,7 @@ def read_hf(
     fill_sizes(coco['images'], folder)
     return Source(coco, folder, file)
 
+# %% ../../nbs/sets/03_formats.ipynb #f0f238cc
 LAYOUTS = dict(coco=read_coco, voc=read_voc, yolo=read_yolo, hf=read_hf)
 
 def find_layout(

@@ -146,7 +146,7 @@ def load_image(
 def image_size(
     path # image file
 ) -> tuple: # (height, width) of the upright image in pixels; None when it cannot be read
-    "Size by the file's head, without decoding"
+    "Size in the file's header, without decoding"
     try:
         with Image.open(path) as im:
             w,h = im.size
@@ -190,6 +190,7 @@ def show_sample(
         c = plt.cm.tab10(k%10)
         box = plt.Rectangle((x1-.5, y1-.5), x2-x1, y2-y1, fill=False, color=c, lw=1.5)
         ax.add_patch(box)
-        ax.text(x1, y1, vocab[k] if vocab else k, color='w', size=7, va='bottom', clip_on=True,
+        inside = 'top' if y1 < .08*img.shape[1] else 'bottom' # a name above the image would be cut
+        ax.text(x1, y1, vocab[k] if vocab else k, color='w', size=8, va=inside, clip_on=True,
                 bbox=dict(facecolor=c, lw=0, pad=.8))
     return ax

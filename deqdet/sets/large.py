@@ -94,7 +94,7 @@ def _where(table, i, a):
 
 # %% ../../nbs/sets/16_large.ipynb #08070456
 def _judge(table, images, objects, used):
-    "(m,) bool: what can be used; and problems by number. Fills in what is odd but usable"
+    "(m,) bool: usable annotations; and problems by number. Fills in odd but usable ones"
     row = _rows(images['id'], objects['image_id'])
     suspect = _suspects(images, objects, row, used)
     odd = _odd(table)

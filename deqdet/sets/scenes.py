@@ -118,7 +118,7 @@ def clutter(rng, img):
 
 # %% ../../nbs/sets/07_scenes.ipynb #5f098238
 def sizes_in(rng, side):
-    "How many objects, and a function that draws the longest side of one in pixels"
+    "The number of objects, and a function that draws the longest side of one in pixels"
     mode = rng.random()
     if mode < .03: return 0, None
     if mode >= .68 and mode < .9:
@@ -257,7 +257,7 @@ def _jpeg(im, quality):
 
 # %% ../../nbs/sets/07_scenes.ipynb #3c1d8794
 def _style(rng):
-    "Properties that are the same all over a scene"
+    "Properties that all objects of a scene share"
     upright = rng.random() < .3
     cut = rng.random() < .5
     hide = rng.choice([.05, .4])

@@ -72,16 +72,21 @@ def _extent(mask):
     return [o/_FINE for o in (x1, y1, x2+1-x1, y2+1-y1)]
 
 # %% ../../nbs/sets/02_shapes.ipynb #222eee24
-def _colour(rng, ground=None):
-    "A colour (3,) that stands off the ground's"
+def _any_colour(rng, saturation):
+    "A colour (3,), nearer to grey for a `saturation` below 1"
     c = rng.uniform(20, 235, 3)
-    while ground is not None and np.linalg.norm(c-ground) < 60: c = rng.uniform(20, 235, 3)
+    return c if saturation==1 else c.mean() + saturation*(c - c.mean())
+
+def _colour(rng, ground=None, saturation=1):
+    "A colour (3,) that differs from the ground's"
+    c = _any_colour(rng, saturation)
+    while ground is not None and np.linalg.norm(c-ground) < 60: c = _any_colour(rng, saturation)
     return c
 
-def _surface(rng, hw, ground=None):
+def _surface(rng, hw, ground=None, saturation=1):
     "Base colour, and a texture (h,w,3) around it"
     h,w = hw
-    c = _colour(rng, ground)
+    c = _colour(rng, ground, saturation)
     grid = rng.integers(0, 256, (*rng.integers(3, 12, 2), 3), dtype=np.uint8)
     clouds = Image.fromarray(grid).resize((w,h), Image.BICUBIC)
     clouds = np.asarray(clouds, np.float32) - 128
@@ -90,7 +95,7 @@ def _surface(rng, hw, ground=None):
     along_x = np.arange(w)*np.cos(turn)*f            # (w,)
     along_y = (np.arange(h)*np.sin(turn)*f)[:,None]  # (h,1)
     stripes = np.sin(along_x + along_y + phase)[...,None]
-    img = c + clouds*rng.uniform(.05, .4) + stripes*rng.uniform(-30, 30, 3)
+    img = c + saturation*clouds*rng.uniform(.05, .4) + saturation*stripes*rng.uniform(-30, 30, 3)
     return c, img.astype(np.float32)
 
 def _share(owner, k):
@@ -98,22 +103,23 @@ def _share(owner, k):
     mine = owner.point([255 if i==k else 0 for i in range(256)])
     return np.asarray(mine.reduce(_FINE), np.float32)[...,None]/255
 
-def _paint(rng, hw, owner, n):
+def _paint(rng, hw, owner, n, saturation=1):
     "The image of a scene with `n` objects"
-    ground,img = _surface(rng, hw)
+    ground,img = _surface(rng, hw, None, saturation)
     img = img*_share(owner, 0)
     for k in range(1, n+1):
-        _,texture = _surface(rng, hw, ground)
+        _,texture = _surface(rng, hw, ground, saturation)
         img += texture*_share(owner, k)
     img += rng.standard_normal(img.shape, np.float32)*4
     return Image.fromarray(img.clip(0, 255).astype(np.uint8))
 
 # %% ../../nbs/sets/02_shapes.ipynb #6ebd8838
-def _write_image(path, rng, i, hw, names, empty, max_objects):
+def _write_image(path, rng, i, hw, names, empty, max_objects, saturation):
     "COCO's entries for image `i`, which is written to `path`"
     n = 0 if rng.random() < empty else int(rng.integers(1, max_objects+1))
     owner,labels = _scene(rng, hw, names, n)
-    _paint(rng, hw, owner, len(labels)).save(path, quality=95, subsampling=0)
+    image = _paint(rng, hw, owner, len(labels), saturation)
+    image.save(path, quality=95, subsampling=0)
     owner = np.asarray(owner)
     anns = []
     for j,k in enumerate(labels):
@@ -123,18 +129,18 @@ def _write_image(path, rng, i, hw, names, empty, max_objects):
     return dict(id=i+1, file_name=path.name, width=hw[1], height=hw[0]), anns
 
 # %% ../../nbs/sets/02_shapes.ipynb #18913e83
-def _write_split(path, split, n, size, seed, classes, empty, max_objects):
+def _write_split(path, split, n, size, seed, classes, empty, max_objects, saturation):
     "Write images and annotations of one split, unless they exist"
     file = path/f'annotations/instances_{split}.json'
     info = dict(generator='synth_coco', n=n, size=size, seed=seed, classes=classes, empty=empty,
-                max_objects=max_objects)
+                max_objects=max_objects, saturation=saturation)
     if file.exists() and json.loads(file.read_text()).get('info') == info: return
     images = []
     anns = []
     for i in range(n):
         rng = np.random.default_rng((seed, split=='valid', i))
         image = path/f'images/{split}_{i:05}.jpg'
-        entry,objects = _write_image(image, rng, i, size, classes, empty, max_objects)
+        entry,objects = _write_image(image, rng, i, size, classes, empty, max_objects, saturation)
         images.append(entry)
         anns += objects
     anns = [dict(id=i, **a) for i,a in enumerate(anns, 1)]
@@ -151,7 +157,8 @@ def synth_coco(
     seed=0,       # the same seed gives the same set
     n_classes=4,  # 1..4, of disc, triangle, square, cross
     empty=.05,    # share of images without any object, 0..1
-    max_objects=6 # most objects in an image
+    max_objects=6, # most objects in an image
+    saturation=1. # 0..1 of colours and textures; below 1: nearer to grey
 ) -> Path:        # the folder
     "Write a generated detection set in COCO layout"
     path = Path(path)
@@ -161,5 +168,5 @@ def synth_coco(
     hw = [size, size] if isinstance(size, int) else list(size)
     classes = list(SHAPES)[:n_classes]
     for split,n in (('train',n_train), ('valid',n_valid)):
-        _write_split(path, split, n, hw, seed, classes, empty, max_objects)
+        _write_split(path, split, n, hw, seed, classes, empty, max_objects, saturation)
     return path

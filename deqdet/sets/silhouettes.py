@@ -147,7 +147,7 @@ def card(rng):
     "A tall card with round corners"
     return [power_ring(40, .15)*(rng.uniform(.55, .8), 1)]
 
-# the frequent ones stand twice
+# frequent ones are listed twice
 SILHOUETTES = (superellipse, blob, card, n_gon, star, profile, creature, glyph, flower, gear,
                crescent, annulus, sector, teardrop, heart, bolt, cross, blob, superellipse,
                creature)

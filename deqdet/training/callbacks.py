@@ -119,7 +119,7 @@ class Schedule(Callback):
 
 # %% ../../nbs/training/03_callbacks.ipynb #ab3a4fce
 class Amp(MixedPrecision):
-    "Products in half precision, on whatever device the model is"
+    "Mixed precision on the device of the model"
     name = 'mixed_precision'
     on = False
     def __init__(self,
@@ -149,7 +149,7 @@ class EMA(Callback):
     "A moving average of weights, used in validation and kept after fitting"
     order = ParamScheduler.order+5
     def __init__(self,
-        decay=.9998 # part of the average that stays at an update; less during the first ones
+        decay=.9998 # of the average at an update; less during the first ones
     ): self.decay = decay
 
     def weights(self):

@@ -1,4 +1,4 @@
-"""callbacks that teach a step to settle: a penalty on its moves or its Jacobian, and losses on late states
+"""callbacks that make a step contract: a penalty on its moves or its Jacobian, and losses on late states
 
 Docs: https://deqdet.github.io/deqdet/training/contraction.html.md"""
 
@@ -42,7 +42,7 @@ def jacobian(
 
 # %% ../../nbs/training/13_contraction.ipynb #3db6d7b3
 class Contract(Callback):
-    "Add a penalty on the step, at the last state that it was applied to, to the learner's loss"
+    "Add to the learner's loss a penalty on the step, at the last state of the path"
     order = GradientClip.order-1
     run_valid = False
     def __init__(self,

@@ -19,7 +19,7 @@ from .resume import anyone
 def clock_factor(
     part,      # of the time that has passed, 0..1
     warmup=.05, # part of the time until the full rate
-    risen=0.   # 0..1: so far it has risen by another count; the higher one counts
+    risen=0.   # 0..1: how far another count lets it rise; the higher one counts
 ) -> float:    # part of the learning rate
     "Warm-up and half a cosine"
     rise = min(1., max((part + .002)/warmup, risen))
@@ -81,7 +81,7 @@ def guess(self:TimeBudget):
 # %% ../../nbs/training/08_minutes.ipynb #4db582fa
 @patch
 def before_fit(self:TimeBudget):
-    "Forget an earlier fit, and keep its rates as the largest ones"
+    "Reset the counts, and take the current rates as the largest"
     self.done = False
     self.batches = 0
     self.unseen = 0 # batches since the last evaluation
@@ -143,7 +143,7 @@ def after_validate(self:TimeBudget):
 
 @patch
 def after_epoch(self:TimeBudget):
-    "Evaluations that are asked for otherwise take place"
+    "Allow evaluations outside of training again"
     self.learn.validate_now = True
 
 @patch
@@ -169,7 +169,7 @@ def state_dict(self:TimeBudget):
 
 @patch
 def load_state_dict(self:TimeBudget, s):
-    "Go on with the time of an earlier run"
+    "Continue with the time of an earlier run"
     self.before = s['before']
     self.last = s['last']
     self.evaluation = s['evaluation']

@@ -110,9 +110,10 @@ def _exchange(self:Watch, seen):
     if self.lost: self.store.set('lost', self.lost)
     elif self.store.check(['lost']): self.lost = self.store.get('lost').decode()
 
+# %% ../../nbs/training/05_processes.ipynb #b76dc58c
 @patch
 def _silent(self:Watch):
-    "Name of what is lost, or ''; about the next process only a store that answers can tell"
+    "Name of what is lost, or ''; the next process only while the store answers"
     seconds = {k: n*self.tick for k,n in self.quiet.items()}
     if seconds['store'] > self.silence: return self.names['store']
     lost = seconds['next'] > self.silence and seconds['store'] < self.silence/2
@@ -160,7 +161,7 @@ def _end_group():
     if dist.is_initialized(): dist.destroy_process_group()
 
 class Shards(DistributedTrainer):
-    "fastai's trainer over several processes, with loaders that deal by themselves"
+    "fastai's trainer over several processes, with a `shard` of each loader"
     name = 'distributed_trainer'
     def __init__(self,
         sync_bn=False, # share the statistics of BatchNorm?

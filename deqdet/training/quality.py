@@ -1,4 +1,4 @@
-"""class scores that say how well a box fits
+"""class scores that measure how well a box fits
 
 Docs: https://deqdet.github.io/deqdet/training/quality.html.md"""
 

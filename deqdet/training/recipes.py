@@ -22,7 +22,7 @@ class Recipe:
     "All numbers of a training run"
     epochs: int=12
     drops: tuple=(8,11)      # epochs, counted from 0, that begin with a drop of the rate
-    drop: float=.1           # to this part of what it was
+    drop: float=.1           # factor of the rate at each drop
     cosine: bool=False       # instead of drops: half a cosine, down to 0
     lr: float=2.5e-5         # learning rate of parameters that no pattern names
     wd: float=.01            # weight decay, likewise
@@ -31,9 +31,9 @@ class Recipe:
     warmup_from: float=.001  # part of the rate that the first update has
     clip: float=1.           # largest norm of all gradients together
     batch: int=16            # images per update that these rates were chosen for
-    muon: bool=False         # `Muon`, which updates matrices in all directions alike, not AdamW
-    updates: int=0           # about so many, whatever the size of the set; 0: `epochs` counts
-    ema: float=0.            # part of an average of weights that stays at an update; 0: no average
+    muon: bool=False         # optimise by `Muon`, not by AdamW
+    updates: int=0           # wanted updates for a set of any size; 0: `epochs` decides
+    ema: float=0.            # decay of an average of the weights, per update; 0: no average
     denoise: int=0           # noisy copies of each object that become states, at most; 0: none
     overlap: float=0.        # exponent of the overlap in class targets; 0: the target is 1
 

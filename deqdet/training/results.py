@@ -38,7 +38,7 @@ def draw_results(
         k = scores >= min_score
         shown = t._replace(boxes=boxes[k], labels=labels[k])
         _draw_result(ax, img, t, shown, scores[k].tolist(), vocab)
-        ax.set_title(title, fontsize=8)
+        ax.set_title(title, fontsize=9)
     plt.tight_layout(pad=.3)
     return axs
 

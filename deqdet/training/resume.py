@@ -127,7 +127,7 @@ class Resume(Callback):
         self.file = self.path/self.fname
         self.at = None       # the state read, until the first epoch begins
         self.rng = None      # generators to set before the next batch
-        self.clean = False   # is the last update noted?
+        self.clean = False   # is the last update recorded?
         self.trained = False # any update in this fit?
         self.evaluated = True # does an evaluation follow this epoch?
         if self.run and self.resume and self.file.exists(): self._load()
@@ -218,8 +218,8 @@ def _read(file):
         said = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f'{file}: damaged, or no checkpoint ({said})') from None
     if 'train_iter' not in s:
-        raise ValueError(f'{file}: weights alone do not say where to go on; '
-                         'expected what `Resume` writes')
+        raise ValueError(f'{file}: weights alone, without the state of a training; '
+                         'a file that `Resume` wrote was expected')
     return s
 
 def _load_model(model, s, file):
@@ -256,7 +256,7 @@ def _ignore_signals():
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 def _end_loaders():
-    "When Python exits, it ends its children by a signal that they ignore, and waits for them"
+    "Kill the loader processes at exit: they ignore the signal by which Python would end them"
     for p in multiprocessing.active_children():
         if p.daemon: p.kill()
 

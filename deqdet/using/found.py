@@ -49,23 +49,9 @@ def _nothing():
     labels = torch.zeros(0, dtype=torch.long)
     return dict(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=labels)
 
-# %% ../../nbs/using/02_found.ipynb #28fb33f1
-class Found(dict):
-    "What was found in an image: a dict of `boxes`, `scores`, `labels` and `names`"
-    def __init__(self,
-        picture,    # the image as the caller gave it: a path, a PIL image, an array
-        hw,         # its height and width in pixels
-        dets=None,  # dict(boxes (n,4) corners in its pixels, scores (n,), labels (n,))
-        error=None, # why it could not be read; then there are no boxes
-        vocab=None  # class names
-    ):
-        super().__init__(dets or _nothing())
-        self['names'] = names_of(self['labels'], vocab)
-        self.picture = picture
-        self.hw = hw
-        self.error = error
-        self.vocab = vocab
-
+# %% ../../nbs/using/02_found.ipynb #065f39d5
+class _Named(dict):
+    "Detections whose entries are attributes too"
     @property
     def boxes(self): return self['boxes']
     @property
@@ -76,6 +62,23 @@ class Found(dict):
     def names(self): return self['names']
     @property
     def dets(self): return {k: self[k] for k in ('boxes','scores','labels')}
+
+# %% ../../nbs/using/02_found.ipynb #28fb33f1
+class Found(_Named):
+    "The detections of an image: a dict of `boxes`, `scores`, `labels` and `names`"
+    def __init__(self,
+        picture,    # the image as the caller gave it: a path, a PIL image, an array
+        hw,         # its height and width in pixels
+        dets=None,  # dict(boxes (n,4) corners in its pixels, scores (n,), labels (n,))
+        error=None, # the reason why it could not be read; then there are no boxes
+        vocab=None  # class names
+    ):
+        super().__init__(dets or _nothing())
+        self['names'] = names_of(self['labels'], vocab)
+        self.picture = picture
+        self.hw = hw
+        self.error = error
+        self.vocab = vocab
 
     def __eq__(self, other):
         "True for equal detections, or the same error"

@@ -137,6 +137,11 @@ def check_max_dets(
     if max_dets > max(100, n*k):
         raise CommandError(f'max_dets {max_dets}: this detector gives at most {n*k} detections '
                            f'({n} queries x {k} classes)')
+def _most_dets(model):
+    "100, or the number of queries of a detector that has more"
+    known = getattr(model, 'hyper', None) or model # a folded detector has no record
+    return max(100, getattr(known, 'n_queries', 0))
+
 
 # %% ../../nbs/using/04_stream.ipynb #6fa29c8d
 def _run(views, model, **kwargs):
@@ -164,10 +169,12 @@ def detect(
     min_score=0., # leave out detections below; None: the detector's threshold for each class, or .3
     tiles=None, # side of tiles, or (side, overlap), in pixels of the images
     nms=None,   # remove what overlaps a better one of its class by this IoU
-    **kwargs  # for `Detector.predict`: `max_dets`, `steps`, `tol`
+    max_dets=None, # detections in an image; None: 100, or a box per query if these are more
+    **kwargs  # for `Detector.predict`: `steps`, `tol`
 ):            # yields `Found`, in the order of the images
     "Detections in images, batch by batch"
-    check_max_dets(model, kwargs.get('max_dets'))
+    check_max_dets(model, max_dets)
+    kwargs |= dict(max_dets=max_dets or _most_dets(model))
     bar = score_bars(model, min_score) # () or (K,)
     if tiles is not None: tile_size(tiles)
     tfm = feed_tfm(model.feed or Feed())

@@ -21,7 +21,7 @@ def _starts(length, size, overlap):
 def tile_size(
     tiles # side of the tiles in pixels, (side, overlap), or text: '640', '640,64'
 ) -> tuple: # side, overlap; by default a fifth of the side
-    "Side and overlap of the tiles; an error if they make no sense"
+    "Side and overlap of the tiles; an error if the overlap is as large as the side"
     wanted = f'tiles={tiles!r}: (side, overlap) was expected, 0 <= overlap < side'
     if isinstance(tiles, str):
         if not re.fullmatch(r'\d+([x,]\d+)?', tiles): raise ValueError(wanted)
