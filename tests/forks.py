@@ -27,9 +27,14 @@ def _end(f, fd, timeout):
     except BaseException: traceback.print_exc()
     finally: os._exit(code)
 
+def forget():
+    "Let the package be imported anew: `runs` reads the environment while it is"
+    for name in [o for o in sys.modules if o.partition('.')[0]=='deqdet']: del sys.modules[name]
+
 def script(path, *args):
     "What `python path args…` does, for `forked`"
     def f():
+        forget()
         sys.argv = [str(path), *map(str, args)]
         runpy.run_path(str(path), run_name='__main__')
     return f
@@ -39,6 +44,7 @@ FORKS = '--run-path', '--start-method', 'fork' # torchrun's own options
 def torchrun(path, *args, processes=2):
     "What `torchrun --nproc_per_node 2 path args…` does, for `forked`; its processes are forks too"
     def f():
+        forget()
         torch.distributed.run.main(['--standalone', '--nproc_per_node', str(processes), *FORKS, str(path), *map(str, args)])
     return f
 
@@ -51,6 +57,7 @@ def accelerate(path, *args, processes=2):
         o.start_method = 'fork'
         run(o)
     def f():
+        forget()
         torch.distributed.run.run = in_forks
         sys.argv = ['accelerate', '--multi_gpu', '--num_processes', str(processes), '--main_process_port', '0', str(path), *map(str, args)]
         launch.main()
