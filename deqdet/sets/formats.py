@@ -213,8 +213,7 @@ def _yolo_box(text, hw):
 def _label_lines(image):
     "…/images/…/a.jpg -> the label file …/labels/…/a.txt, and its lines by number"
     parts = list(image.with_suffix('.txt').parts)
-    if 'images' in parts:
-        parts[-1 - parts[::-1].index('images')] = 'labels'
+    if 'images' in parts: parts[-1 - parts[::-1].index('images')] = 'labels'
     file = Path(*parts)
     lines = file.read_text(errors='replace').splitlines() if os.path.exists(file) else []
     return file, [(j,line) for j,line in enumerate(lines, 1) if line.strip()]
