@@ -14,6 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 import own_data
 from acceleration import First
 from deqdet.equilibrium import RAG, Perturb
+from deqdet.sets.mosaic import mosaic
 from deqdet.training.contraction import jacobian, prolonged, stretch
 from deqdet.zoo import published
 from own_data import KINDS, LITE, Ours
@@ -31,6 +32,14 @@ class RandomSteps(Ours):
         loss = super().loss(images, sizes, target)
         decoder.plan = trained
         return loss
+
+
+class Mosaics(Ours):
+    "Half of the batches are mosaics of four images, except in the last 30 % of the training"
+    def loss(self, images, sizes, target):
+        batch = images, sizes, target
+        if self.part < .7 and torch.rand(()) < .5: batch = mosaic(batch)
+        return super().loss(*batch)
 
 
 class Late(Ours):
@@ -141,6 +150,7 @@ own_data.KINDS = {
     'random_stretch': partial(RandomContracted, 'deqdet_lite'),
     'damped': partial(Damped, 'deqdet_lite'),
     'undamped': partial(Damped, 'deqdet_lite', learn=False),                          # the same supervision
+    'mosaic': partial(Mosaics, 'deqdet_lite'),
     'late': partial(Late, 'deqdet_lite'),
     'stretch': partial(Contracted, 'deqdet_lite'),
     'jacobian': partial(Contracted, 'deqdet_lite', penalty=jacobian, weight=1e-5), # its value is in the thousands at first

@@ -221,6 +221,7 @@ def train(detector, dls, args):
         for images,sizes,target in dls.train:
             now = part()
             if now >= 1: break
+            detector.part = now # some kinds end with another diet
             for g in opt.param_groups: g['lr'] = args.lr*g['part']*clock_factor(now)
             loss = detector.loss(images, sizes, target)
             opt.zero_grad()
