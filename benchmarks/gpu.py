@@ -133,7 +133,7 @@ def operations(f):
 
 
 def roofline(seen, rate, bandwidth):
-    "FLOPs, bytes, and the time that no operator can beat, with FLOP/s and byte/s of the device"
+    "FLOPs, bytes, and the time at the device's rate or bandwidth, which caches may beat"
     floor = sum(max(flops/rate, moved/bandwidth) for flops,moved in seen)
     flops,moved = (sum(o) for o in zip(*seen))
     return dict(gflop=flops/1e9, mb=moved/1e6, operators=len(seen), roofline_ms=1e3*floor)

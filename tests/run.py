@@ -112,13 +112,16 @@ def module_imports(root, name):
         if file.exists(): return imports(file.read_text(encoding='utf-8'), package)
     return set()
 
+def page_imports(path):
+    "What a notebook imports; nothing where it cannot be read, which it says when it runs"
+    from nbdev.test import nb_test_cells
+    try: return set().union(*(imports(re.sub('^[%!].*', 'pass', c.source, flags=re.M)) for c in nb_test_cells(path, skip_flags=FLAG)))
+    except (SyntaxError, ValueError): return set() # of a cell, of the file
+
 def needs(root, path):
     "Those of `LATER` that a notebook imports, itself or through modules of the project"
-    from nbdev.test import nb_test_cells
     seen = set()
-    todo = set()
-    for c in nb_test_cells(path, skip_flags=FLAG):
-        if not re.search('^[%!]', c.source, re.M): todo |= imports(c.source)
+    todo = page_imports(path)
     while todo:
         name = todo.pop()
         seen.add(name)

@@ -155,6 +155,14 @@ def test_libraries_that_only_some_notebooks_import(project, few_libraries, monke
     for name in [*tried, '01_none']: assert check_notebook(project, paths[name]).status=='passed', name
     assert [p.stem for p in run.notebooks(project)]==['00_page', '01_none', '02_through', '04_lazy', '03_itself']
 
+def test_a_notebook_that_cannot_be_read_fails_alone(project, few_libraries):
+    "It is listed, as is one with a cell that is no Python"
+    (project/'nbs/01_text.ipynb').write_text('no json')
+    write_nb(new_nb([mk_cell('# Tried', 'markdown'), mk_cell('%time 1'), mk_cell('def f(:')]), project/'nbs/02_cell.ipynb')
+    found = run.notebooks(project)
+    assert [p.stem for p in found]==['00_page', '01_text', '02_cell']
+    assert [check_notebook(project, p).status for p in found[1:]]==['failed', 'failed']
+
 def test_what_hangs_is_stopped(tmp_path):
     code,out,secs = run.call([sys.executable, '-uc', 'import time; print("on"); time.sleep(60)'], tmp_path, timeout=3)
     assert code=='stopped after 3 s' and out.strip()=='on' and secs < 30

@@ -272,9 +272,8 @@ def find_layout(
     if not found:
         raise DataError(f'{path}: no COCO (annotations/*.json), VOC (Annotations/*.xml), '
                         'YOLO (data.yaml with names) or HF (*.parquet, metadata.jsonl) set')
-    if len(found)>1:
-        raise DataError(f"{path}: looks like {' and like '.join(found)}: name one with layout=")
-    return found[0]
+    if len(found)==1: return found[0]
+    raise DataError(f"{path}: looks like {' and like '.join(found)}: name one with layout=")
 
 # %% ../../nbs/sets/03_formats.ipynb #c4707202
 def seed_of(
