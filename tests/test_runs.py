@@ -2,7 +2,7 @@
 from types import SimpleNamespace
 import pytest, torch
 from deqdet.commands.options import with_enough_queries
-from deqdet.data import synth_coco
+from deqdet.data import DataError, synth_coco
 from deqdet.learner import recipes
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
@@ -130,3 +130,14 @@ def test_full_images_bring_queries():
         assert with_enough_queries(complete_options(o), full).get('queries') == o.get('queries')
     with pytest.warns(UserWarning, match='holds 150 objects, and the detector gives 12 boxes; --queries 225'): warn_if_crowded(full, 12)
     assert queries_for(SimpleNamespace(ends=torch.tensor([0, 5000]))) == 900
+
+
+def test_an_undivided_set_is_divided(tmp_path):
+    "A fifth validates, the same with the same seed; a named split that is missing is an error"
+    data = synth_coco(tmp_path/'set', n_train=10, n_valid=1, size=32, seed=0)
+    (data/'annotations/instances_valid.json').unlink()
+    o = complete_options(dict(data=str(data), model='deqdet_tiny', bs=1, device='cpu'))
+    with pytest.warns(UserWarning, match='2 of 10 images validate'): dls = loaders(o, Feed(32, 32))
+    with pytest.warns(UserWarning, match='2 of 10'): again = loaders(o, Feed(32, 32))
+    assert [x['id'] for x in dls.valid_ds.images] == [x['id'] for x in again.valid_ds.images]
+    with pytest.raises(DataError, match="no split 'valid'"): loaders(o | dict(valid='valid'), Feed(32, 32))

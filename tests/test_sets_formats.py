@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from deqdet.data import epoch_order
 from deqdet.sets.check import clean
-from deqdet.sets.formats import (LAYOUTS, DataError, _yolo_box, find_layout, permutation, read_coco, read_data,
+from deqdet.sets.formats import (LAYOUTS, DataError, NoSplit, _yolo_box, find_layout, permutation, read_coco, read_data,
     read_voc, read_yolo, seed_of)
 from deqdet.sets.arrays import Entries, Table
 from deqdet.sets.large import read_table
@@ -118,3 +118,43 @@ def test_permutation_is_the_first_order_of_the_loader(seed):
     g = torch.Generator().manual_seed(seed_of(seed, 0))
     assert order==torch.randperm(50, generator=g).tolist()
     assert seed_of(seed, 0)==int(np.random.SeedSequence((seed, 0)).generate_state(1)[0])
+
+
+def voc_xml(name): return (f'<annotation><filename>{name}</filename><size><width>32</width><height>24</height></size><object><name>cat</name>'
+                           '<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>12</xmax><ymax>13</ymax></bndbox></object></annotation>')
+
+
+def put_voc(xmls, images, stems):
+    for folder in (xmls, images): folder.mkdir(parents=True, exist_ok=True)
+    for stem in stems:
+        (xmls/f'{stem}.xml').write_text(voc_xml(f'{stem}.png'))
+        Image.new('RGB', (32, 24)).save(images/f'{stem}.png')
+
+
+@pytest.mark.parametrize('xmls, images', [('annotations', 'images'), ('Annotations', 'JPEGImages'), ('Annotations', '.'), ('.', '.')])
+def test_undivided_voc(tmp_path, xmls, images):
+    "Folders as labelling tools write them"
+    put_voc(tmp_path/xmls, tmp_path/images, ['a', 'b.c', 'd'])
+    assert find_layout(tmp_path) == 'voc'
+    src = read_voc(tmp_path)
+    assert [o['file_name'] for o in src.coco['images']] == ['a.png', 'b.c.png', 'd.png'] and src.folder == tmp_path/images
+    assert not src.problems and len(src.coco['annotations']) == 3
+    with pytest.raises(NoSplit, match='valid_pct'): read_data(tmp_path)
+    assert [len(o.coco['images']) for o in read_data(tmp_path, valid_pct=.34)] == [2, 1]
+
+
+def test_voc_with_a_folder_for_each_split(tmp_path):
+    put_voc(tmp_path/'train', tmp_path/'train', ['a', 'b'])
+    put_voc(tmp_path/'val', tmp_path/'val', ['c'])
+    assert find_layout(tmp_path) == 'voc'
+    train, valid = read_data(tmp_path)
+    assert [[o['file_name'] for o in s.coco['images']] for s in (train, valid)] == [['a.png', 'b.png'], ['c.png']]
+    assert train.folder == tmp_path/'train' and valid.file == tmp_path/'val'
+
+
+def test_lists_of_other_splits_are_not_divided_anew(tmp_path):
+    put_voc(tmp_path/'Annotations', tmp_path/'JPEGImages', ['a'])
+    (tmp_path/'ImageSets').mkdir()
+    (tmp_path/'ImageSets/trainval.txt').write_text('a')
+    with pytest.raises(DataError, match='ImageSets/Main/train.txt') as e: read_data(tmp_path)
+    assert not isinstance(e.value, NoSplit)
