@@ -188,8 +188,9 @@ def show_trails(
 # %% ../nbs/15_viz.ipynb #193292ac
 def _frame(image, t, q, vocab, size, title):
     "One frame of the film as a PIL image"
-    fig = plt.figure(figsize=(size, size*1.1), dpi=100)
-    ax = show_image(image, fig.add_axes((0, 0, 1, .91)), title)
+    high = size + .25 # inches, the title included
+    fig = plt.figure(figsize=(size, high), dpi=100)
+    ax = show_image(image, fig.add_axes((0, 0, 1, size/high)), title)
     is_last = t==len(q[0])-1
     _draw_state(ax, t, *q, vocab, names=is_last)
     fig.canvas.draw()

@@ -205,7 +205,7 @@ def test_one_palette_makes_the_film_small(squares, tmp_path):
         _draw_state(ax, t, *q)
     FuncAnimation(fig, frame, frames=len(path)).save(tmp_path/'naive.gif', writer=PillowWriter(fps=4), dpi=100)
     file = save_refinement(img, path, tmp_path/'settle.gif', vocab=squares.vocab)
-    with Image.open(file) as im: assert (im.n_frames, im.size) == (13, (200, 220))
+    with Image.open(file) as im: assert (im.n_frames, im.size) == (13, (200, 225))
     assert file.stat().st_size < .5*(tmp_path/'naive.gif').stat().st_size
 
 
