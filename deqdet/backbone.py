@@ -170,7 +170,7 @@ def create_body(
     pretrained: bool|str|Path=False,  # True: package or hub; a path: that file
     frozen_stages: int=1,             # 0: freeze the stem; 1..4: and that many stages; -1: nothing
     norm_eval: bool=True,             # keep every BatchNorm on its stored statistics
-    drop_path: float|None=0.,         # probability of skipping the last block; None: not passed to timm
+    drop_path: float|None=0., # probability of skipping the last block; None: not passed to timm
     out_norm: bool|None=None,         # a LayerNorm per level; None: where channels are last
     **kwargs                          # for the network itself, as timm takes them
 ) -> Body:                            # images -> four levels
