@@ -1,4 +1,5 @@
 "A training in a folder: its options, and what may change on the way"
+import re, warnings
 from types import SimpleNamespace
 import pytest, torch
 from deqdet.commands.options import with_enough_queries
@@ -10,7 +11,7 @@ from deqdet.ops import machine
 from deqdet.ops.errors import CommandError
 from deqdet.predict import save_detector
 from deqdet.runs import DIETS, complete_options, duration, loaders, resumed_options, start_detector, with_epochs
-from deqdet.sets.sizes import queries_for, warn_if_crowded
+from deqdet.sets.sizes import queries_for, warn_if_crowded, warn_if_tiny
 from deqdet.zoo import published, zoo
 
 
@@ -141,3 +142,17 @@ def test_an_undivided_set_is_divided(tmp_path):
     with pytest.warns(UserWarning, match='2 of 10'): again = loaders(o, Feed(32, 32))
     assert [x['id'] for x in dls.valid_ds.images] == [x['id'] for x in again.valid_ds.images]
     with pytest.raises(DataError, match="no split 'valid'"): loaders(o | dict(valid='valid'), Feed(32, 32))
+
+
+@pytest.mark.parametrize('sides, said', [
+    ([20, 20, 30], None),
+    ([8, 9, 30], '67% of the objects are smaller than 10 pixels .* 320; --size 384'), # half below 10
+    ([2, 40, 40, 40, 40], '20% of the objects are smaller than 4 pixels .* 320; --size 640'),
+    ([], None)])
+def test_small_objects(sides, said):
+    boxes = torch.tensor([[0., 0, s, s] for s in sides]).reshape(-1, 4)
+    ds = SimpleNamespace(images=[dict(height=320, width=320)], boxes=boxes, ends=torch.tensor([0, len(sides)]))
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter('always')
+        warn_if_tiny(ds, Feed(320, 320))
+    assert len(got) == (said is not None) and all(re.search(said, str(o.message)) for o in got)
