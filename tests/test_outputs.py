@@ -3,7 +3,7 @@ import pytest
 from fastcore.nbio import mk_cell, new_nb, write_nb
 import outputs, run
 from run import check_notebook
-from test_run import few_libraries, project
+from test_run import exported, few_libraries, project
 
 @pytest.mark.parametrize('stored,fresh,equal', [
     ('loss 1.90 of 3', 'loss 1.93 of 3', True),
