@@ -1,4 +1,4 @@
-"""train a detector in minutes and look at it on one page
+"""train a detector in minutes and see its results on one HTML page
 
 Docs: https://deqdet.github.io/deqdet/demo.html.md"""
 

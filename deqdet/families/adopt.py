@@ -1,4 +1,4 @@
-"""a detector for other classes with all weights of a trained one that fit
+"""a detector for other classes with all weights of a trained one whose shapes agree
 
 Docs: https://deqdet.github.io/deqdet/families/adopt.html.md"""
 

@@ -1,4 +1,4 @@
-"""Deformable DETR's decoder layer as a step
+"""Deformable DETR: its encoder as a pyramid, its decoder layer as a step, its loss and its hyper-parameters
 
 Docs: https://deqdet.github.io/deqdet/families/deformable.html.md"""
 

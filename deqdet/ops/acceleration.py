@@ -1,4 +1,4 @@
-"""two methods that find a fixed point in fewer applications
+"""two methods that find the fixed point of a map with fewer evaluations than plain iteration
 
 Docs: https://deqdet.github.io/deqdet/ops/acceleration.html.md"""
 

@@ -1,4 +1,4 @@
-"""large matmuls by the faster of two CPU libraries
+"""a linear layer that computes large matmuls with the faster of two CPU libraries
 
 Docs: https://deqdet.github.io/deqdet/ops/linear.html.md"""
 

@@ -1,4 +1,4 @@
-"""the tensors, images and units of a state, and its Jacobian
+"""tools for the solver's states, and products with the Jacobian of a map of states
 
 Docs: https://deqdet.github.io/deqdet/ops/states.html.md"""
 

@@ -1,4 +1,4 @@
-"""read folders in four layouts into COCO's form
+"""read data sets in four layouts, and convert them to COCO's format
 
 Docs: https://deqdet.github.io/deqdet/sets/formats.html.md"""
 

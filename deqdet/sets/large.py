@@ -1,4 +1,4 @@
-"""checks, splits and boxes of a set whose annotations are arrays
+"""check, split and pack large data sets, with annotations in arrays
 
 Docs: https://deqdet.github.io/deqdet/sets/large.html.md"""
 

@@ -1,4 +1,4 @@
-"""outlines and textures of generated objects
+"""random outlines and textures for generated objects
 
 Docs: https://deqdet.github.io/deqdet/sets/silhouettes.html.md"""
 
