@@ -1,4 +1,4 @@
-"""AP of a model on a data set, after each epoch of training, and for several numbers of refinement steps
+"""AP of a model on a data set, after each epoch, and for several numbers of steps
 
 Docs: https://deqdet.github.io/deqdet/evaluate.html.md"""
 

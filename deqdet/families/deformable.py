@@ -1,4 +1,4 @@
-"""Deformable DETR: its encoder as a pyramid, its decoder layer as a step, its loss and its hyper-parameters
+"""Deformable DETR: decoder layer as a step, two-stage queries, loss, hyper-parameters
 
 Docs: https://deqdet.github.io/deqdet/families/deformable.html.md"""
 
