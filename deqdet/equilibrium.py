@@ -205,6 +205,11 @@ class Equilibrium(nn.Module):
         "Applications of f at inference"
         return self.plan.extra + (self.plan.steps if steps is None else steps)
 
+    def compile(self, **kwargs):
+        "`torch.compile` for both steps and for the measure; keywords are its own"
+        for m in (self.init, self.step, self.measure): m.compile(**kwargs)
+
+
 # %% ../nbs/08_equilibrium.ipynb #85c7fa19
 @patch
 def supervised(self:Equilibrium, state, feats):
@@ -246,7 +251,3 @@ def trajectory(self:Equilibrium, state, feats, steps=None, **kwargs):
     makers = [self.init] + [self.step]*(len(kept)-1)
     return [(z, maker.read(z)) for maker,z in zip(makers, kept.values())]
 
-@patch
-def compile(self:Equilibrium, **kwargs):
-    "`torch.compile` for both steps and for the measure; keywords are its own"
-    for m in (self.init, self.step, self.measure): m.compile(**kwargs)

@@ -409,7 +409,7 @@ def test_verify_data_sees(copy, kind):
     if kind.endswith('image') and kind!='unknown image' or kind=='wrong size':
         with pytest.raises(DataError, match='train_00004.jpg'): list(ds)
         ds.on_error = 'skip'
-        with pytest.warns(UserWarning, match='train_00004.jpg.*stands in'): items = list(ds)
+        with pytest.warns(UserWarning, match='train_00004.jpg.*replaces it'): items = list(ds)
         assert [t.image_id.item() for _,t in items]==[1,2,3,4,6,6,7,8,9,10,11,12]
     else:
         b = torch.cat([t.boxes for _,t in ds])
@@ -628,7 +628,7 @@ def test_the_next_image_stands_in(copy):
     (copy/'images/train_00003.jpg').write_bytes(b'not an image')
     src = read_coco(copy, 'train')
     with pytest.raises(DataError, match='train_00003.jpg: unreadable image'): DetDataset(src)[3]
-    with pytest.warns(UserWarning, match='stands in'): _,t = DetDataset(src, on_error='skip')[3]
+    with pytest.warns(UserWarning, match='replaces it'): _,t = DetDataset(src, on_error='skip')[3]
     assert t.image_id==5
 
 def test_seeded_numbers_depend_on_the_key_and_leave_nothing_behind():
