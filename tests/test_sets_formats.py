@@ -152,6 +152,12 @@ def test_voc_with_a_folder_for_each_split(tmp_path):
     assert train.folder == tmp_path/'train' and valid.file == tmp_path/'val'
 
 
+def test_voc_with_a_folder_for_training_alone(tmp_path):
+    put_voc(tmp_path/'train', tmp_path/'train', ['a', 'b', 'c', 'd'])
+    with pytest.raises(NoSplit, match="no split 'valid'"): read_data(tmp_path)
+    assert [len(o.coco['images']) for o in read_data(tmp_path, valid_pct=.25)] == [3, 1]
+
+
 def test_lists_of_other_splits_are_not_divided_anew(tmp_path):
     put_voc(tmp_path/'Annotations', tmp_path/'JPEGImages', ['a'])
     (tmp_path/'ImageSets').mkdir()

@@ -125,7 +125,8 @@ def _voc_objects(root, file, image_id):
 
 def _voc_folders(path, split):
     "Folders of the xml files and of the images; a split may have one of its own"
-    for d in (path/o for o in _names(split)):
+    names = _names(split) if split else ('', 'train')
+    for d in (path/o for o in names):
         if any(d.glob('*.xml')): return d, d
     def first(*names): return next((path/o for o in names if (path/o).is_dir()), path)
     return first('Annotations', 'annotations'), first('JPEGImages', 'images')
