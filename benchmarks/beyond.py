@@ -17,7 +17,7 @@ from deqdet.equilibrium import RAG, Perturb
 from deqdet.sets.mosaic import mosaic
 from deqdet.training.contraction import jacobian, prolonged, stretch
 from deqdet.zoo import published
-from own_data import KINDS, LITE, Ours
+from own_data import KINDS, LITE, Ours, queries
 
 STRATEGY = published('deqdet_lite').hyper.strategy
 
@@ -54,10 +54,12 @@ class Late(Ours):
 
 
 class Contracted(Ours):
-    "A penalty on the step at the last state of the path"
-    def __init__(self, *args, penalty=stretch, weight=.1, **kwargs):
+    "A penalty on the step at the last state of the path, in every batch or in one of `every`"
+    def __init__(self, *args, penalty=stretch, weight=.1, every=1, **kwargs):
         super().__init__(*args, **kwargs)
         self.penalty,self.weight = penalty,weight
+        self.every = every
+        self.n = 0 # batches so far
         self.net.decoder.step.register_forward_hook(self.keep)
 
     def keep(self, step, args, fz):
@@ -67,13 +69,27 @@ class Contracted(Ours):
         step = self.net.decoder.step
         state, feats = self.net.start(images, sizes)
         loss = self.criterion(self.net.decoder(state, feats), target)
-        z,read,fz = self.call
-        loss = loss + self.weight*self.penalty(lambda z: step(z, read), z, fz)
+        self.n += 1
+        if self.n % self.every==0:
+            z,read,fz = self.call
+            loss = loss + self.weight*self.penalty(lambda z: step(z, read), z, fz)
         if not self.denoise: return loss
         return loss + own_data.denoising_loss(self.net, feats, sizes, target, loss=self.criterion)
 
 
 class RandomContracted(RandomSteps, Contracted):
+    "Both"
+
+
+class Sized(Ours):
+    "First boxes as large as the median object of the set"
+    def __init__(self, name, vocab, args, **overrides):
+        usual = dict(grid=published(name).hyper.grid)
+        rows,cols,_ = (usual | queries(name, args.queries))['grid']
+        super().__init__(name, vocab, args, grid=(rows, cols, args.side), **overrides)
+
+
+class SizedRandom(RandomSteps, Sized):
     "Both"
 
 
@@ -148,6 +164,10 @@ own_data.KINDS = {
     'no_noise': partial(LITE, strategy=replace(STRATEGY, perturb=None)),              # without RAP
     'random_steps': partial(RandomSteps, 'deqdet_lite'),
     'random_stretch': partial(RandomContracted, 'deqdet_lite'),
+    'random_stretch_half': partial(RandomContracted, 'deqdet_lite', weight=.2, every=2),
+    'sized': partial(Sized, 'deqdet_lite'),
+    'sized_random': partial(SizedRandom, 'deqdet_lite'),
+    'deqdet_lite_base': KINDS['deqdet_lite_base'],
     'damped': partial(Damped, 'deqdet_lite'),
     'undamped': partial(Damped, 'deqdet_lite', learn=False),                          # the same supervision
     'mosaic': partial(Mosaics, 'deqdet_lite'),

@@ -29,9 +29,10 @@ from deqdet.data import det_dls
 from deqdet.evaluate import coco_ap
 from deqdet.families.adopt import with_queries
 from deqdet.loss import SetLoss
+from deqdet.model import Feed
 from deqdet.ops.files import finite
 from deqdet.sets.augment import recipe_1x, recipe_small
-from deqdet.sets.sizes import queries_for
+from deqdet.sets.sizes import fed_sides, queries_for
 from deqdet.training.denoise import denoising_loss
 from deqdet.training.minutes import clock_factor
 from deqdet.training.optim import Muon
@@ -245,12 +246,15 @@ def run(args):
         tfms = recipe_small(args.size), recipe_1x(False, args.size, args.size)
         dls = det_dls(folder, bs=args.bs, tfms=tfms, val_bs=8, num_workers=0, seed=args.seed)
     args.queries = args.queries or queries_for(dls.train_ds)
+    args.side = fed_sides(dls.train_ds, Feed(args.size, args.size)).median().item()/args.size
     detector = KINDS[args.kind](list(dls.vocab), args=args)
     n, average = train(detector, dls, args)
     entry = dict(cell(args), updates_made=n, epochs=n/len(dls.train), lr=args.lr, size=args.size, bs=args.bs)
     entry |= measure(detector, dls, average)
     if average.curve: entry['by_epochs'] = average.curve
-    if isinstance(detector, Ours): entry['queries'] = detector.net.hyper.n_queries
+    if isinstance(detector, Ours):
+        hyper = detector.net.hyper
+        entry |= dict(queries=hyper.n_queries, first_side=hyper.grid[2])
     entry |= dict(parameters=sum(p.numel() for p in detector.net.parameters()), commit=commit(), machine=machine())
     return entry
 
