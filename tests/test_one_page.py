@@ -156,9 +156,10 @@ def both(page):
     torch.manual_seed(0)
     model = page.DEQDet().eval() # BatchNorm would else change from call to call
     for step in (model.g, model.f): shake(step, .02)
-    g,f = (same_weights(step, chapter_step(page)) for step in (model.g, model.f))
+    model.double()                            # nine steps enlarge what float32 rounds, on each processor another way
+    g,f = (same_weights(step, chapter_step(page).double()) for step in (model.g, model.f))
     plan = Settled(steps=page.T, supervise=page.SUPERVISED, perturb=Perturb(position=3.))
-    images = torch.rand(2, 3, page.SIDE, page.SIDE)
+    images = torch.rand(2, 3, page.SIDE, page.SIDE).double()
     start,feats = model.start(images)
     return SimpleNamespace(model=model, decoder=Equilibrium(g, f, plan=plan), images=images,
                            state=State.at(*start), feats=feats)
@@ -168,7 +169,7 @@ def test_queries(page, both):
     theirs = Queries(page.N, page.D, boxes=grid_boxes(side, side, side=.4))
     theirs.content.weight.data = both.model.content.data
     (q,boxes),_ = both.model.start(both.images)
-    want = theirs(torch.full((2, 2), page.SIDE))
+    want = theirs.double()(torch.full((2, 2), page.SIDE))
     assert_close(q, want.content)
     assert_close(boxes, want.boxes, atol=1e-4, rtol=0)
 
@@ -181,8 +182,8 @@ def test_nine_predictions_and_their_gradients(page, both, seed):
     theirs = both.decoder.supervised(both.state, [f.detach() for f in both.feats])
     assert len(ours)==len(theirs)==9
     for (logits,boxes),want in zip(ours, theirs):
-        assert_close(logits, want.logits, atol=5e-3, rtol=5e-3)
-        assert_close(boxes, want.boxes, atol=5e-2, rtol=5e-3)
+        assert_close(logits, want.logits, atol=1e-5, rtol=1e-5)
+        assert_close(boxes, want.boxes, atol=1e-4, rtol=1e-5)
     torch.manual_seed(3)
     weights = [(torch.randn_like(l), torch.randn_like(b)/page.SIDE) for l,b in ours]
     sum((l*u).sum() + (b*v).sum() for (l,b),(u,v) in zip(ours, weights)).backward()
@@ -190,7 +191,7 @@ def test_nine_predictions_and_their_gradients(page, both, seed):
     for mine,want in ((both.model.g, both.decoder.init), (both.model.f, both.decoder.step)):
         named = dict(want.named_parameters())
         for k,p in mine.named_parameters():
-            assert (p.grad - named[k].grad).norm() <= 1e-2*named[k].grad.norm() + 1e-4, k
+            assert (p.grad - named[k].grad).norm() <= 1e-4*named[k].grad.norm() + 1e-6, k
 
 def test_noise_is_that_of_the_chapter(page):
     q,corners,_ = small_world(page)
@@ -211,7 +212,7 @@ def test_inference(page, both):
     assert len(states)==len(path)==page.T + 2
     for (q,boxes),(want,_) in zip(states, path):
         assert_close(q, want.content, atol=5e-3, rtol=5e-3)
-        assert_close(boxes, want.boxes, atol=5e-2, rtol=5e-3)
+        assert_close(boxes, want.boxes, atol=1e-4, rtol=1e-5)
 
 # ---- matching and loss
 
