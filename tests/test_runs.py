@@ -1,5 +1,6 @@
 "A training in a folder: its options, and what may change on the way"
-import re, warnings
+import json, re, shutil, warnings
+from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from deqdet.commands.options import with_enough_queries
@@ -142,6 +143,36 @@ def test_an_undivided_set_is_divided(tmp_path):
     with pytest.warns(UserWarning, match='2 of 10'): again = loaders(o, Feed(32, 32))
     assert [x['id'] for x in dls.valid_ds.images] == [x['id'] for x in again.valid_ds.images]
     with pytest.raises(DataError, match="no split 'valid'"): loaders(o | dict(valid='valid'), Feed(32, 32))
+
+
+def test_images_to_test_validate(tmp_path):
+    "Where a set has a split `test` and none to validate on"
+    data = synth_coco(tmp_path/'set', n_train=4, n_valid=3, size=32, seed=0)
+    (data/'annotations/instances_valid.json').rename(data/'annotations/instances_test.json')
+    o = complete_options(dict(data=str(data), model='deqdet_tiny', bs=1, device='cpu'))
+    with pytest.warns(UserWarning, match="no split 'valid', so the 3 images of 'test' validate"): dls = loaders(o, Feed(32, 32))
+    assert (len(dls.train_ds), len(dls.valid_ds)) == (4, 3)
+
+
+@pytest.mark.parametrize('splits, said', [(['train'], '2 of 10 images validate'), (['train', 'test'], "the 10 images of 'test' validate")])
+def test_rows_without_images_to_validate_on(tmp_path, splits, said):
+    data = synth_coco(tmp_path/'set', n_train=10, n_valid=1, size=32, seed=0)
+    for split in splits: rows_of_coco(data, tmp_path/'rows'/split)
+    o = complete_options(dict(data=str(tmp_path/'rows'), model='deqdet_tiny', bs=1, device='cpu'))
+    with pytest.warns(UserWarning, match=said): loaders(o, Feed(32, 32))
+
+
+def rows_of_coco(data, folder):
+    "The images to train on as a folder with metadata.jsonl"
+    coco = json.loads((data/'annotations/instances_train.json').read_text())
+    folder.mkdir(parents=True)
+    lines = []
+    for o in coco['images']:
+        shutil.copy(next(data.rglob(Path(o['file_name']).name)), folder)
+        mine = [a for a in coco['annotations'] if a['image_id']==o['id']]
+        objects = dict(bbox=[a['bbox'] for a in mine], category=[str(a['category_id']) for a in mine])
+        lines.append(json.dumps(dict(file_name=Path(o['file_name']).name, objects=objects)))
+    (folder/'metadata.jsonl').write_text('\n'.join(lines))
 
 
 @pytest.mark.parametrize('sides, said', [

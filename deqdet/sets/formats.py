@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 from ..ops.order import permutation, seed_of # `seed_of` is imported from here
-from ..ops.rows import coco_of_folder, has_rows
+from ..ops.rows import coco_of_folder, has_rows, row_files
 from .images import DataError, fill_sizes, image_size, named
 
 # %% ../../nbs/sets/03_formats.ipynb #3e085f17
@@ -263,6 +263,8 @@ def read_hf(
     split=None # name of a split; None: all files
 ) -> Source:
     "One split in the layout of Hugging Face's datasets"
+    if not row_files(path, split, _names(split)):
+        raise _no_split(Path(path), split, f'a file {split}-*.parquet or a folder {split}')
     coco,folder,file = coco_of_folder(path, split, _names(split))
     fill_sizes(coco['images'], folder)
     return Source(coco, folder, file)
