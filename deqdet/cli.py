@@ -20,8 +20,8 @@ from .shell import bar, command, open_detector, say, solver_options
 # %% ../nbs/21_cli.ipynb #bb35b333
 @command
 def deqdet_check(
-    data:str,          # folder of a detection set in COCO, VOC, YOLO or HF layout
-    layout:str=None,   # coco, voc, yolo or hf; by default it is recognised
+    data:str,          # folder of a detection set in COCO, VOC, YOLO, HF or CSV layout
+    layout:str=None,   # coco, voc, yolo, hf or csv; by default it is recognised
     train:str='train', # name of the split to train on
     valid:str='valid', # name of the split to validate on
     valid_pct:float=None, # share 0..1 to validate on, for a set that is not divided
@@ -36,11 +36,11 @@ def deqdet_check(
 # %% ../nbs/21_cli.ipynb #1af995ca
 @command
 def deqdet_split(
-    data:str,          # folder of an undivided set, in COCO, VOC, YOLO or HF layout
+    data:str,          # folder of an undivided set, in COCO, VOC, YOLO, HF or CSV layout
     out:str,           # folder to write; it refers to the images in `data`
     by:str='prefix',   # folder, video, prefix (the name without its last digits), or a pattern
     valid_pct:float=.2, # share 0..1 to validate on
-    layout:str=None,   # coco, voc, yolo or hf; by default it is recognised
+    layout:str=None,   # coco, voc, yolo, hf or csv; by default it is recognised
     seed:int=0         # for the random order of groups
 ):
     "Divide a set, keeping groups of images together: deqdet_split photos divided --by folder"
@@ -105,14 +105,14 @@ def deqdet_convert(
 @command
 def deqdet_eval(
     model:str,       # folder of a detector or of a training, or a file that deqdet_export wrote
-    data:str,        # folder of a detection set in COCO, VOC, YOLO or HF layout
+    data:str,        # folder of a detection set in COCO, VOC, YOLO, HF or CSV layout
     split:str='valid', # the split to evaluate on; '' for a set that is not divided
     size:str=None,   # pixels of the long side, or 800x1333 for both; by default as in training
     steps:int=None,  # refinement steps; by default those of the detector
     tol:float=None,  # relative residual at which an image stops; by default none stops early
     max_dets:int=100, # detections in an image
     bs:int=8,        # images in a batch
-    layout:str=None, # coco, voc, yolo or hf; by default it is recognised
+    layout:str=None, # coco, voc, yolo, hf or csv; by default it is recognised
     workers:int=0,   # processes that load images
     device:str=None, # cpu, cuda, mps, …; by default the accelerator if there is one
     fast:bool=False, # compute the numbers by the package hotcoco
@@ -175,7 +175,7 @@ def _when(learn, keep):
 # %% ../nbs/21_cli.ipynb #527c5dcf
 @command
 def deqdet_train(
-    data:str,          # folder of a detection set in COCO, VOC, YOLO or HF layout
+    data:str,          # folder of a detection set in COCO, VOC, YOLO, HF or CSV layout
     model:str=None,    # a name of deqdet_models, or a folder; or deqdet_lite
     out:str=None,      # folder to write; by default runs/ and the name of the set
     minutes:float=None, # time of the whole command, instead of epochs
@@ -197,7 +197,7 @@ def deqdet_train(
     mosaic:float=None, # share of batches 0..1 made of mosaics of four images
     rare:float=None,   # repeat images of classes in a smaller share of images
     seed:int=None,     # of weights, order and augmentation; by default 0
-    layout:str=None,   # coco, voc, yolo or hf; by default it is recognised
+    layout:str=None,   # coco, voc, yolo, hf or csv; by default it is recognised
     train:str=None,    # name of the split to train on; by default train
     valid:str=None,    # name of the split to validate on; or valid, or val
     valid_pct:float=None, # share 0..1 to validate on, of an undivided set

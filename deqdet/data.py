@@ -1,4 +1,4 @@
-"""loaders for a folder in COCO, VOC or YOLO layout, with repeatable order and augmentation
+"""loaders for a folder in COCO, VOC, YOLO, HF or CSV layout, with repeatable order and augmentation
 
 Docs: https://deqdet.github.io/deqdet/data.html.md"""
 
@@ -281,11 +281,11 @@ def _datasets(train, valid, vocab, tfms, on_error):
 
 # %% ../nbs/02_data.ipynb #e9fd6c04
 def det_dls(
-    path,             # folder of a detection set in COCO, VOC, YOLO or HF layout
+    path,             # folder of a detection set in COCO, VOC, YOLO, HF or CSV layout
     bs=4,             # images in a batch
     size=None,        # long side in pixels; None: images keep their size
     tfms=None,        # (training, validation) transforms of (image, target), instead of `size`
-    layout=None,      # 'coco', 'voc', 'yolo' or 'hf'; by default it is recognised
+    layout=None,      # 'coco', 'voc', 'yolo', 'hf' or 'csv'; by default it is recognised
     splits=('train','valid'), # their names in the set
     valid_pct=None,   # share 0..1 to validate on, for a set that is not divided
     vocab=None,       # class names, in order; by default those of the training split

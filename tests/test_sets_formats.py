@@ -1,5 +1,6 @@
-"One image with the same two objects in four layouts, and the division of a set"
+"One image with the same two objects in five layouts, and the division of a set"
 import json, shutil
+from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deqdet.data import epoch_order
@@ -26,13 +27,17 @@ FILES = {'coco/annotations/instances_train.json': """
 train: images/train
 val: images/val
 names: [cat, dog]
-""", 'hf/train/metadata.jsonl': '{"file_name": "a.jpg", "objects": {"bbox": [[10, 20, 30, 40], [64, 32, 32, 64]], "category": ["dog", "cat"]}}'}
+""", 'hf/train/metadata.jsonl': '{"file_name": "a.jpg", "objects": {"bbox": [[10, 20, 30, 40], [64, 32, 32, 64]], "category": ["dog", "cat"]}}', 'csv/train.csv': """
+filename,class,xmin,ymin,xmax,ymax
+a.jpg,dog,10,20,40,60
+a.jpg,cat,64,32,96,96
+"""}
 
 @pytest.fixture(scope='module')
 def tmp(tmp_path_factory):
-    "The four layouts in one folder"
+    "The layouts in one folder"
     tmp = tmp_path_factory.mktemp('layouts')
-    for name in (*FILES, 'coco/images/a.jpg', 'voc/JPEGImages/a.jpg', 'yolo/images/train/a.jpg', 'hf/train/a.jpg'):
+    for name in (*FILES, 'coco/images/a.jpg', 'voc/JPEGImages/a.jpg', 'yolo/images/train/a.jpg', 'hf/train/a.jpg', 'csv/images/a.jpg'):
         (tmp/name).parent.mkdir(parents=True, exist_ok=True)
         if name in FILES: (tmp/name).write_text(FILES[name].strip())
         else: Image.new('RGB', (128,128)).save(tmp/name)
@@ -43,14 +48,14 @@ def test_layouts_are_recognised(tmp):
     with pytest.raises(DataError, match='no COCO'): find_layout(tmp/'coco/images')
     with pytest.raises(DataError, match='no such folder'): find_layout(tmp/'nowhere')
 
-def test_four_layouts_one_truth(tmp):
+def test_all_layouts_one_truth(tmp):
     "After cleaning, but for the ids"
     same = [clean(read(tmp/k, 'train'))[0] for k,read in LAYOUTS.items()]
     names = [{c['id']: c['name'] for c in o['categories']} for o in same]
     for o,n in zip(same, names):
         assert [a['bbox'] for a in o['annotations']]==[[10,20,30,40], [64,32,32,64]]
         assert [n[a['category_id']] for a in o['annotations']]==['dog','cat']
-    assert names==[{3: 'cat', 7: 'dog'}, {1: 'cat', 2: 'dog'}, {0: 'cat', 1: 'dog'}, {1: 'cat', 2: 'dog'}]
+    assert names==[{3: 'cat', 7: 'dog'}, {1: 'cat', 2: 'dog'}, {0: 'cat', 1: 'dog'}, {1: 'cat', 2: 'dog'}, {1: 'cat', 2: 'dog'}]
 
 @pytest.mark.parametrize('read', [read_coco, read_table])
 def test_images_of_lvis_have_an_address_instead_of_a_name(tmp_path, read):
@@ -164,3 +169,87 @@ def test_lists_of_other_splits_are_not_divided_anew(tmp_path):
     (tmp_path/'ImageSets/trainval.txt').write_text('a')
     with pytest.raises(DataError, match='ImageSets/Main/train.txt') as e: read_data(tmp_path)
     assert not isinstance(e.value, NoSplit)
+
+
+TOOLS = { # annotation file and image, for images a and b of train, c of valid
+    'images/{stem}.png annots/{stem}.xml': (3, 0),
+    '{split}/images/{stem}.png {split}/annotations/{stem}.xml': (2, 1),
+    'images/{split}/{stem}.png images/{split}/{stem}.xml': (2, 1),
+    'images/{split}2017/{stem}.png annotations/{split}2017/{stem}.xml': (2, 1)}
+
+
+@pytest.mark.parametrize('where', TOOLS)
+def test_voc_wherever_files_lie(tmp_path, where):
+    "Two splits where folders have their names, else one"
+    for split, stem in (('train', 'a'), ('train', 'b'), ('val', 'c')):
+        image, xml = (tmp_path/o.format(split=split, stem=stem) for o in where.split())
+        for o in (image, xml): o.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (32, 24)).save(image)
+        xml.write_text(voc_xml(f'C:\\\\photos\\\\{stem}.png'))
+    assert find_layout(tmp_path) == 'voc'
+    n, m = TOOLS[where]
+    sources = read_data(tmp_path) if m else [read_voc(tmp_path)]
+    for src in sources:
+        assert all((src.folder/o['file_name']).is_file() and o['width'] == 32 for o in src.coco['images']) and not src.problems
+    assert [len(s.coco['annotations']) for s in sources] == ([n, m] if m else [n])
+    if not m:
+        with pytest.raises(NoSplit): read_data(tmp_path)
+
+
+def test_each_split_of_voc_has_its_own_image(tmp_path):
+    "Images of two splits with one name"
+    for split, side in (('train', 32), ('valid', 40)):
+        put_voc(tmp_path/split/'xml', tmp_path/split/'pictures', ['a'])
+        Image.new('RGB', (side, 24)).save(tmp_path/split/'pictures/a.png')
+    train, valid = read_data(tmp_path)
+    assert train.folder == tmp_path/'train/pictures' and valid.folder == tmp_path/'valid/pictures'
+    both = read_voc(tmp_path)
+    assert [o['file_name'] for o in both.coco['images']] == ['train/pictures/a.png', 'valid/pictures/a.png']
+
+
+def test_an_xml_file_without_an_image_keeps_its_name(tmp_path):
+    put_voc(tmp_path/'Annotations', tmp_path/'JPEGImages', ['a', 'b'])
+    (tmp_path/'JPEGImages/b.png').unlink()
+    assert [o['file_name'] for o in read_voc(tmp_path).coco['images']] == ['a.png', 'b.png']
+
+
+@pytest.mark.parametrize('labels, images', [('.', '.'), ('labels', 'images'), ('labels/train', 'images/train'), ('train/labels', 'train/images'), ('train', 'train')])
+@pytest.mark.parametrize('names', ['classes.txt', 'obj.names'])
+def test_yolo_without_a_description(tmp_path, labels, images, names):
+    for d in (labels, images): (tmp_path/d).mkdir(parents=True, exist_ok=True)
+    (tmp_path/names).write_text('cat\ndog\n')
+    (tmp_path/labels/'a.txt').write_text('1 .5 .5 .5 .5')
+    Image.new('RGB', (32, 24)).save(tmp_path/images/'a.png')
+    assert find_layout(tmp_path) == 'yolo'
+    src = read_yolo(tmp_path, 'train')
+    assert [(a['category_id'], a['bbox']) for a in src.coco['annotations']] == [(1, [8., 6., 16., 12.])]
+    assert [o['name'] for o in src.coco['categories']] == ['cat', 'dog']
+    with pytest.raises(NoSplit): read_yolo(tmp_path, 'valid')
+
+
+HEAD = 'filename,width,height,class,xmin,ymin,xmax,ymax'
+@pytest.mark.parametrize('text, boxes', [
+    (f'{HEAD}\na.png,32,24,cat,2,3,12,13', [[2, 3, 10, 10]]),
+    (f'\ufeff{HEAD.upper()}\r\n"a.png",32,24,"cat",2,3,12,13\r\n\r\n', [[2, 3, 10, 10]]), # as spreadsheets save it
+    ('image_path,x1,y1,x2,y2,label\npictures/a.png,2,3,12,13,cat', [[2, 3, 10, 10]]),
+    ('pictures/a.png,2,3,12,13,cat\npictures/b.png,,,,,', [[2, 3, 10, 10]]),
+    ('a.png,2,3,12,13,cat\na.png,3,3,12,13,cat', [[2, 3, 10, 10], [3, 3, 9, 10]])])
+def test_csv(tmp_path, text, boxes):
+    (tmp_path/'pictures').mkdir()
+    for o in 'ab': Image.new('RGB', (32, 24)).save(tmp_path/f'pictures/{o}.png')
+    (tmp_path/'train.csv').write_text(text, encoding='utf-8')
+    (tmp_path/'prices.csv').write_text('cat,3\ndog,4')
+    assert find_layout(tmp_path) == 'csv'
+    src = read_data(tmp_path, valid_pct=0.)[0]
+    assert [a['bbox'] for a in src.coco['annotations']] == boxes and src.coco['categories'] == [dict(id=1, name='cat')]
+    assert all((src.folder/o['file_name']).is_file() and o['width'] == 32 for o in src.coco['images'])
+    with pytest.raises(NoSplit, match="no split 'valid'"): read_data(tmp_path)
+
+
+def test_faults_of_a_table_name_their_line(tmp_path):
+    Image.new('RGB', (32, 24)).save(tmp_path/'a.png')
+    (tmp_path/'train.csv').write_text(f'{HEAD}\na.png,32,24,cat,2,3,12,13\na.png,32,24,cat,2,x,12,13\na.png,32,24,,1,2,3,4')
+    coco, problems = clean(read_data(tmp_path, valid_pct=0.)[0])
+    assert [(p.kind, Path(p.file).name, p.field) for p in problems] == [('bad box', 'train.csv', 'line 3 bbox')] and len(coco['annotations']) == 2
+    (tmp_path/'train.csv').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(DataError, match='train.csv: no readable table'): find_layout(tmp_path)
