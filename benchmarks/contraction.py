@@ -144,7 +144,7 @@ def as_valid(dls):
     return seen
 
 
-def measure(detector, dls, average):
+def measure(detector, dls, average, steps=()):
     "What stands in an entry, of the average of weights"
     average.swap()
     found = both(detector.net.eval(), dls, seen=detector.seen)

@@ -7,7 +7,8 @@ not run again, so the same command goes on where it was stopped:
     python benchmarks/own_data.py --all --minutes 3 --out nbs/results/own_data.json
 
 Minutes are processor minutes of training; evaluation is not counted. With `--updates N` a training ends after N updates
-instead, which compares ways of teaching whatever else the machine does; `--curve 1,2,5` measures AP after these epochs too:
+instead, which compares ways of teaching whatever else the machine does; `--curve 1,2,5` measures AP after these epochs too, `--at 1,5,20`
+after these refinement steps:
 
     python benchmarks/own_data.py --all --updates 120 --seeds 2 --sets bccd,cards --out nbs/results/own_data.json \
         --kinds deqdet_lite,deqdet_lite_focal,deqdet_lite_plain,deqdet_lite_base,deqdet_lite_scratch
@@ -250,7 +251,7 @@ def run(args):
     detector = KINDS[args.kind](list(dls.vocab), args=args)
     n, average = train(detector, dls, args)
     entry = dict(cell(args), updates_made=n, epochs=n/len(dls.train), lr=args.lr, size=args.size, bs=args.bs)
-    entry |= measure(detector, dls, average)
+    entry |= measure(detector, dls, average, steps=[int(t) for t in args.at.split(',')])
     if average.curve: entry['by_epochs'] = average.curve
     if isinstance(detector, Ours):
         hyper = detector.net.hyper
@@ -296,7 +297,7 @@ def run_all(args):
 def main(**defaults):
     "Run what the command line says; keywords are other defaults"
     p = parser(__doc__, **dict(set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
-               size=320, bs=4, queries=0, seeds=1, curve='', sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
+               size=320, bs=4, queries=0, seeds=1, curve='', at=','.join(map(str, STEPS)), sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()
     if args.all: return run_all(args)

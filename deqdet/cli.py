@@ -106,7 +106,7 @@ def deqdet_convert(
 def deqdet_eval(
     model:str,       # folder of a detector or of a training, or a file that deqdet_export wrote
     data:str,        # folder of a detection set in COCO, VOC, YOLO, HF or CSV layout
-    split:str='valid', # the split to evaluate on; '' for a set that is not divided
+    split:str='valid', # the split to evaluate on, or '' for all images
     size:str=None,   # pixels of the long side, or 800x1333 for both; by default as in training
     steps:int=None,  # refinement steps; by default those of the detector
     tol:float=None,  # relative residual at which an image stops; by default none stops early
@@ -119,6 +119,7 @@ def deqdet_eval(
     out:str=None     # file for the detections, in COCO's format of results
 ):
     "COCO AP of a detector on a set: deqdet_eval runs/shapes shapes --steps 8"
+    from deqdet.commands.options import division
     from deqdet.evaluate import coco_ap, predict_dl, write_results
     from deqdet.predict import eval_loader
     from deqdet.using.stream import check_max_dets
@@ -126,7 +127,7 @@ def deqdet_eval(
     check_max_dets(detector, max_dets)
     if out: check_writable(out)
     options = solver_options(detector, steps, tol)
-    dl = eval_loader(data, detector, split, bs, layout, workers)
+    dl = eval_loader(data, detector, split, bs, layout, workers, **division(model))
     preds = predict_dl(detector, bar(dl), max_dets=max_dets, **options)
     with blame('--fast', ImportError):
         result = coco_ap(preds, dl.dataset, max_dets=max_dets, fast=fast)
@@ -159,9 +160,8 @@ def train_command(
     learn = train(resumed_options(given, saved) if saved else given, folder, resume, begun)
     k = learn.keep
     best = f"best AP {k.result['AP']:.3f}, AP50 {k.result['AP50']:.3f}"
-    after = _when(learn, k)
     if not FIRST: return
-    print(f'{folder}: {best}, {after}; {duration(k.seconds)} of training in all')
+    print(f'{folder}: {best}, {_when(learn, k)}; {duration(k.seconds)} of training in all')
     ds = learn.dls.valid_ds
     image = ds.folder/ds.images[0]['file_name']
     if push: print(f'shared: {push_training(folder, push, image)}')

@@ -15,11 +15,12 @@ import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor
-from .data import DataError, DetDataset, DetDL, LAYOUTS, find_layout
+from .data import DataError, DetDataset, DetDL
 from .families.adopt import adopt
 from .model import Detector, Feed
 from .ops.errors import CommandError, blame
 from .sets.augment import feed_tfm
+from .sets.undivided import read_to_judge
 from .using import stream
 from .using.folders import load_detector, save_detector
 from .using.found import (Found, draw_detections, names_of, save_as, to_coco, to_frame,
@@ -128,14 +129,15 @@ def _check_names(source, model):
 def eval_loader(
     data,          # folder of a detection set
     model,         # `Detector`; its `feed` is the size of images
-    split='valid', # which part of the set; '' for a set that is not divided
+    split='valid', # which part of the set; '' for all images
     bs=8,          # images in a batch
-    layout=None,   # coco, voc or yolo; by default it is recognised
-    workers=0      # processes that load
+    layout=None,   # coco, voc, yolo, hf or csv; by default it is recognised
+    workers=0,     # processes that load
+    **division     # of a set that is not divided: `valid_pct` and `seed`
 ):                 # loader
     "A loader of one split, with the classes numbered as in the detector"
-    with blame(f'--layout {layout}', KeyError): read = LAYOUTS[layout or find_layout(data)]
-    source = read(data, split or None)
+    with blame(f'--layout {layout}', KeyError):
+        source = read_to_judge(data, split or None, layout, **division)
     _check_names(source, model)
     ds = DetDataset(source, model.vocab, feed_tfm(model.feed or Feed()))
     if not len(ds): raise CommandError(f'{source.file}: images: at least one image was expected')

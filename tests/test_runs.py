@@ -3,14 +3,14 @@ import json, re, shutil, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
-from deqdet.commands.options import with_enough_queries
+from deqdet.commands.options import division, with_enough_queries
 from deqdet.data import DataError, synth_coco
 from deqdet.learner import recipes
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.ops import machine
 from deqdet.ops.errors import CommandError
-from deqdet.predict import save_detector
+from deqdet.predict import eval_loader, save_detector
 from deqdet.runs import DIETS, complete_options, duration, loaders, resumed_options, start_detector, with_epochs
 from deqdet.sets.sizes import queries_for, warn_if_crowded, warn_if_tiny
 from deqdet.zoo import published, zoo
@@ -152,6 +152,28 @@ def test_images_to_test_validate(tmp_path):
     o = complete_options(dict(data=str(data), model='deqdet_tiny', bs=1, device='cpu'))
     with pytest.warns(UserWarning, match="no split 'valid', so the 3 images of 'test' validate"): dls = loaders(o, Feed(32, 32))
     assert (len(dls.train_ds), len(dls.valid_ds)) == (4, 3)
+
+
+@pytest.mark.parametrize('seed, valid_pct', [(0, None), (1, None), (1, .5)])
+def test_evaluation_finds_the_images_that_validated(tmp_path, seed, valid_pct):
+    "By the options that a training keeps; nothing of it is needed for a set with a split `valid`"
+    data = synth_coco(tmp_path/'set', n_train=10, n_valid=3, size=32, seed=0)
+    model = AdaMixer(n_classes=4, body='tiny').build()
+    model.vocab, model.feed = None, Feed(32, 32)
+    assert len(eval_loader(data, model, **division(tmp_path)).dataset) == 3
+    (data/'annotations/instances_valid.json').unlink()
+    o = complete_options(dict(data=str(data), model='deqdet_tiny', bs=1, device='cpu', seed=seed) | ({} if valid_pct is None else dict(valid_pct=valid_pct)))
+    (tmp_path/'best').mkdir()
+    (tmp_path/'config.json').write_text(json.dumps(dict(options=o)))
+    assert division(tmp_path) == division(tmp_path/'best') == dict(seed=seed, valid_pct=valid_pct or .2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        validated = loaders(o, Feed(32, 32)).valid_ds
+        judged = eval_loader(data, model, **division(tmp_path)).dataset
+    assert [o['file_name'] for o in judged.images] == [o['file_name'] for o in validated.images]
+    assert len(judged) == (5 if valid_pct else 2)
+    with pytest.warns(UserWarning, match='of 10 images validate'): eval_loader(data, model)
+    assert len(eval_loader(data, model, '').dataset) == 10
 
 
 @pytest.mark.parametrize('splits, said', [(['train'], '2 of 10 images validate'), (['train', 'test'], "the 10 images of 'test' validate")])
