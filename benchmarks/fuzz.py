@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 SMALL = AdaMixer(n_classes=2, body='', channels=(8,8,8,8), frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4,
                  width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=32)
-KINDS = 'coco', 'voc', 'yolo', 'pretrained', 'official'
+KINDS = 'coco', 'voc', 'yolo', 'table', 'pretrained', 'official'
 
 
 def coco(folder):
@@ -71,6 +71,20 @@ def yolo_line(a, o):
     W,H = o['width'],o['height']
     return f"{a['category_id']-1} {(x+w/2)/W} {(y+h/2)/H} {w/W} {h/H}"
 
+def table(folder):
+    "The same set as tables with a row for each object"
+    coco(folder)
+    for split in 'train','valid':
+        src = read_coco(folder, split)
+        files = {o['id']: o['file_name'] for o in src.coco['images']}
+        names = {o['id']: o['name'] for o in src.coco['categories']}
+        lines = ['filename,class,xmin,ymin,xmax,ymax']
+        for a in src.coco['annotations']:
+            x,y,w,h = a['bbox']
+            lines.append(f"{files[a['image_id']]},{names[a['category_id']]},{x},{y},{x+w},{y+h}")
+        (folder/f'{split}.csv').write_text('\n'.join(lines))
+    shutil.rmtree(folder/'annotations')
+
 def pretrained(folder):
     torch.manual_seed(0)
     save_detector(SMALL.build(vocab=['a','b']), folder)
@@ -95,8 +109,8 @@ def read_set(folder, file):
 def read_pretrained(folder, file): Detector.from_pretrained(folder)
 def read_official(folder, file): load_official(file)
 
-MAKE = dict(coco=coco, voc=voc, yolo=yolo, pretrained=pretrained, official=official)
-READ = dict(coco=read_set, voc=read_set, yolo=read_set, pretrained=read_pretrained, official=read_official)
+MAKE = dict(coco=coco, voc=voc, yolo=yolo, table=table, pretrained=pretrained, official=official)
+READ = dict(coco=read_set, voc=read_set, yolo=read_set, table=read_set, pretrained=read_pretrained, official=read_official)
 
 
 # ---- mutation
