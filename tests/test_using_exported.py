@@ -40,6 +40,23 @@ def file(request, model, tmp_path_factory):
     return model.export(folder/'m.onnx', steps=STEPS['.onnx'])
 
 
+@pytest.fixture(scope='module', autouse=True)
+def read_once():
+    "A torch program is read from its file once: it takes seconds"
+    read = {}
+    load = torch.export.load
+    def loaded(file, extra_files=None):
+        if file not in read:
+            known = {'about.json': ''}
+            read[file] = load(file, extra_files=known), known
+        program, known = read[file]
+        if extra_files is not None: extra_files.update(known)
+        return program
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, 'load', loaded)
+        yield
+
+
 @pytest.fixture(scope='module')
 def exported(file): return load_exported(file)
 
