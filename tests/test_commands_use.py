@@ -18,6 +18,8 @@ SMALL = dict(body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_quer
              points=(4,), out_points=8, hidden=64,
              strategy=Settled(steps=3, supervise=(1, 3), recompute=False))
 
+pytestmark = pytest.mark.usefixtures('read_once')
+
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):

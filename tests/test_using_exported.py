@@ -12,6 +12,7 @@ from deqdet.predict import predict
 from deqdet.zoo import create_detector
 
 SIZES = [(64, 96), (33, 65), (96, 96), (60, 200), (200, 60), (97, 129), (20, 50), (480, 640), (7, 7), (127, 63)]
+pytestmark = pytest.mark.usefixtures('read_once')
 THIN = [(31, 200), (200, 31), (1, 50)] # fed with a side below 33 pixels: the file gets more padding than the detector
 
 
@@ -38,23 +39,6 @@ def file(request, model, tmp_path_factory):
     if torch.__version__ < '2.7': pytest.skip("torch 2.6's translator to ONNX fails on batch norms: microsoft/onnxscript#2651")
     for o in 'onnxruntime', 'onnxscript': pytest.importorskip(o, reason=f'{o} is not installed')
     return model.export(folder/'m.onnx', steps=STEPS['.onnx'])
-
-
-@pytest.fixture(scope='module', autouse=True)
-def read_once():
-    "A torch program is read from its file once: it takes seconds"
-    read = {}
-    load = torch.export.load
-    def loaded(file, extra_files=None):
-        if file not in read:
-            known = {'about.json': ''}
-            read[file] = load(file, extra_files=known), known
-        program, known = read[file]
-        if extra_files is not None: extra_files.update(known)
-        return program
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.export, 'load', loaded)
-        yield
 
 
 @pytest.fixture(scope='module')
