@@ -58,7 +58,8 @@ class Fixed(nn.Module):
     ):          # (B,n,4) corners in pixels of the fed images, (B,n) scores, (B,n) classes
         h,w = images.shape[-2:]
         coarsest = max(self.model.pyramid.strides)
-        images = pad(images, (0, -w%coarsest, 0, -h%coarsest))
+        tall,wide = ((o + coarsest-1)//coarsest*coarsest for o in (h,w)) # easy for a recorder
+        images = pad(images, (0, wide-w, 0, tall-h))
         state,feats = self.model.start(images, sizes)
         pred = unrolled(self.model.decoder, state, feats, self.steps)
         found = decode(pred, self.max_dets)

@@ -20,6 +20,23 @@ def data_dir():
     if not path.is_dir(): pytest.skip(f'DEQDET_DATA={path} is not a folder')
     return path
 
+@pytest.fixture(scope='module')
+def read_once():
+    "A `torch.export` program is read from its file once in a file of tests: it takes seconds"
+    import torch
+    read = {}
+    load = torch.export.load
+    def loaded(file, extra_files=None):
+        if file not in read:
+            known = {'about.json': ''}
+            read[file] = load(file, extra_files=known), known
+        program,known = read[file]
+        if extra_files is not None: extra_files.update(known)
+        return program
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, 'load', loaded)
+        yield
+
 PARTS = 'solver','boxes','backbone','mixing','decoder','mixer','equilibrium','loss','model'
 LOADED = """
 import json, sys

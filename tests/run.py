@@ -1,7 +1,7 @@
 """What `make test` runs: everything that CI checks, counted.
 
 In a copy of the tree: exporting changes nothing, cleaning changes nothing, nbdev-test passes on every notebook.
-In the tree itself: pytest, in two processes. The last line is `N passed, M failed`, `, K skipped` following where something was.
+In the tree itself: pytest, in a process for each worker. The last line is `N passed, M failed`, `, K skipped` following where something was.
 A notebook of which no cell runs is not a pass. Each notebook has a process of its own, a fork of one that has
 imported `LIBRARIES` and nothing of ours: importing them takes longer than many a notebook."""
 import ast, atexit, gc, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, traceback, warnings
@@ -22,8 +22,11 @@ LIBRARIES = ['torch','pandas','timm','torchvision.transforms.v2','scipy.optimize
 # fastai changes what tensors can do: it is imported for pages that import it themselves, which follow those that do not
 LATER = ['fastai.data.core','fastai.learner']
 # what takes longest, started first so that it does not run alone at the end
-LONGEST = ['tutorials/own_data','14_learner','tutorials/train','tutorials/steps_vs_accuracy','tutorials/round_trip',
-           'training/13_contraction','tutorials/equilibrium','19_runs','training/03_callbacks']
+LONGEST = ['tutorials/train','tutorials/own_data','tutorials/steps_vs_accuracy','14_learner','19_runs','training/13_contraction',
+           'tutorials/equilibrium','training/03_callbacks','training/14_pairs','tutorials/round_trip']
+# the files of tests that take longest, longest first: they are dealt to the processes before the others
+HEAVY = ['test_cli','test_resume','test_docs','test_equilibrium','test_using_exported','test_processes','test_commands_use',
+         'test_training_callbacks','test_run','test_learner','test_keys','test_speed','test_demo','test_evaluate']
 OUTPUTS = bool(os.environ.get('DEQDET_OUTPUTS')) # are stored outputs compared with fresh ones?
 FLAG = 'notest' # cells that nbdev-test skips (tst_flags of nbdev)
 NOT_OURS = '.*','_proc','_docs','demo','bench','runs','build','dist','*.egg-info','__pycache__'
@@ -239,10 +242,15 @@ def read_junit(path):
         res.append(Result(f"{case.get('classname')}::{case.get('name')}", status, float(case.get('time', 0)), why))
     return res
 
-def halves(root):
-    "The files of tests/ in two lists, for two processes"
-    files = sorted(str(p.relative_to(root)) for p in (root/'tests').rglob('test_*.py'))
-    return files[::2], files[1::2]
+def groups(root, n=WORKERS):
+    "The files of tests/ in n lists, for n processes: dealt forth and back, `HEAVY` first, so that they take nearly as long"
+    def rank(p): return HEAVY.index(p.stem) if p.stem in HEAVY else len(HEAVY)
+    found = sorted((root/'tests').rglob('test_*.py'), key=lambda p: (rank(p), p))
+    dealt = [[] for _ in range(n)]
+    for i,p in enumerate(found):
+        turn,k = divmod(i, n)
+        dealt[n-1-k if turn%2 else k].append(str(p.relative_to(root)))
+    return [files for files in dealt if files]
 
 def check_pytest(root, files=('tests',)):
     "pytest on tests/ or some of its files: its cases, and one more failure where pytest itself did not finish"
@@ -298,7 +306,7 @@ def main():
         results = []
         with ThreadPoolExecutor(WORKERS) as pool:
             def begin(jobs): return pool.map(lambda j: show(j[0](*j[1:])), jobs)
-            tests = begin([(check_pytest, ROOT, files) for files in halves(ROOT)])
+            tests = begin([(check_pytest, ROOT, files) for files in groups(ROOT)])
             for check in check_export, check_clean: results += show(check(copy)) # before a page runs, beside tests
             pages = begin([(check_notebook, copy, nb) for nb in notebooks(copy)])
             for res in (*tests, *pages): results += res

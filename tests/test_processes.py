@@ -149,9 +149,11 @@ def both(path):
     assert code==0, out[-4000:]
     return [torch.load(path/f'out{r}.pt', weights_only=False) for r in range(2)]
 
-def test_gradients_and_weights(both, path):
+@pytest.fixture(scope='module')
+def one(path): return train_and_validate(path, False, accumulate=2)
+
+def test_gradients_and_weights(both, one):
     "Two processes of two images are one process that accumulates two batches of two"
-    one = train_and_validate(path, False, accumulate=2)
     for two in (b['same'] for b in both):
         scale = one['grads'].abs().max()
         assert len(two['grads'])==len(one['grads'])==2
@@ -159,9 +161,8 @@ def test_gradients_and_weights(both, path):
         torch.testing.assert_close(two['weights'], one['weights'], atol=1e-5, rtol=0)
     assert torch.equal(both[0]['same']['weights'], both[1]['same']['weights'])
 
-def test_ap(both, path):
+def test_ap(both, one):
     "Five images, dealt in three batches to two processes, give the same numbers as in one; a repeat counts once"
-    one = train_and_validate(path, False, accumulate=2)
     for two in (b['same'] for b in both):
         assert two['before']==pytest.approx(one['before'], nan_ok=True, abs=1e-9)
         assert two['before']['AR100'] > 0

@@ -178,11 +178,21 @@ def test_pytest(tmp_path):
         'test_a': 'passed', 'test_b': 'failed', 'test_c': 'skipped', 'test_d': 'failed', 'tests.test_y': 'failed'}
     assert res['test_c'].note=='no data'
 
-def test_each_file_of_tests_is_in_one_half():
-    first,second = run.halves(run.ROOT)
-    files = {str(p.relative_to(run.ROOT)) for p in (run.ROOT/'tests').rglob('test_*.py')}
-    assert set(first) | set(second)==files and not set(first) & set(second)
-    assert abs(len(first) - len(second)) <= 1
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_each_file_of_tests_is_in_one_group(n):
+    "As many files in each, and as many of those that take long, of which two neighbours are apart"
+    dealt = run.groups(run.ROOT, n)
+    files = sorted(str(p.relative_to(run.ROOT)) for p in (run.ROOT/'tests').rglob('test_*.py'))
+    assert sorted(sum(dealt, []))==files and len(dealt)==n
+    heavy = [[Path(f).stem for f in group if Path(f).stem in run.HEAVY] for group in dealt]
+    assert sorted(sum(heavy, []))==sorted(run.HEAVY)
+    for found in dealt, heavy: assert max(map(len, found)) - min(map(len, found)) <= 1
+    assert n < 2 or not any({a, b} <= set(group) for group in heavy for a,b in zip(run.HEAVY[::2], run.HEAVY[1::2]))
+
+def test_few_files_of_tests_make_few_groups(tmp_path):
+    (tmp_path/'tests').mkdir()
+    (tmp_path/'tests/test_x.py').touch()
+    assert run.groups(tmp_path, 4)==[['tests/test_x.py']]
 
 def test_pytest_that_finds_nothing_fails(tmp_path):
     (tmp_path/'tests').mkdir()

@@ -12,6 +12,7 @@ from deqdet.predict import predict
 from deqdet.zoo import create_detector
 
 SIZES = [(64, 96), (33, 65), (96, 96), (60, 200), (200, 60), (97, 129), (20, 50), (480, 640), (7, 7), (127, 63)]
+pytestmark = pytest.mark.usefixtures('read_once')
 THIN = [(31, 200), (200, 31), (1, 50)] # fed with a side below 33 pixels: the file gets more padding than the detector
 
 
