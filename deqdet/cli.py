@@ -305,7 +305,7 @@ def deqdet_export(
     format:Annotated[str, 'torch or onnx; by default by the name of the file',
                      dict(choices=('torch','onnx'))]=None,
     steps:int=None,   # applications of the step; by default as many as at inference
-    max_dets:int=100, # detections per image
+    max_dets:int=None, # detections per image; by default 100, or a box per query if more
     int8:bool=False   # weights of matmuls in eight bits; for ONNX
 ):
     "A detector as a file that runs without this package: deqdet_export runs/shapes shapes.onnx"

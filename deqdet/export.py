@@ -45,7 +45,7 @@ class Fixed(nn.Module):
     def __init__(self,
         model,       # `Detector`
         steps=None,  # of the decoder
-        max_dets=100 # detections per image
+        max_dets=None # detections per image; None: 100, or a box per query if more
     ):
         super().__init__()
         self.model = model.eval()
@@ -93,7 +93,7 @@ def recordable(
 def record(
     model,       # `Detector`
     steps=None,  # of the decoder
-    max_dets=100 # detections per image
+    max_dets=None # detections per image; None: 100, or a box per query if more
 ):               # `torch.export.ExportedProgram`
     "A detector as a graph, for any number of images of any size"
     any_size = torch.export.Dim.DYNAMIC
@@ -133,7 +133,7 @@ def export(self:Detector,
     path,           # of the file to write; `.pt2` and `.onnx` are usual
     format=None,    # 'torch' or 'onnx'; None: by the name of the file
     steps=None,     # of the decoder; None: as many as it would do by itself
-    max_dets=100,   # detections per image
+    max_dets=None,  # detections per image; None: 100, or a box per query if more
     int8=False      # weights of matmuls in eight bits; for ONNX
 ) -> Path:          # the file
     "Write a file that detects without this package, for any number of images of any size"
@@ -142,6 +142,7 @@ def export(self:Detector,
     if kind not in ('torch','onnx'):
         raise ValueError(f"format '{kind}': 'torch' or 'onnx' was expected")
     if int8 and kind!='onnx': raise ValueError('int8: only ONNX files have it')
+    max_dets = max_dets or max(100, self.hyper.n_queries)
     about = _about(self) | dict(steps=str(steps), max_dets=str(max_dets))
     program = record(self, steps, max_dets)
     if kind=='onnx': _save_onnx(program, path, about)
@@ -181,7 +182,7 @@ class Exported:
 
 # %% ../nbs/18_export.ipynb #75d37c2d
 @patch
-def _in_batch(self:Exported, images, sizes=None, orig=None, scale=None, max_dets=100, min_score=0.,
+def _in_batch(self:Exported, images, sizes=None, orig=None, scale=None, max_dets=None, min_score=0.,
               steps=None):
     if steps is not None: raise TypeError(f'steps={steps}: an exported file has fixed steps')
     if images.is_floating_point(): images = (images*255).round().to(torch.uint8)

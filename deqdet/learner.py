@@ -277,7 +277,7 @@ def get_preds(self:DetLearner,
 def predict(self:DetLearner,
     items,        # an image (path, PIL image, array or tensor), or a list of such
     min_score=None, # leave out detections below; None: the threshold of each class, or .3
-    max_dets=100, # detections in an image, at most
+    max_dets=None, # detections in an image, at most; None: 100, or a box per query if more
     **kwargs      # for the decoder, such as `steps`
 ): # dict(boxes (n,4) xyxy in the image's own pixels, scores (n,), labels (n,), names), or a list
     "Detections of an image, or of each image of a list"

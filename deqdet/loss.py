@@ -180,9 +180,10 @@ def _top(scored, max_dets):
 
 def decode(
     pred,              # `logits` (B,N,K), `boxes` (B,N,4)
-    max_dets: int=100  # how many to keep in each image, of N*K
+    max_dets: int=100  # how many to keep in each image, of N*K; None: 100, or N where it is more
 ) -> Detections:       # scores (B,k), labels (B,k), boxes (B,k,4), k = min(max_dets, N*K)
     "The best detections of a prediction, without non-maximum suppression"
+    if max_dets is None: max_dets = max(100, pred.boxes.shape[1])
     return _top(Scored(_full(pred.logits).sigmoid(), pred.boxes), max_dets)
 
 # %% ../nbs/09_loss.ipynb #4692965d

@@ -107,6 +107,11 @@ def test_predict_on_odd_sizes(path, hw):
     d = learn.predict(np.full((*hw,3), 90, dtype=np.uint8), min_score=0.)
     assert len(d['boxes'])==16 and d['boxes'].isfinite().all() and set(d)=={'boxes','scores','labels','names'}
 
+def test_predict_gives_a_box_for_each_query(path):
+    wide = make(path, replace(SMALL, n_queries=121, grid=(11, 11, .2)), size=64)
+    image = np.full((48, 64, 3), 90, dtype=np.uint8)
+    assert [len(wide.predict(image, 0., **o)['boxes']) for o in ({}, dict(max_dets=7))] == [121, 7]
+
 def test_predict_names_a_missing_picture(path):
     with pytest.raises(ValueError, match='nowhere.jpg'): make(path).predict('nowhere.jpg')
 

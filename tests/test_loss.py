@@ -180,6 +180,12 @@ def test_decode(max_dets):
         np.testing.assert_allclose(det.scores[b].numpy(), every.ravel()[order], rtol=1e-6)
 
 
+@pytest.mark.parametrize('queries, found', [(12, 24), (80, 100), (130, 130)])
+def test_decode_gives_a_box_for_each_query(queries, found):
+    pred = Pred(torch.randn(2, queries, 2), torch.rand(2, queries, 4))
+    assert decode(pred, None).scores.shape == (2, found)
+
+
 def test_imports_without_fastai(loaded): assert 'fastai' not in loaded['loss']
 
 

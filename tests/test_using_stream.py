@@ -4,6 +4,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from deqdet.data import DataError
 from deqdet.equilibrium import Settled
+from deqdet.export import load_exported
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.ops.errors import CommandError
@@ -175,10 +176,12 @@ def test_thresholds_of_classes_and_nms(model):
     assert (box_iou(few.boxes, few.boxes)*same).triu(1).max() <= .05 and len(few.names) < len(predict(model, x, 0.).names)
 
 
-def test_a_box_for_each_query():
+def test_a_box_for_each_query(tmp_path):
     "A detector with more than 100 queries gives as many detections, unless another number is asked for"
     wide = AdaMixer(n_classes=4, **SMALL | dict(n_queries=121, grid=(11, 11, .2))).build(vocab=list('abcd')).eval()
     wide.feed = Feed(64, 64)
     counts = [len(predict(wide, noise(48, 64), 0., **o).scores) for o in ({}, dict(max_dets=7), dict(max_dets=100))]
     assert counts == [121, 7, 100]
     assert len(predict(folded(wide), noise(48, 64), 0.).scores) == 121
+    file = load_exported(wide.export(tmp_path/'wide.pt2', steps=0))
+    assert [len(predict(file, noise(48, 64), 0., **o).scores) for o in ({}, dict(max_dets=7))] == [121, 7]

@@ -137,11 +137,6 @@ def check_max_dets(
     if max_dets > max(100, n*k):
         raise CommandError(f'max_dets {max_dets}: this detector gives at most {n*k} detections '
                            f'({n} queries x {k} classes)')
-def _most_dets(model):
-    "100, or the number of queries of a detector that has more"
-    known = getattr(model, 'hyper', None) or model # a folded detector has no record
-    return max(100, getattr(known, 'n_queries', 0))
-
 
 # %% ../../nbs/using/04_stream.ipynb #6fa29c8d
 def _run(views, model, **kwargs):
@@ -174,7 +169,7 @@ def detect(
 ):            # yields `Found`, in the order of the images
     "Detections in images, batch by batch"
     check_max_dets(model, max_dets)
-    kwargs |= dict(max_dets=max_dets or _most_dets(model))
+    kwargs |= dict(max_dets=max_dets)
     bar = score_bars(model, min_score) # () or (K,)
     if tiles is not None: tile_size(tiles)
     tfm = feed_tfm(model.feed or Feed())
