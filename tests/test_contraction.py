@@ -3,7 +3,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelEpochException
 from deqdet.data import Target, det_dls, synth_coco
 from deqdet.decoder import Pred, Stacked, State
 from deqdet.equilibrium import Settled
@@ -52,6 +52,24 @@ def test_any_family(folder, name, penalty):
         return seen[-1]
     fitted(folder, FAMILIES[name], [Contract(.1, spy)])
     assert len(seen)==2 and all(o.isfinite() and o > 0 and o.requires_grad for o in seen)
+
+def test_a_penalty_in_every_second_batch(folder):
+    "Where it falls, it weighs twice: with the first batch alone, one of every two is one of every single one with twice the weight"
+    seen = []
+    def spy(f, z, fz):
+        seen.append(stretch(f, z, fz))
+        return seen[-1]
+    learn = learner(folder, cbs=[Contract(.1, spy, every=2)])
+    with learn.quiet(): learn.fit(3)
+    assert len(seen)==3 # of six batches
+    cut = lambda **o: weights(fitted(folder, cbs=[Contract(**o), After(1)]))
+    assert torch.equal(cut(weight=.1, every=2), cut(weight=.2)) and not torch.equal(cut(weight=.1, every=2), cut(weight=.1))
+
+class After(Callback):
+    "Ends the epoch after `n` batches"
+    def __init__(self, n): self.n = n
+    def after_batch(self):
+        if self.training and self.train_iter >= self.n: raise CancelEpochException
 
 class Halt(Callback):
     def after_loss(self): raise KeyboardInterrupt

@@ -47,16 +47,22 @@ class Contract(Callback):
     run_valid = False
     def __init__(self,
         weight=.1,      # of the penalty
-        penalty=stretch # (f, z, `f(z)`) -> scalar: `stretch` or `jacobian`
+        penalty=stretch, # (f, z, `f(z)`) -> scalar: `stretch` or `jacobian`
+        every=1         # in one of so many batches, where it weighs as many times more
     ):
-        self.weight = weight
+        self.weight = weight*every
         self.penalty = penalty
+        self.every = every
     def before_fit(self): self.step = steps_of(get_model(self.model).decoder)[-1]
-    def before_batch(self): self.hook = self.step.register_forward_hook(self.keep)
+    def before_batch(self):
+        self.call = None
+        self.due = self.train_iter % self.every==0
+        self.hook = self.step.register_forward_hook(self.keep)
     def keep(self, step, args, fz):
-        if step.training and torch.is_grad_enabled(): self.call = *args, fz
+        if self.due and step.training and torch.is_grad_enabled(): self.call = *args, fz
     def after_pred(self): self.used = self.call # further losses may apply the step again
     def after_loss(self):
+        if self.used is None: return
         z,feats,fz = self.used
         extra = self.penalty(lambda z: self.step(z, feats), z, fz)
         self.learn.loss_grad = self.learn.loss_grad + self.weight*extra
