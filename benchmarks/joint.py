@@ -20,8 +20,7 @@ from deqdet.decoder import prepared
 from deqdet.evaluate import coco_ap
 from deqdet.loss import decode, upright
 from deqdet.model import to_original
-from deqdet.ops.states import take
-from deqdet.solver import Picard, solve
+from deqdet.solver import Picard
 from deqdet.training.denoise import denoising_loss
 from own_data import LITE, Ours
 
@@ -58,27 +57,28 @@ class Pace(nn.Module):
         return torch.stack([*[o.log() for o in p], *change, *cosine, count], -1)
 
 
+def paced(decoder, z, feats):
+    "The states of a path to supervise: constants, but for the parts of the last move"
+    noise = decoder.plan.perturb or (lambda z: z)
+    memory = decoder.pace.init(z)
+    kept = []
+    for n in range(1, decoder.plan.steps + 1):
+        with torch.no_grad():
+            z = noise(z)
+            fz = decoder.step(z, feats)
+        memory,z = decoder.pace.step(memory, z, fz)
+        if n in decoder.plan.supervise: kept.append(z)
+        z = type(z)(*[p.detach() for p in z])
+    return kept
+
+
 class Joint(Ours):
     "The path is the learned solver's; the gradient of each supervised state goes through its last parts"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.net.decoder.pace = Pace()
-        self.net.decoder.path = self.path
-
-    def path(self, z, feats):
-        "The states to supervise: constants, but for the parts of the last move"
         decoder = self.net.decoder
-        noise = decoder.plan.perturb or (lambda z: z)
-        memory = decoder.pace.init(z)
-        kept = []
-        for n in range(1, decoder.plan.steps + 1):
-            with torch.no_grad():
-                z = noise(z)
-                fz = decoder.step(z, feats)
-            memory,z = decoder.pace.step(memory, z, fz)
-            if n in decoder.plan.supervise: kept.append(z)
-            z = type(z)(*[p.detach() for p in z])
-        return kept
+        decoder.pace = Pace()
+        decoder.path = partial(paced, decoder)
 
     def detect(self, *args, **kwargs): return super().detect(*args, method=self.net.decoder.pace, **kwargs)
 
