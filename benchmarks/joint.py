@@ -3,8 +3,13 @@
     export DEQDET_DATA=...   # holds cards, raccoon
     python benchmarks/joint.py --all --updates 250 --sets raccoon,cards --out nbs/results/joint.json
 
-Cells and options are those of own_data.py; `--weights FOLDER` keeps the weights. `deqdet_lite` is the recipe: a loss on g and, after a path of four applications
-without gradient, on the fifth. Every supervised state (t) is one application, with gradient, after a path of t."""
+The same from a trained detector, a few updates for each kind:
+
+    python benchmarks/joint.py --set cards --kind deqdet_lite --updates 250 --weights weights
+    python benchmarks/joint.py --all --updates 60 --sets cards --init weights/cards_deqdet_lite_0.pt --out nbs/results/joint.json
+
+Cells and options are those of own_data.py; `--weights FOLDER` keeps the weights, `--init FILE` begins with some. `deqdet_lite` is the recipe: a loss on
+g and, after a path of four applications without gradient, on the fifth. Every supervised state (t) is one application, with gradient, after a path of t."""
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,7 +21,6 @@ from acceleration import moved, moves
 from beyond import STRATEGY, RandomSteps
 from common import alternate
 from deqdet.boxes import giou
-from deqdet.decoder import prepared
 from deqdet.evaluate import coco_ap
 from deqdet.loss import decode, upright
 from deqdet.model import to_original
@@ -197,15 +201,17 @@ def measure(detector, dls, average):
     if detector.file: torch.save(net.state_dict(), detector.file)
     net.train()
     average.swap()
-    return found | dict(found['by_applications'][LENGTH], seconds=detector.seconds)
+    return found | dict(found['by_applications'][LENGTH], seconds=detector.seconds, init=detector.init)
 
 
 train = own_data.train
 
 def timed(detector, dls, args):
     "`own_data.train`; the detector keeps the processor's seconds of an update"
+    if args.init: detector.net.load_state_dict(torch.load(args.init), strict=False) # a solver begins as Picard
     begun = time.process_time()
     n,average = train(detector, dls, args)
+    detector.init = Path(args.init).name
     detector.seconds = (time.process_time() - begun)/n
     detector.rounds = args.rounds
     detector.file = Path(args.weights)/f'{args.set}_{args.kind}_{args.seed}.pt' if args.weights else None
@@ -230,4 +236,4 @@ own_data.KINDS = {
 if __name__=='__main__':
     own_data.train = timed
     own_data.measure = measure
-    own_data.main(kinds=','.join(own_data.KINDS), class_lr=4., weights='')
+    own_data.main(kinds=','.join(own_data.KINDS), class_lr=4., weights='', init='')
