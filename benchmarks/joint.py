@@ -21,6 +21,7 @@ from acceleration import moved, moves
 from beyond import STRATEGY, RandomSteps
 from common import alternate
 from deqdet.boxes import giou
+from deqdet.equilibrium import RAG
 from deqdet.evaluate import coco_ap
 from deqdet.loss import decode, upright
 from deqdet.model import to_original
@@ -76,13 +77,20 @@ def paced(decoder, z, feats):
     return kept
 
 
+def straight(f, z):
+    "An application whose boxes pass their gradient on to the boxes that it started from: f itself detaches those"
+    fz = f(z)
+    return fz._replace(xyzr=fz.xyzr + (z.xyzr - z.xyzr.detach()))
+
+
 class Joint(Ours):
     "The path is the learned solver's; the gradient of each supervised state goes through its last parts"
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, grad=straight, **kwargs):
         super().__init__(*args, **kwargs)
         decoder = self.net.decoder
         decoder.pace = Pace()
         decoder.path = partial(paced, decoder)
+        decoder.plan = replace(decoder.plan, grad=grad)
 
     def detect(self, *args, **kwargs): return super().detect(*args, method=self.net.decoder.pace, **kwargs)
 
@@ -228,6 +236,7 @@ own_data.KINDS = {
     'random_steps': partial(RandomSteps, 'deqdet_lite'),
     'three_states': supervised(1, 2, 4),
     'joint_three': supervised(1, 2, 4, kind=partial(Joint, 'deqdet_lite')),
+    'joint_content': supervised(1, 2, 4, kind=partial(Joint, 'deqdet_lite', grad=RAG(1))), # the parts of boxes stay at 1
     'random_pair': partial(RandomPair, 'deqdet_lite'),
     'consistent': supervised(1, 2, 4, kind=partial(Consistent, 'deqdet_lite')),
     'joint_pair': partial(JointPair, 'deqdet_lite')}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from deqdet.decoder import Pred
+from deqdet.equilibrium import RAG
 from deqdet.sets.images import Target
 from deqdet.solver import Picard, solve, take
 from test_shortcuts import Slow, problem
@@ -14,7 +15,7 @@ sys.path.insert(0, str(ROOT/'benchmarks'))
 from acceleration import moved, moves
 from beyond import RandomSteps
 from contraction import small
-from joint import Pace, RandomPair, likeness, paced
+from joint import Pace, RandomPair, likeness, paced, straight
 
 def loud(seed=1, std=.5):
     "A solver whose parts are not 1"
@@ -57,6 +58,7 @@ def detector(**plan):
     torch.manual_seed(0)
     net = small().build().train()
     net.decoder.plan = replace(net.decoder.plan, **plan)
+    for step in (net.decoder.init, net.decoder.step): nn.init.normal_(step.reg[-1].weight, std=.05) # untrained steps move no box
     state,feats = net.start(torch.randint(0, 255, (2,3,64,64), dtype=torch.uint8), torch.full((2,2), 64))
     return net.decoder, state, feats
 
@@ -71,14 +73,23 @@ def test_the_path_with_parts_of_one_is_the_recipes():
     assert len(plain)==len(learned)==2
     assert all(torch.equal(p, q) for a,b in zip(plain, learned) for p,q in zip(a, b))
 
-def test_gradient_reaches_map_and_solver():
-    decoder,state,feats = detector(supervise=(2, 4))
+@pytest.mark.parametrize('grad, boxes', [(straight, True), (RAG(1), False)], ids=['straight', 'RAG'])
+def test_gradient_reaches_map_and_solver(grad, boxes):
+    decoder,state,feats = detector(supervise=(2, 4), grad=grad)
     decoder.pace = loud()
     decoder.path = lambda z, feats: paced(decoder, z, feats)
     preds = decoder(state, feats)
     sum((p.boxes/64).sum() + p.logits.sum() for p in preds[1:]).backward()
-    for p in decoder.pace.parameters(): assert p.grad is not None and p.grad.abs().max() > 0
+    content,box = decoder.pace.net[-1].weight.grad.abs().amax(-1)
+    assert content > 0 and (box > 0)==boxes, 'f detaches the boxes that it starts from'
+    assert decoder.pace.net[0].weight.grad.abs().max() > 0
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in decoder.step.parameters())
+
+def test_straight_is_one_application():
+    decoder,state,feats = detector()
+    with torch.no_grad(): z = decoder.init(state, feats)
+    f = lambda z: decoder.step(z, feats)
+    assert all(torch.equal(a, b) for a,b in zip(f(z), straight(f, z)))
 
 def test_gradient_of_the_last_parts_is_right():
     f,z,(goal,rate) = problem(2, torch.float64)
