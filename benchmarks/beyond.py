@@ -24,11 +24,15 @@ STRATEGY = published('deqdet_lite').hyper.strategy
 
 class RandomSteps(Ours):
     "The path has between 1 and 8 applications, drawn for each batch"
+    def lengths(self):
+        "What changes in the plan"
+        steps = int(torch.randint(1, 9, ()))
+        return dict(steps=steps, supervise=(steps,))
+
     def loss(self, images, sizes, target):
         decoder = self.net.decoder
-        steps = int(torch.randint(1, 9, ()))
         trained = decoder.plan
-        decoder.plan = replace(trained, steps=steps, supervise=(steps,))
+        decoder.plan = replace(trained, **self.lengths())
         loss = super().loss(images, sizes, target)
         decoder.plan = trained
         return loss
