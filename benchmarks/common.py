@@ -49,6 +49,9 @@ def alternate(fns, n=7, warmup=1, clock=time.perf_counter):
                     ratio=statistics.median(a/b for a,b in zip(t, first))) for k,t in times.items()}
 
 
+CLOCKS = dict(wall=time.perf_counter, processor=time.process_time) # the second where other work shares the cores
+
+
 def parser(doc, **defaults):
     "Arguments that every benchmark has"
     p = argparse.ArgumentParser(description=doc)

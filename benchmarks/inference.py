@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 import torch
 from deqdet.zoo import create_detector
-from common import alternate, parser, report
+from common import CLOCKS, alternate, parser, report
 from plain import plain
 
 
@@ -45,7 +45,7 @@ def ours(bs):
 STACKS = {'AdaMixer, six stages': 'adamixer_r50_1x', 'Sparse R-CNN, six stages': 'sparse_rcnn_r50_100', 'Deformable DETR': 'deformable_detr_r50'}
 
 
-def decoders(rounds):
+def decoders(rounds, clock):
     "Decoders on computed features of one image; `T=11` is twelve applications, about as many as a tolerance needs"
     x, sizes = torch.randint(0, 256, (1, 3, 800, 1344), dtype=torch.uint8), torch.tensor([[800, 1333]])
     deq = made('deqdet_r50_1x')
@@ -56,7 +56,7 @@ def decoders(rounds):
     for k, name in STACKS.items():
         m = made(name)
         fns[k] = lambda m=m, s=m.start(x, sizes): m.decoder(*s)
-    return rows(alternate(fns, rounds))
+    return rows(alternate(fns, rounds, clock=clock))
 
 
 def rows(times): return {k: dict(seconds=v['median'], over_plain=v['ratio']) for k, v in times.items()}
@@ -68,15 +68,15 @@ def half(f):
     return go
 
 
-def compare(bs, rounds, others):
+def compare(bs, rounds, others, clock):
     x = torch.randint(0, 256, (bs, 3, 800, 1344), dtype=torch.uint8)
     pixels = x.float()/255
     fns = {k: (lambda f=f: f(x)) for k, f in ours(bs).items()}
     if others: fns |= {k: (lambda f=f: f(pixels)) for k, f in other_libraries(bs).items()}
-    return rows(alternate(fns, rounds, warmup=int(bs==1)))
+    return rows(alternate(fns, rounds, warmup=int(bs==1), clock=clock))
 
 
-def trained(folder, data, size, steps, tols, rounds):
+def trained(folder, data, size, steps, tols, rounds, clock):
     "A trained detector: AP, and time of the whole and of the decoder alone, fixed and stopped by tolerance, as it is and compiled"
     from deqdet.data import det_dls
     from deqdet.evaluate import evaluate
@@ -89,7 +89,7 @@ def trained(folder, data, size, steps, tols, rounds):
             **{f'compiled, tol={t}': (fast, dict(tol=t)) for t in tols}}
     whole = {k: (lambda m=m, kw=kw: [m(*b, **kw) for b in batches]) for k, (m, kw) in ways.items()}
     alone = {k: (lambda m=m, kw=kw, starts=[m.start(*b) for b in batches]: [m.decoder(*s, **kw) for s in starts]) for k, (m, kw) in ways.items()}
-    t, d = alternate(whole, rounds), alternate(alone, rounds)
+    t, d = (alternate(f, rounds, clock=clock) for f in (whole, alone))
     steps = lambda m, kw: torch.cat([m.decoder.solve(*m.start(*b), **kw).n for b in batches]).float().mean().item()
     return {k: dict(AP=evaluate(m, dls.valid, **kw)['AP'], steps=model.decoder.length() if m is one else steps(m, kw), seconds=t[k]['median'],
                     over_plain=t[k]['ratio'], decoder_seconds=d[k]['median'], decoder_over_plain=d[k]['ratio']) for k, (m, kw) in ways.items()}
@@ -97,13 +97,14 @@ def trained(folder, data, size, steps, tols, rounds):
 
 @torch.no_grad()
 def main():
-    args = parser(__doc__.splitlines()[0], rounds=5, batches='1,4', others=1, trained='', data='', size=128, T=20, tols='.1,.07,.05,.03').parse_args()
+    args = parser(__doc__.splitlines()[0], rounds=5, batches='1,4', others=1, trained='', data='', size=128, T=20, tols='.1,.07,.05,.03', clock='wall').parse_args()
     torch.set_num_threads(args.threads); torch.manual_seed(0)
-    result = dict(decoder=decoders(args.rounds)) if args.batches else {}
+    clock = CLOCKS[args.clock]
+    result = dict(decoder=decoders(args.rounds, clock)) if args.batches else {}
     for n in args.batches.split(','): # several images: two rounds, without other libraries
-        if n: result[f'batch of {n}'] = compare(int(n), args.rounds if n=='1' else 2, args.others and n=='1')
-    if args.trained: result['trained'] = trained(args.trained, args.data, args.size, args.T, [float(t) for t in args.tols.split(',')], args.rounds)
-    report(result, args.out, size=[800, 1333])
+        if n: result[f'batch of {n}'] = compare(int(n), args.rounds if n=='1' else 2, args.others and n=='1', clock)
+    if args.trained: result['trained'] = trained(args.trained, args.data, args.size, args.T, [float(t) for t in args.tols.split(',')], args.rounds, clock)
+    report(result, args.out, size=[800, 1333], clock=args.clock)
 
 
 if __name__ == '__main__': main()

@@ -15,14 +15,19 @@ The folder `--onnx` keeps exported files, one for each detector and number of st
 same body and pyramid without training: they find nothing, so suppression of duplicates is not in their times.
 
 AP is that of the whole validation set. Times are of the processor, one image at a time from the fed image to boxes (decoding of the file is left out),
-in turns in one run: every round measures each way on the same images."""
+in turns in one run: every round measures each way on the same images.
+
+`--measure both` takes AP and milliseconds from the same calls: it goes through the validation set once, `--images` images a turn, each of them with every way."""
 import argparse, copy, json, os, subprocess, sys, time, warnings
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 import torch
+from fastcore.basics import chunked
 from torch import nn
 from deqdet.data import det_dls
 from deqdet.decoder import prepared
+from deqdet.evaluate import coco_ap
 from deqdet.export import load_exported
 from deqdet.model import Feed
 from deqdet.ops.folding import fold, folded
@@ -48,6 +53,7 @@ def loaders(args, bs):
 def trained(args):
     "Train one detector, and write the average of its weights"
     rates = dict(class_lr=4. if 'lite' in args.train else 1.) | RATES.get(args.train, {})
+    if args.lr: rates['lr'] = args.lr
     o = argparse.Namespace(**vars(args) | TRAINING | rates)
     torch.manual_seed(o.seed)
     dls = loaders(o, 4)
@@ -217,6 +223,30 @@ def ms(found, batches, rounds):
     return {k: dict(ms=1000*v['median']/len(batches), over_fcos=v['ratio']) for k, v in times.items()}
 
 
+def both(found, dls, n):
+    "AP, processor milliseconds for an image and the ratio to the first, from the same calls: `n` images a turn"
+    preds, times = ({k: [] for k in found} for _ in range(2))
+    def turn(k, batches):
+        "Seconds of one way; what it finds is kept"
+        begun = time.process_time()
+        dets = [found[k].detect(*b) for b in batches]
+        seconds = time.process_time() - begun
+        preds[k] += [dict(d, image_id=i) for b, ds in zip(batches, dets) for i, d in zip(b[2].image_id.tolist(), ds)]
+        return seconds/len(batches)
+    for i, batches in enumerate(chunked(dls.valid, n)):
+        if i==0: [m.detect(*b) for m in found.values() for b in batches] # the first call of some ways compiles
+        for k in list(found)[::-1 if i % 2 else 1]: times[k].append(turn(k, batches))
+    first = next(iter(times.values()))
+    over = {k: median(a/b for a, b in zip(t, first)) for k, t in times.items()}
+    return {k: dict(ms=1000*median(t), over_fcos=over[k], **scores(preds[k], dls)) for k, t in times.items()}
+
+
+def scores(preds, dls):
+    "AP, AP50, AP75"
+    result = coco_ap(preds, dls.valid.dataset)
+    return {k: float(result[k]) for k in ('AP', 'AP50', 'AP75')}
+
+
 def parts(model, batch, rounds):
     "Milliseconds of the parts of one image, and their share of an image with three steps"
     images, sizes, target = batch
@@ -251,13 +281,14 @@ def measured(args, about):
     makers = ways(args, vocab)
     if args.measure=='memory': return report({k: fresh(k) for k in makers}, args.out, **about)
     found = {k: make() for k, make in makers.items()}
+    if args.measure=='both': return report(both(found, dls, args.images), args.out, **about)
     if args.measure=='ms': return report(ms(found, batches, args.rounds), args.out, **about)
     dls, rows = loaders(args, 8), standing(args.out)
     for k in [o for o in found if o not in rows]: report(rows := rows | {k: ap(found[k], dls)}, args.out, **about)
 
 
 def main():
-    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., measure='ms', train='', save='', ours='', fcos='', images=16, steps='1,2,3,5', tols='0.2', form_steps='2,3', onnx_steps='2,3', untrained='', others='', only='', onnx='runs/onnx', forms=','.join(FORMS), peer_forms=','.join(FORMS)).parse_args()
+    args = parser(__doc__, rounds=5, set='cards', size=320, minutes=10., lr=0., measure='ms', train='', save='', ours='', fcos='', images=16, steps='1,2,3,5', tols='0.2', form_steps='2,3', onnx_steps='2,3', untrained='', others='', only='', onnx='runs/onnx', forms=','.join(FORMS), peer_forms=','.join(FORMS)).parse_args()
     torch.set_num_threads(args.threads)
     if args.train: print(f'{args.save}: {trained(args)[0]} updates')
     else: measured(args, dict(set=args.set, size=args.size, images=args.images))

@@ -1,6 +1,7 @@
 """One refinement step at the published R50 width, ours against the plain formula on the same weights
 
-Inference, without gradient, in runs of several steps, as a solve makes them: autocast then casts each weight once a run."""
+Inference, without gradient, in runs of several steps, as a solve makes them: autocast then casts each weight once a run.
+`--clock processor` takes the time of the processor, where other work shares the cores."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,7 +10,7 @@ from deqdet.ops import linear
 from deqdet.decoder import State, prepared
 from deqdet.mixer import MixerStep
 from deqdet.ops.linear import by_onednn, product as onednn
-from common import alternate, parser, report
+from common import CLOCKS, alternate, parser, report
 from plain import Step
 
 
@@ -58,11 +59,11 @@ def products(step, z, half):
     return (lambda: [product(a, b) for a, b in pairs] + [a @ b for a, b in more]), flops
 
 
-def libraries(step, z, rounds):
+def libraries(step, z, rounds, clock):
     "GFLOP/s of the largest product, which generates the weights of mixing, by PyTorch's own library and by oneDNN"
     x, w = z.content.flatten(0, 1), step.mixing.params.weight.detach()
     if not by_onednn(x, w): return {}
-    t = alternate(dict(pytorch=lambda: F.linear(x, w), onednn=lambda: onednn(x, w)), rounds)
+    t = alternate(dict(pytorch=lambda: F.linear(x, w), onednn=lambda: onednn(x, w)), rounds, clock=clock)
     return {f'gflops_{k}': 2*x.numel()*len(w)/v['median']/1e9 for k, v in t.items()}
 
 
@@ -79,20 +80,20 @@ def compare(n, args, device):
     for h in (False, True):
         f, flops = products(step, z, h)
         fns['products' + '_bf16'*h] = lambda f=f: [f() for _ in range(args.steps)]
-    t = alternate(fns, args.rounds)
+    t = alternate(fns, args.rounds, clock=CLOCKS[args.clock])
     a, b = step(z, ours), plain(z, levels)
     return dict(content_error=(a.content - b.content).abs().max().item(), box_error=(a.boxes - b.boxes).abs().max().item(),
-                gflop_products=flops/1e9, **libraries(step, z, args.rounds),
+                gflop_products=flops/1e9, **libraries(step, z, args.rounds, CLOCKS[args.clock]),
                 **{k: dict(ms=1e3*v['median']/args.steps, over_plain=v['ratio']) for k, v in t.items()})
 
 
 @torch.no_grad()
 def main():
-    args = parser(__doc__.splitlines()[0], queries='100,300', steps=5, height=800, width=1216, compile=0).parse_args()
+    args = parser(__doc__.splitlines()[0], queries='100,300', steps=5, height=800, width=1216, compile=0, clock='wall').parse_args()
     torch.set_num_threads(args.threads); torch.manual_seed(0)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     result = {f'{n} queries': compare(int(n), args, device) for n in args.queries.split(',')}
-    report(result, args.out, size=[args.height, args.width], steps=args.steps, device=device)
+    report(result, args.out, size=[args.height, args.width], steps=args.steps, device=device, clock=args.clock)
 
 
 if __name__ == '__main__': main()

@@ -66,6 +66,15 @@ def test_a_batch_without_any_large_box(feats, boxes):
 def test_no_move(boxes): assert close(move_corners(boxes, torch.zeros(4)), boxes, 1e-4)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_move_is_the_product_with_a_row_of_scales(boxes, dtype):
+    "Bit for bit, also for scales that no float32 holds; three scales are refused"
+    boxes, delta, stds = boxes.to(dtype), torch.randn(2, 9, 4, dtype=dtype), (.1, .2, .7, .3)
+    row = torch.tensor(stds, dtype=dtype)
+    assert torch.equal(move_corners(boxes, delta, stds), move_corners(boxes, delta*row, (1, 1, 1, 1)))
+    with pytest.raises(ValueError): move_corners(boxes, delta, stds[:3])
+
+
 def test_guarantees_of_the_step(feats, boxes):
     "Images apart, queries a set, rows may share an image, widths are free, boxes keep their precision"
     step, z0 = make_step(), BoxState(torch.randn(2, 9, 24), boxes)

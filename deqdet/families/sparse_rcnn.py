@@ -119,7 +119,7 @@ def move_corners(
 ) -> Tensor:             # (...,4) xyxy in pixels
     "Boxes after one refinement"
     most = math.log(limit)
-    d = delta*delta.new_tensor(stds)
+    d = torch.stack([x*s for x,s in zip(delta.unbind(-1), stds, strict=True)], -1)
     centre = (boxes[..., :2] + boxes[..., 2:])/2                 # (...,2)
     sides = boxes[..., 2:] - boxes[..., :2]                      # (...,2)
     centre = centre + d[..., :2]*sides
