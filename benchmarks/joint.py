@@ -196,7 +196,7 @@ def cost(detector, batch, rounds):
 
 
 @torch.no_grad()
-def measure(detector, dls, average):
+def measure(detector, dls, average, steps=()):
     "What stands in an entry, of the average of weights"
     average.swap()
     net = detector.net.eval()
