@@ -9,10 +9,11 @@ __all__ = ['SUFFIXES', 'Problem', 'Source', 'files_below', 'split_names', 'in_sp
            'image_folder', 'numbered']
 
 # %% ../../nbs/sets/03_source.ipynb #a17c0003
-import os, re
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from ..ops.rows import named_after
 from .images import DataError
 
 # %% ../../nbs/sets/03_source.ipynb #a17c0007
@@ -58,8 +59,7 @@ def in_split(
     split # name
 ) -> bool:
     "True if a part of a path is named after a split"
-    name = '|'.join(map(re.escape, split_names(split)))
-    return any(re.match(rf'({name})(?![a-z])', o, re.I) for o in Path(path).parts)
+    return named_after(path, split_names(split))
 
 # %% ../../nbs/sets/03_source.ipynb #a17c0010
 class NoSplit(DataError): "The split that was asked for does not exist"
