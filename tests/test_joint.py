@@ -8,8 +8,8 @@ from torch import nn
 from deqdet.decoder import Pred
 from deqdet.equilibrium import RAG
 from deqdet.sets.images import Target
-from deqdet.solver import Picard, solve, take
-from test_shortcuts import Slow, problem
+from deqdet.solver import Picard, solve
+from test_shortcuts import Slow, each_alone, problem
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
 from acceleration import moved, moves
@@ -33,15 +33,7 @@ def test_parts_of_one_are_picard_bit_for_bit():
 
 @torch.no_grad()
 def test_batch_equals_single():
-    f,z,args = problem()
-    options = dict(method=loud(std=.1), tol=1e-2, max_iter=20)
-    whole = solve(f, z, args, **options)
-    assert len(set(whole.n.tolist())) > 1, 'images should leave the batch at different times'
-    for i in range(4):
-        row = torch.tensor([i])
-        one = solve(f, take(z, row), take(args, row), **options)
-        assert one.n.item()==whole.n[i].item()
-        for a,b in zip(one.z, take(whole.z, row)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    each_alone(method=loud(std=.1), tol=1e-2, max_iter=20)
 
 @torch.no_grad()
 def test_a_part_is_of_the_move():

@@ -25,6 +25,17 @@ def problem(n=4, dtype=torch.float32, rates=None):
     rate = torch.linspace(.3, .9, n, dtype=dtype) if rates is None else torch.full((n,), rates, dtype=dtype)
     return Slow(), state(), (state(), rate)
 
+def each_alone(**options):
+    "Solves a batch, and each of its images alone: the same states after as many applications"
+    f,z,args = problem()
+    whole = solve(f, z, args, **options)
+    assert len(set(whole.n.tolist())) > 1, 'images should leave the batch at different times'
+    for i in range(4):
+        row = torch.tensor([i])
+        one = solve(f, take(z, row), take(args, row), **options)
+        assert one.n.item()==whole.n[i].item()
+        for a,b in zip(one.z, take(whole.z, row)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
 def loud(kind, **kwargs):
     "A method whose network answers more than 0"
     torch.manual_seed(1)
@@ -37,16 +48,7 @@ METHODS = {'constant': lambda: Constant(.2, .3), 'first': lambda: First(-.5, -.5
 @pytest.mark.parametrize('kind', METHODS)
 @torch.no_grad()
 def test_batch_equals_single(kind):
-    f,z,args = problem()
-    m = METHODS[kind]()
-    options = dict(method=m, tol=1e-2, max_iter=12)
-    whole = solve(f, z, args, **options)
-    assert len(set(whole.n.tolist())) > 1, 'images should leave the batch at different times'
-    for i in range(4):
-        row = torch.tensor([i])
-        one = solve(f, take(z, row), take(args, row), **options)
-        assert one.n.item()==whole.n[i].item()
-        for a,b in zip(one.z, take(whole.z, row)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    each_alone(method=METHODS[kind](), tol=1e-2, max_iter=12)
 
 @pytest.mark.parametrize('method', [Constant(), First(), Mix(), Jump(width=8)], ids=['constant','first','mix','jump'])
 @torch.no_grad()
