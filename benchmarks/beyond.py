@@ -4,18 +4,20 @@
     python benchmarks/beyond.py --all --updates 120 --sets cards --out nbs/results/beyond.json
 
 Cells, sets and options are those of own_data.py; the same command goes on where it was stopped."""
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 import torch
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import clip_boxes_to_image, nms
 import own_data
 from acceleration import First
 from deqdet.equilibrium import RAG, Perturb
 from deqdet.sets.mosaic import mosaic
 from deqdet.training.contraction import jacobian, prolonged, stretch
+from deqdet.training.denoise import noisy_state, steps_of
 from deqdet.zoo import published
 from own_data import KINDS, LITE, Ours, queries
 
@@ -161,6 +163,109 @@ class DenseHead(Ours):
         return sum(dense.compute_loss(truth, dense.head(list(feats)), anchors, counts).values())
 
 
+class FirstBoxes(nn.Module):
+    """Queries of the grid, and more of them at the best boxes of a dense head.
+
+    A further query has the learned content of the nearest query of the grid."""
+    def __init__(self, grid, dense, n=50):
+        super().__init__()
+        self.grid = grid
+        self.best = partial(best_boxes, dense, n=n) # no module: the head is a part of the detector already
+
+    @property
+    def state(self): return self.grid.state
+
+    def forward(self, sizes, feats):
+        first = self.grid(sizes, feats)
+        more = noisy_state(first, self.best(sizes, feats), self.state.at)
+        return type(first)(*[torch.cat(pair, 1) for pair in zip(first, more)])
+
+    def preds(self, feats): return self.grid.preds(feats)
+
+
+@torch.no_grad()
+def best_boxes(dense, sizes, feats, n):
+    "The `n` best boxes of a dense head after suppression, (B,n,4)"
+    B,_,h,w = feats[0].shape
+    images = ImageList(feats[0].new_empty(B, 3, 4*h, 4*w), sizes.tolist())
+    out = dense.head(list(feats[1:]))
+    scores = out['cls_logits'].sigmoid().amax(-1)*out['bbox_ctrness'].sigmoid()[..., 0] # (B,A)
+    anchors = dense.anchor_generator(images, list(feats[1:]))
+    found = []
+    for score,reg,anchor,size in zip(scores, out['bbox_regression'], anchors, sizes.tolist()):
+        boxes = clip_boxes_to_image(dense.box_coder.decode(reg, anchor), size)  # (A,4)
+        low,high = boxes.split(2, -1)
+        boxes = torch.cat([low, torch.maximum(high, low + 2)], -1)
+        at = nms(boxes, score, .6)
+        found.append(boxes[at.repeat(1 + n//len(at))[:n]])
+    return torch.stack(found)
+
+
+class Proposed(DenseHead):
+    "The dense head, whose best boxes are further first boxes"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.net.queries = FirstBoxes(self.net.queries, self.net.dense)
+
+
+@dataclass(frozen=True)
+class LookTwice:
+    """Two applications with gradient; that of the last box reaches the move before it too.
+
+    A step detaches the boxes that it moves. The box before is added again without a change of the value."""
+    def __call__(self, f, z):
+        z = f(z)
+        fz = f(z)
+        return fz._replace(xyzr=fz.xyzr + (z.xyzr - z.xyzr.detach()))
+
+
+class Groups(Ours):
+    "A second group of queries between those of the grid, in which each object belongs to three"
+    def loss(self, images, sizes, target, copies=3):
+        state, feats = self.net.start(images, sizes)
+        loss = self.criterion(self.net.decoder(state, feats), target)
+        loss = loss + own_data.denoising_loss(self.net, feats, sizes, target, loss=self.criterion)
+        second = self.between(state, sizes)
+        copies = max(1, min(copies, second.boxes.shape[1]//target.labels.shape[1]))
+        boxes = target.boxes.repeat(1, copies, 1)
+        labels = target.labels.repeat(1, copies)
+        return loss + self.criterion(self.net.decoder(second, feats), target._replace(boxes=boxes, labels=labels))
+
+    def between(self, state, sizes):
+        "The first state with each box moved by half a cell of the grid"
+        rows,cols,_ = self.net.hyper.grid
+        half = (sizes/sizes.new_tensor([rows, cols])/2).flip(-1).repeat(1, 2) # (B,4) of x, y, x, y
+        return self.net.queries.state.at(state.content, state.boxes + half[:, None])
+
+
+class LowRank(nn.Sequential):
+    "A linear layer's best approximation by two layers, the first of which has few outputs"
+    def __init__(self, layer, rank):
+        n_out,n_in = layer.weight.shape
+        super().__init__(nn.Linear(n_in, rank, bias=False), nn.Linear(rank, n_out))
+        self.out_features = n_out
+        down,up = self
+        U,S,V = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+        root = S[:rank].sqrt()
+        with torch.no_grad():
+            down.weight.copy_(root[:, None]*V[:rank])
+            up.weight.copy_(U[:, :rank]*root)
+            up.bias.copy_(layer.bias)
+
+
+class Light(Ours):
+    "The two large layers of adaptive mixing have a low rank"
+    def __init__(self, *args, rank=32, **kwargs):
+        super().__init__(*args, **kwargs)
+        for step in steps_of(self.net.decoder): lighten(step.mixing, rank)
+
+
+def lighten(mixing, rank):
+    "Both large layers of adaptive mixing, at a low rank"
+    mixing.params = LowRank(mixing.params, rank)
+    mixing.out = LowRank(mixing.out, rank)
+
+
 own_data.KINDS = {
     **{k: KINDS[k] for k in ('deqdet_lite', 'deqdet_lite_plain', 'deqdet_lite_focal', 'shared_lite', 'adamixer_lite')},
     'rag2': partial(LITE, strategy=replace(STRATEGY, grad=RAG(2))),                   # two applications behind each gradient
@@ -179,7 +284,11 @@ own_data.KINDS = {
     'stretch': partial(Contracted, 'deqdet_lite'),
     'jacobian': partial(Contracted, 'deqdet_lite', penalty=jacobian, weight=1e-5), # its value is in the thousands at first
     'more_noise': partial(LITE, strategy=replace(STRATEGY, perturb=Perturb(.2, 12., .4, .4))), # twice the RAP, twice as often
-    'dense_head': partial(DenseHead, 'deqdet_lite')}
+    'dense_head': partial(DenseHead, 'deqdet_lite'),
+    'first_boxes': partial(Proposed, 'deqdet_lite'),
+    'look_twice': partial(LITE, strategy=replace(STRATEGY, grad=LookTwice())),
+    'groups': partial(Groups, 'deqdet_lite'),
+    'light': partial(Light, 'deqdet_lite')}
 
 
 if __name__=='__main__': own_data.main(kinds=','.join(own_data.KINDS), class_lr=4.)

@@ -1,0 +1,94 @@
+"`benchmarks/beyond.py`: first boxes of a dense head, gradients through two moves, groups, layers of low rank"
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import pytest, torch
+from torch import nn
+from deqdet.decoder import State
+from deqdet.equilibrium import RAG
+from deqdet.ops.states import parts
+from deqdet.sets.images import Target
+from deqdet.training.denoise import steps_of
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'benchmarks'))
+import own_data
+from beyond import LookTwice, LowRank
+
+ARGS = SimpleNamespace(frozen=3, queries=0)
+
+@pytest.fixture(scope='module')
+def batch():
+    "Two images of different sizes, with two and one object of two classes"
+    torch.manual_seed(0)
+    sizes = torch.tensor([[96,128],[128,112]])
+    images = torch.randint(0, 255, (2,3,128,128), dtype=torch.uint8)
+    boxes = torch.tensor([[[8.,8,40,60],[60,30,120,90]],[[20,20,90,100],[0,0,0,0]]])
+    labels = torch.tensor([[0,1],[1,-1]])
+    return images, sizes, Target(boxes, labels, sizes, torch.arange(2), sizes)
+
+def detector(kind):
+    torch.manual_seed(0)
+    return own_data.KINDS[kind](['a','b'], args=ARGS)
+
+@pytest.mark.parametrize('kind', ['first_boxes', 'look_twice', 'groups', 'light'])
+def test_every_part_learns(kind, batch):
+    own = detector(kind)
+    net = own.net.train()
+    own.loss(*batch).backward()
+    still = [k for k,p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assert not [k for k in still if '.body.' not in k]
+    found = own.detect(*batch)
+    assert all(torch.isfinite(o['boxes']).all() for o in found)
+
+def test_first_boxes_are_those_of_the_grid_and_of_the_head(batch):
+    images,sizes,_ = batch
+    net = detector('first_boxes').net.eval()
+    state,feats = net.start(images, sizes)
+    grid = net.queries.grid(sizes)
+    torch.testing.assert_close(state.boxes[:, :100], grid.boxes)
+    assert state.boxes.shape==(2,150,4)
+    w,h = sizes.flip(-1)[:, None].unbind(-1)
+    more = state.boxes[:, 100:]
+    assert (more[..., 0::2] <= w[..., None] + 2.01).all() and (more[..., 1::2] <= h[..., None] + 2.01).all()
+    near = torch.cdist((more[..., :2] + more[..., 2:])/2, (grid.boxes[..., :2] + grid.boxes[..., 2:])/2).argmin(-1)
+    want = torch.stack([q[i] for q,i in zip(grid.content, near)])
+    torch.testing.assert_close(state.content[:, 100:], want)
+
+class Toy(nn.Module):
+    "A step that detaches its boxes, as AdaMixer's"
+    def __init__(self):
+        super().__init__()
+        self.content,self.reg = nn.Linear(8, 8),nn.Linear(8, 4)
+    def forward(self, z):
+        q = (self.content(z.content) + z.xyzr.detach().sum(-1, keepdim=True)).tanh()
+        return State(q, z.xyzr.detach() + self.reg(q))
+
+def test_two_looks_change_gradients_only():
+    torch.manual_seed(0)
+    f = Toy().double()
+    z = State(torch.randn(2,5,8).double(), torch.randn(2,5,4).double())
+    once,twice,first = RAG(2)(f, z),LookTwice()(f, z),f(z)
+    assert all(torch.equal(a, b) for a,b in zip(parts(once), parts(twice)))
+    a,b,more = (torch.autograd.grad(o.xyzr.sum(), f.reg.weight)[0] for o in (once, twice, first))
+    torch.testing.assert_close(b, a + more)
+
+def test_the_second_group_lies_between_the_first(batch):
+    images,sizes,_ = batch
+    own = detector('groups')
+    state,_ = own.net.start(images, sizes)
+    second = own.between(state, sizes)
+    moved = (second.boxes - state.boxes)[:, 0]
+    torch.testing.assert_close(moved, torch.tensor([[6.4,4.8,6.4,4.8],[5.6,6.4,5.6,6.4]]))
+    assert torch.equal(second.content, state.content)
+
+def test_low_rank():
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 20)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(LowRank(layer, 12)(x), layer(x), rtol=1e-4, atol=1e-5)
+    gaps = [(LowRank(layer, r)(x) - layer(x)).norm() for r in (2, 6, 10)]
+    assert gaps[0] > gaps[1] > gaps[2] > 1e-3
+
+def test_light_has_fewer_weights():
+    sizes = {k: sum(p.numel() for s in steps_of(detector(k).net.decoder) for p in s.mixing.parameters()) for k in ('deqdet_lite', 'light')}
+    assert sizes['light'] < .45*sizes['deqdet_lite']
