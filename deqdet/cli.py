@@ -28,8 +28,8 @@ def deqdet_check(
     fast:bool=False    # only check that the images exist; do not decode them
 ) -> int:              # 0: no faults, 1: faults
     "Faults of a detection set, file by file; status 1 if there are any: deqdet_check shapes"
-    from deqdet.data import verify_data
-    report = verify_data(data, layout, (train, valid), valid_pct, decode=not fast)
+    from deqdet.sets.undivided import verify_as_trained
+    report = verify_as_trained(data, layout, (train, valid), valid_pct, decode=not fast)
     print(report)
     return int(not report.ok)
 

@@ -3,6 +3,7 @@ import json, re, shutil, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
+from deqdet import cli
 from deqdet.commands.options import division, with_enough_queries
 from deqdet.data import DataError, synth_coco
 from deqdet.learner import recipes
@@ -143,6 +144,23 @@ def test_an_undivided_set_is_divided(tmp_path):
     with pytest.warns(UserWarning, match='2 of 10'): again = loaders(o, Feed(32, 32))
     assert [x['id'] for x in dls.valid_ds.images] == [x['id'] for x in again.valid_ds.images]
     with pytest.raises(DataError, match="no split 'valid'"): loaders(o | dict(valid='valid'), Feed(32, 32))
+
+
+def test_a_check_divides_as_a_training(tmp_path, capsys):
+    "`deqdet_check` reports on the images that `deqdet_train` takes, and on named splits as before"
+    data = synth_coco(tmp_path/'set', n_train=10, n_valid=3, size=32, seed=0)
+    valid,test = (data/f'annotations/instances_{o}.json' for o in ('valid', 'test'))
+    def counts(**kwargs):
+        status = cli.deqdet_check(str(data), **kwargs)
+        return status, re.findall(r'(\w+): (\d+) images', capsys.readouterr().out)
+    assert counts() == (0, [('train', '10'), ('valid', '3')])
+    valid.rename(test)
+    with pytest.warns(UserWarning, match="3 images of 'test' validate"): assert counts()[1] == [('train', '10'), ('valid', '3')]
+    assert counts(valid='test')[1] == [('train', '10'), ('test', '3')]
+    test.unlink()
+    with pytest.warns(UserWarning, match='2 of 10 images validate'): assert counts()[1] == [('train', '8'), ('valid', '2')]
+    assert counts(valid_pct=.5)[1] == [('train', '5'), ('valid', '5')]
+    with pytest.raises(SystemExit): cli.deqdet_check(str(data), valid='nights')
 
 
 def test_images_to_test_validate(tmp_path):

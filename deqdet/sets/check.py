@@ -209,7 +209,8 @@ def verify_data(
     valid_pct=None, # share 0..1 to validate on, for a set that is not divided
     vocab=None,     # class names; by default those of the training split
     decode=True,    # decode every image; False: only check that the file exists
-    workers=4       # threads that decode
+    workers=4,      # threads that decode
+    sources=None    # of the splits, if they were read already
 ) -> Report:
     "A report on a detection set, by file and field"
     layout = layout or find_layout(path)
@@ -218,7 +219,7 @@ def verify_data(
     problems = []
     files = [] # of each split: file -> declared height and width
     thumbs = [] # likewise: file -> thumbnail
-    with as_data_error(path): sources = read_data(path, layout, splits, valid_pct)
+    with as_data_error(path): sources = sources or read_data(path, layout, splits, valid_pct)
     for name,src in zip(splits, sources):
         coco,found = clean(src, vocab)
         if not vocab: vocab = [o['name'] for o in coco['categories']]
