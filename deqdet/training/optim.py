@@ -22,11 +22,11 @@ def orthogonal(
     x = x/(x.norm() + 1e-7)
     a = x@x.T                              # (rows, rows)
     total = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(steps):
+    for i in range(steps):
+        if i > 0: a = q@a@q                # `a` of what the last step made
         q = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)
         q.diagonal().add_(3.4445)
         total = q@total
-        a = q@a@q
     x = total@x
     return (x if len(x)==len(m) else x.T).reshape(m.shape)
 
