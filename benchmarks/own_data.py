@@ -183,14 +183,21 @@ class Average:
             b.copy_(held)
 
 
-def ap(detector, dls, **kwargs):
-    "AP, AP50, AP75"
+def result(detector, dls, **kwargs):
+    "COCO's numbers on the validation images"
     preds = []
     for images,sizes,target in dls.valid:
         found = detector.detect(images, sizes, target, **kwargs)
         preds += [dict(d, image_id=i) for i,d in zip(target.image_id.tolist(), found)]
-    result = coco_ap(preds, dls.valid.dataset)
-    return {k: float(result[k]) for k in ('AP', 'AP50', 'AP75')}
+    return coco_ap(preds, dls.valid.dataset)
+
+
+def numbers(result): return {k: float(result[k]) for k in ('AP', 'AP50', 'AP75')}
+
+
+def ap(detector, dls, **kwargs):
+    "AP, AP50, AP75"
+    return numbers(result(detector, dls, **kwargs))
 
 
 @torch.no_grad()
@@ -198,7 +205,8 @@ def measure(detector, dls, average, steps=STEPS):
     "AP of the average; of our detectors also by the number of refinement steps"
     average.swap()
     detector.net.eval()
-    found = ap(detector, dls)
+    at_once = result(detector, dls)
+    found = dict(numbers(at_once), by_class=at_once.per_class.AP.to_dict())
     if steps and isinstance(detector, Ours): found['by_steps'] = {t: ap(detector, dls, steps=t)['AP'] for t in steps}
     detector.net.train()
     average.swap()
@@ -245,7 +253,7 @@ def run(args):
         warnings.simplefilter('ignore') # BCCD has two boxes without width
         folder = Path(os.environ['DEQDET_DATA'])/args.set
         tfms = recipe_small(args.size), recipe_1x(False, args.size, args.size)
-        dls = det_dls(folder, bs=args.bs, tfms=tfms, val_bs=8, num_workers=0, seed=args.seed)
+        dls = det_dls(folder, bs=args.bs, tfms=tfms, val_bs=8, num_workers=0, seed=args.seed, rare=args.rare or None)
     args.queries = args.queries or queries_for(dls.train_ds)
     args.side = fed_sides(dls.train_ds, Feed(args.size, args.size)).median().item()/args.size
     detector = KINDS[args.kind](list(dls.vocab), args=args)
@@ -262,7 +270,7 @@ def run(args):
 
 # ---- cells
 
-KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'class_lr', 'frozen'
+KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'class_lr', 'frozen', 'rare'
 def cell(args):
     "What tells one training from another"
     if not args.class_lr: args.class_lr = 4. if 'lite' in args.kind else 1.
@@ -273,13 +281,13 @@ def cell(args):
 def read(file): return json.loads(Path(file).read_text()) if file and Path(file).exists() else []
 
 
-def stands(file, want): return any(all(o.get(k)==want[k] for k in KEY) for o in read(file))
+def stands(file, want): return any(all(o.get(k, 0)==want[k] for k in KEY) for o in read(file))
 
 
 def write(file, entry):
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    others = [o for o in read(file) if any(o.get(k) != entry[k] for k in KEY)]
+    others = [o for o in read(file) if any(o.get(k, 0) != entry[k] for k in KEY)]
     file.write_text(json.dumps(finite(others + [entry]), indent=1) + '\n')
 
 
@@ -297,7 +305,7 @@ def run_all(args):
 def main(**defaults):
     "Run what the command line says; keywords are other defaults"
     p = parser(__doc__, **dict(set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
-               size=320, bs=4, queries=0, seeds=1, curve='', at=','.join(map(str, STEPS)), sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
+               size=320, bs=4, queries=0, rare=0., seeds=1, curve='', at=','.join(map(str, STEPS)), sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()
     if args.all: return run_all(args)

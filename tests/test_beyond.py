@@ -92,3 +92,21 @@ def test_low_rank():
 def test_light_has_fewer_weights():
     sizes = {k: sum(p.numel() for s in steps_of(detector(k).net.decoder) for p in s.mixing.parameters()) for k in ('deqdet_lite', 'light')}
     assert sizes['light'] < .45*sizes['deqdet_lite']
+
+def test_thinned():
+    "Images with a rare class are few; the others stay, and with them all their objects"
+    from thin import thinned
+    cats = [dict(id=i, name=n) for i,n in enumerate('abc', 1)]
+    images = [dict(id=i) for i in range(40)]
+    objects = [dict(image_id=i, category_id=1) for i in range(40)] + [dict(image_id=i, category_id=2 + i%2) for i in range(20)]
+    found = thinned(dict(images=images, annotations=objects, categories=cats), ['b','c'], 3)
+    of = {k: {o['image_id'] for o in found['annotations'] if o['category_id']==k} for k in (1, 2, 3)}
+    assert len(of[2])==len(of[3])==3 and len(of[1])==26 and of[1]=={o['id'] for o in found['images']}
+    assert len(found['annotations'])==32
+
+def test_a_cell_of_before_stands(tmp_path):
+    "Entries from before an option was there count as without it"
+    args = SimpleNamespace(set='bccd', kind='fcos', minutes=3., updates=0, seed=0, opt='muon', class_lr=0., frozen=3, rare=0.)
+    want = own_data.cell(args)
+    own_data.write(tmp_path/'a.json', {k: v for k,v in want.items() if k!='rare'})
+    assert own_data.stands(tmp_path/'a.json', want) and not own_data.stands(tmp_path/'a.json', want | dict(rare=.3))
