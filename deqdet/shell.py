@@ -14,6 +14,7 @@ from functools import partial, wraps
 from inspect import Parameter, currentframe, signature
 from fastcore.script import anno_parser
 from .ops.errors import CommandError, FILE_FAULTS, blame, is_out_of_memory, one_line
+from .ops.heap import keep_heap
 
 # %% ../nbs/20_shell.ipynb #f2f7dc95
 NUMBERS = {
@@ -115,7 +116,9 @@ def command(
     @wraps(f)
     def _f(*args, **kwargs):
         from_shell = not args and not kwargs and is_script(currentframe().f_back)
-        if from_shell: kwargs = read_options(f)
+        if from_shell:
+            kwargs = read_options(f)
+            keep_heap()
         os.environ.setdefault('MPLBACKEND', 'Agg') # figures go to files; no window is wanted
         with warnings.catch_warnings():
             for o in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', o)
