@@ -11,7 +11,8 @@ __all__ = ['TRIM_THRESHOLD', 'MMAP_MAX', 'keep_heap']
 import ctypes, os
 
 # %% ../../nbs/ops/15_heap.ipynb #ea900009
-TRIM_THRESHOLD, MMAP_MAX = -1, -4 # numbers of the options in glibc's malloc.h
+TRIM_THRESHOLD = -1 # numbers of the options in glibc's malloc.h
+MMAP_MAX = -4
 
 def keep_heap() -> bool: # True if malloc follows
     "Let malloc keep freed memory for the next tensors, where it is glibc's"
