@@ -214,11 +214,17 @@ def one_film(model, film, rules, take, clock):
                 note(r, dets, f.applications - before)
     return frames, found, applied
 
-def path(decoder, z, feats):
-    "Residual after each application, and distance of each state to the last one; the last state"
-    sol = solve(decoder.step, z, (feats,), max_iter=FAR, keep=range(FAR), measure=decoder.measure, record=True)
-    away = [decoder.measure(o, sol.z).rel.max().item() for o in sol.kept.values()]
-    return dict(residual=sol.trace.rel.amax((1, 2)).tolist(), away=away), sol.z
+def moves(decoder, states, which):
+    "Residuals of some queries (N,) along a path"
+    some = [type(z)(*[t[:, which] for t in z]) for z in states]
+    return [decoder.measure(a, b).rel.max().item() for a,b in zip(some, some[1:])]
+
+def path(decoder, z, feats, take=.5):
+    "Residual after each application: of all queries, of those that see an object at last, of the rest; the last state"
+    sol = solve(decoder.step, z, (feats,), max_iter=FAR, keep=range(FAR+1))
+    live = decoder.step.read(sol.z).logits[0].sigmoid().amax(-1) >= take # (N,)
+    sets = dict(residual=live | True, live=live, rest=~live)
+    return {k: moves(decoder, list(sol.kept.values()), o) for k,o in sets.items()}, sol.z
 
 def settling(model, film, each=5):
     "For some frames of a film: the paths of all queries from g, and from where they settled in the frame before"

@@ -121,7 +121,9 @@ def test_the_benchmark_measures_how_soon_a_map_settles(films, tiny):
     few = films.typical([dict(residual=[.3, .15, .04, .06]), dict(residual=[.3, .3, .3, .3])])
     assert few['applications_to']=={.2: 3.5, .1: 4., .05: 4.} # 5: never
     assert np.allclose(few['residual'], [.3, .225, .17, .18])
-    for row in (rows['cold'][0], rows['warm'][0]): assert len(row['residual'])==len(row['away'])==films.FAR
+    for row in (rows['cold'][0], rows['warm'][0]):
+        assert all(len(o)==films.FAR for o in row.values())
+        assert np.allclose(row['residual'], row['rest'], rtol=1e-5) # an untrained detector sees nothing
 
 @pytest.mark.parametrize('pairs', (False, True))
 def test_the_benchmark_trains_a_contracting_detector(films, tiny, tmp_path, pairs, monkeypatch):
@@ -138,3 +140,18 @@ def test_the_benchmark_trains_a_contracting_detector(films, tiny, tmp_path, pair
     assert plain.keys()==contract.keys()
     assert any(not plain[k].equal(contract[k]) for k in plain if k.startswith('decoder.step'))
     assert len(films.extras(pairs, True))==2 + pairs
+
+def test_moves_of_some_queries(films):
+    "Only the second of three queries moves, by a tenth of its contents"
+    from types import SimpleNamespace
+    import torch
+    from deqdet.decoder import State
+    from deqdet.equilibrium import measure_boxes
+    a = State(torch.ones(1, 3, 4), torch.tensor([50., 50., 4., 0.]).expand(1, 3, 4))
+    b = a._replace(content=a.content.clone())
+    b.content[0, 1] = 10/9
+    decoder = SimpleNamespace(measure=measure_boxes)
+    def moved(*which): return films.moves(decoder, [a, b, b], torch.tensor(which))
+    assert np.allclose(moved(False, True, False), [.1, 0], atol=1e-6)
+    assert moved(True, False, True)==[0, 0]
+    assert 0 < moved(True, True, True)[0] < .1
