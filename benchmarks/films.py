@@ -9,6 +9,11 @@ What training on pairs of frames gives; both go on for one epoch:
     python benchmarks/films.py tune set --detector det --to plain
     python benchmarks/films.py tune set --detector det --to pairs --pairs
 
+On a map that contracts, with rows that stop by a tolerance, at most 5 applications of f in a frame:
+
+    python benchmarks/films.py tune set --detector det --to contract --contract
+    python benchmarks/films.py measure contract --cold 2 3 5 5@.1 --warm 2:3 5:3@.1
+
 Memory over a film of many frames:
 
     python benchmarks/films.py long folder --detector det --frames 10000 --size 64
@@ -16,6 +21,7 @@ Memory over a film of many frames:
 needs `pip install trackers` (ByteTrack, HOTA, CLEAR and identity metrics). The films of `measure` have seeds that `make` has not."""
 import argparse, contextlib, io, json, os, time, warnings
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np, torch
 from PIL import Image
 from pycocotools.coco import COCO
@@ -33,6 +39,7 @@ from deqdet.sets.augment import recipe_1x, recipe_small
 from deqdet.sets.films import Film
 from deqdet.sets.scenes import KIND_NAMES
 from deqdet.solver import solve
+from deqdet.training.contraction import Contract, RandomSteps
 from deqdet.training.pairs import Pairs
 from deqdet.using.frames import FilmWriter
 from deqdet.using.held import Follower, Hold
@@ -40,6 +47,19 @@ import deqdet.using.video # gives detectors `predict_film`
 
 TRAIN,VALID = range(1000, 1120),range(2000, 2012) # seeds of `make`
 CLASSES = 12
+FAR = 20 # applications of f, after which a state counts as settled
+
+class Rule(NamedTuple):
+    "How many applications of f a frame gets"
+    steps: int     # at most
+    refresh: int=0 # frames between fresh starts of queries without an object; 0: cold, all start fresh
+    tol: float=0.  # largest residual at which a frame ends early; 0: never
+
+    @classmethod
+    def read(cls, text):
+        "Of `STEPS`, `STEPS:REFRESH`, and either with `@TOLERANCE`"
+        counts,_,tol = text.partition('@')
+        return cls(*map(int, counts.split(':')), tol=float(tol or 0))
 
 def make(folder, each=5, **kwargs):
     "Write `each` frames of many films as a COCO set"
@@ -115,17 +135,23 @@ class Timed:
         yield
         self.ms[name] = self.ms.get(name, 0) + 1000*(time.process_time() - start)
 
+def seen(step, z):
+    "Detections of the only image"
+    pred = step.read(z)
+    scores,labels = pred.logits[0].sigmoid().max(-1)
+    return dict(boxes=pred.boxes[0], scores=scores, labels=labels)
+
 def cold(model, feats, first, steps):
     "{steps: detections} of one frame, every query from g"
     d = model.decoder
     feats = prepared(d.step, feats)
     kept = solve(d.step, d.init(first, feats), (feats,), max_iter=max(steps), keep=steps).kept
-    found = {}
-    for n in steps:
-        pred = d.step.read(kept[n])
-        scores,labels = pred.logits[0].sigmoid().max(-1)
-        found[n] = dict(boxes=pred.boxes[0], scores=scores, labels=labels)
-    return found
+    return {n: seen(d.step, kept[n]) for n in steps}
+
+def cold_until(model, feats, first, rule):
+    "Detections of one frame, every query from g, until the tolerance; applications of g and f"
+    sol = model.decoder.solve(first, feats, max_iter=rule.steps, tol=rule.tol)
+    return seen(model.decoder.step, sol.z), 1 + int(sol.n)
 
 class Started(nn.Module):
     "A detector whose features of the frame have been computed already"
@@ -162,21 +188,65 @@ def held(d):
     live = d['ids'] >= 0
     return d['boxes'][live].numpy(), d['ids'][live].numpy()
 
-def one_film(model, film, cold_steps, warm, take, clock):
-    "Frames, {steps: cold detections}, {(steps, refresh): warm detections}, applications of each of these"
-    frames,colds,warms = [],{n: [] for n in cold_steps},{w: [] for w in warm}
+def one_film(model, film, rules, take, clock):
+    "Frames, {rule: detections}, {rule: applications of g and f in each frame}"
+    frames,found,applied = [],{r: [] for r in rules},{r: [] for r in rules}
+    fixed = [r for r in rules if not r.refresh and not r.tol]
+    until = [r for r in rules if not r.refresh and r.tol]
     started = Started(model)
-    follow = {w: Follower(started, w[0], Hold(take=take, refresh=w[1])) for w in warm}
+    follow = {r: Follower(started, r.steps, Hold(take=take, refresh=r.refresh), tol=r.tol) for r in rules if r.refresh}
+    def note(rule, dets, n):
+        found[rule].append(dets)
+        applied[rule].append(n)
     with evaluating(model):
         for frame in film:
             frames.append(frame)
             image = torch.from_numpy(frame.image).permute(2, 0, 1)[None]
             with clock('features'): started.now = first,feats = model.start(image)
-            with clock('cold'): found = cold(model, feats, first, cold_steps)
-            for n in cold_steps: colds[n].append(found[n])
-            for w in warm:
-                with clock(w): warms[w].append(follow[w](image)[0])
-    return frames, colds, warms, {w: follow[w].applications/len(frames) for w in warm}
+            with clock('cold'): at = cold(model, feats, first, [r.steps for r in fixed])
+            for r in fixed: note(r, at[r.steps], 1 + r.steps)
+            for r in until:
+                with clock(r): last = cold_until(model, feats, first, r)
+                note(r, *last)
+            for r,f in follow.items():
+                before = f.applications
+                with clock(r): dets = f(image)[0]
+                note(r, dets, f.applications - before)
+    return frames, found, applied
+
+def moves(decoder, states, which):
+    "Residuals of some queries (N,) along a path"
+    some = [type(z)(*[t[:, which] for t in z]) for z in states]
+    return [decoder.measure(a, b).rel.max().item() for a,b in zip(some, some[1:])]
+
+def path(decoder, z, feats, take=.5):
+    "Residual after each application: of all queries, of those that see an object at last, of the rest; the last state"
+    sol = solve(decoder.step, z, (feats,), max_iter=FAR, keep=range(FAR+1))
+    live = decoder.step.read(sol.z).logits[0].sigmoid().amax(-1) >= take # (N,)
+    sets = dict(residual=live | True, live=live, rest=~live)
+    return {k: moves(decoder, list(sol.kept.values()), o) for k,o in sets.items()}, sol.z
+
+def settling(model, film, each=5):
+    "For some frames of a film: the paths of all queries from g, and from where they settled in the frame before"
+    rows,d = dict(cold=[], warm=[]),model.decoder
+    with evaluating(model):
+        for t in range(each, len(film), each):
+            settled = []
+            for frame in (film[t-1], film[t]):
+                first,feats = model.start(torch.from_numpy(frame.image).permute(2, 0, 1)[None])
+                feats = prepared(d.step, feats)
+                row,z = path(d, d.init(first, feats), feats)
+                settled.append(z)
+            rows['cold'].append(row)
+            rows['warm'].append(path(d, settled[0], feats)[0])
+    return rows
+
+def typical(rows):
+    "Medians over frames, and applications until the residual is below a tolerance; FAR+1: never"
+    rel = np.array([r['residual'] for r in rows]) # (frames,FAR)
+    few = {tol: float(((rel > tol).cumprod(1).sum(1) + 1).mean()) for tol in (.2, .1, .05)}
+    medians = {k: np.median([r[k] for r in rows], 0).tolist() for k in rows[0]}
+    return medians | dict(applications_to=few)
 
 def spread(rows):
     "Mean and standard deviation over films"
@@ -199,45 +269,56 @@ def best_cold(films, colds, clock):
     ap = max(aps, key=lambda rows: np.mean([r['AP'] for r in rows]))
     return [a | tracking(f, t) for a,f,t in zip(ap, films, tracks)], setting, tracks
 
-def measure(folder, seeds, n, size, cold_steps, warm, take, at=(20, 32, 44, 56, 68)):
+def parts_of(rules, found):
+    "{rule: list, one entry a film} of a list of {rule: entry}"
+    return {r: [o[r] for o in found] for r in rules}
+
+def measure(folder, seeds, n, size, rules, take, at=(20, 32, 44, 56, 68), settle=False):
     "All numbers"
     model = load_detector(folder, device='cpu')
     clock = Timed()
-    films,colds,warms = [],{k: [] for k in cold_steps},{w: [] for w in warm}
+    films,found,applied,paths = [],[],[],dict(cold=[], warm=[])
     for seed in seeds:
-        frames,c,w,applied = one_film(model, Film(seed=seed, n=n, size=size), cold_steps, warm, take, clock)
-        films.append(frames)
-        for k,v in c.items(): colds[k].append(v)
-        for k,v in w.items(): warms[k].append(v)
+        film = Film(seed=seed, n=n, size=size)
+        for known,new in zip((films, found, applied), one_film(model, film, rules, take, clock)): known.append(new)
+        if settle:
+            for k,v in settling(model, film).items(): paths[k] += v
         print(f'film {seed} of {seeds}', flush=True)
+    found,applied = parts_of(rules, found),parts_of(rules, applied)
     total = len(seeds)*n
-    features,each = clock.ms['features']/total, clock.ms['cold']/total/(1 + max(cold_steps))
+    each = clock.ms.pop('cold')/total/(1 + max(r.steps for r in rules if not r.refresh and not r.tol))
     result = []
-    for k in cold_steps:
-        rows,setting,tracks = best_cold(films, colds[k], clock)
-        result.append(dict(start='cold', steps=k, applications=1+k, ms=each*(1+k), byte_track=setting, films=rows, **spread(rows),
-                           strip=strip(films[0], tracks[0], at)))
+    for r in rules:
+        counts = np.concatenate(applied[r])
+        ms = clock.ms[r]/total if r in clock.ms else each*(1+r.steps)
+        row = dict(start='warm' if r.refresh else 'cold', **r._asdict(), applications=counts.mean(), ms=ms,
+                   applications_of_films=[float(np.mean(o)) for o in applied[r]],
+                   frames_with={int(k): int((counts==k).sum()) for k in np.unique(counts)})
+        if r.refresh:
+            tracks = [[held(d) for d in o] for o in found[r]]
+            rows = [average_precision(f, d) | tracking(f, t) for f,d,t in zip(films, found[r], tracks)]
+        else: rows,row['byte_track'],tracks = best_cold(films, found[r], clock)
+        result.append(dict(**row, films=rows, **spread(rows), strip=strip(films[0], tracks[0], at)))
         print({m: v for m,v in result[-1].items() if m not in ('films', 'strip')}, flush=True)
-    for w in warm:
-        tracks = [[held(d) for d in o] for o in warms[w]]
-        rows = [average_precision(f, d) | tracking(f, t) for f,d,t in zip(films, warms[w], tracks)]
-        result.append(dict(start='warm', steps=w[0], refresh=w[1], applications=applied[w], ms=clock.ms[w]/total, films=rows, **spread(rows),
-                           strip=strip(films[0], tracks[0], at)))
-        print({m: v for m,v in result[-1].items() if m not in ('films', 'strip')}, flush=True)
-    tracker = clock.ms['ByteTrack']/total/len(cold_steps)/2/len(BYTE)
-    return dict(rows=result, ms_features=features, ms_byte_track=tracker)
+    tracker = clock.ms['ByteTrack']/total/sum(not r.refresh for r in rules)/2/len(BYTE)
+    settled = dict(settling={k: typical(v) for k,v in paths.items()}) if settle else {}
+    return dict(rows=result, ms_features=clock.ms['features']/total, ms_byte_track=tracker, **settled)
 
-def tune(folder, detector, out, pairs, lr, size, seed=0):
-    "Train a detector for one more epoch, with or without pairs of frames; the processor's seconds of an update"
+def extras(pairs, contract):
+    "Callbacks of a training"
+    return [Pairs()]*pairs + [Contract(every=2), RandomSteps()]*contract
+
+def tune(folder, detector, out, cbs, lr, size, epochs=1, seed=0):
+    "Go on with the training of a detector, with these callbacks; the processor's seconds of an update"
     torch.manual_seed(seed)
     dls = det_dls(folder, bs=4, tfms=(recipe_small(size), recipe_1x(False, size, size)), num_workers=0, seed=seed, device='cpu')
-    learn = det_learner(dls, load_detector(detector), 'finetune', lr=lr, cbs=[Pairs()] if pairs else [])
+    learn = det_learner(dls, load_detector(detector), 'finetune', lr=lr, cbs=cbs)
     learn.remove_cb(APCallback)
     begun = time.process_time()
-    with learn.quiet(): learn.fit_published(epochs=1)
-    seconds = (time.process_time() - begun)/len(dls.train)
+    with learn.quiet(): learn.fit_published(epochs=epochs)
+    updates = epochs*len(dls.train)
     learn.model.save_pretrained(out)
-    print(f'{out}: {len(dls.train)} updates, {seconds:.2f} s each')
+    print(f'{out}: {updates} updates, {(time.process_time() - begun)/updates:.2f} s each')
 
 def resident():
     "Megabytes of memory that this process has"
@@ -273,22 +354,25 @@ def main():
     p.add_argument('--seeds', type=int, nargs='+', default=[11, 12, 13, 14])
     p.add_argument('--frames', type=int, default=75)
     p.add_argument('--size', type=int, default=256)
-    p.add_argument('--cold', type=int, nargs='+', default=[1, 2, 3, 5])
-    p.add_argument('--warm', nargs='+', default=['2:1', '2:3', '3:3'], help='applications of f : frames to a fresh start')
+    p.add_argument('--cold', nargs='+', default=['1', '2', '3', '5'], help='applications of f, or at most @ tolerance')
+    p.add_argument('--warm', nargs='+', default=['2:1', '2:3', '3:3'], help='as in --cold, with `:frames to a fresh start` before the @')
+    p.add_argument('--settle', action='store_true', help='measure also how soon the map settles')
     p.add_argument('--take', type=float, default=.5, help='score from which a query takes an object')
     p.add_argument('--out')
     p.add_argument('--detector', help='that goes on')
     p.add_argument('--to', help='folder of the new detector')
     p.add_argument('--pairs', action='store_true', help='train on pairs of frames too')
+    p.add_argument('--contract', action='store_true', help='train with a penalty on the next move and random path lengths')
+    p.add_argument('--epochs', type=int, default=1)
     p.add_argument('--lr', type=float, default=5e-4)
     o = p.parse_args()
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     if o.what=='make': return make(o.folder, size=o.size)
-    if o.what=='tune': return tune(o.folder, o.detector, o.to, o.pairs, o.lr, o.size)
+    if o.what=='tune': return tune(o.folder, o.detector, o.to, extras(o.pairs, o.contract), o.lr, o.size, o.epochs)
     if o.what=='long': return report(long_film(o.folder, o.detector, o.frames, o.size), o.out)
-    warm = [tuple(int(v) for v in w.split(':')) for w in o.warm]
-    result = measure(o.folder, o.seeds, o.frames, o.size, o.cold, warm, o.take)
+    rules = [Rule.read(text) for text in o.cold + o.warm]
+    result = measure(o.folder, o.seeds, o.frames, o.size, rules, o.take, settle=o.settle)
     report(result, o.out, seeds=o.seeds, frames=o.frames, size=o.size, take=o.take)
 
 if __name__=='__main__': main()

@@ -1,9 +1,9 @@
 "Generated films: the same seed, frames in any order, truth that fits the pixels"
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pytest
 from deqdet.sets.films import Actor, Film, Frame, cut_out, sprites_from
+from deqdet.sets.scenes import KIND_NAMES
 from PIL import Image
 
 def disc(side=40, rgb=(250, 20, 20)):
@@ -76,14 +76,82 @@ def test_cutouts_of_real_photographs(data_dir):
     f = Film(seed=1, n=4, size=128, objects=4, kinds=cutouts.kinds, cutouts=cutouts)
     assert len(list(f)) == 4 and set(f[2].labels.tolist()) <= set(cutouts.kinds)
 
-def test_the_benchmark_follows_a_film():
-    "Cold detections and warm tracks of every frame, on the features of one pass"
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'))
-    from films import one_film
+@contextmanager
+def clock(name): yield
+
+@pytest.fixture
+def films(monkeypatch):
+    "The benchmark"
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]/'benchmarks'))
+    import films
+    return films
+
+@pytest.fixture(scope='module')
+def tiny():
     from deqdet.zoo import create_detector
-    @contextmanager
-    def clock(name): yield
-    model = create_detector('deqdet_tiny', vocab=list('abcd'))
-    frames,colds,warms,applied = one_film(model, Film(seed=1, n=3, size=64), [1, 2], [(2, 1)], .5, clock)
-    assert len(frames)==len(colds[1])==len(colds[2])==len(warms[2, 1])==3
-    assert applied=={(2, 1): 3.} # g, and two of f
+    return create_detector('deqdet_tiny', vocab=KIND_NAMES[:12])
+
+def test_the_benchmark_follows_a_film(films, tiny):
+    "Cold detections and warm tracks of every frame, on the features of one pass"
+    rules = [films.Rule.read(text) for text in ('1', '2', '2:1')]
+    frames,found,applied = films.one_film(tiny, Film(seed=1, n=3, size=64), rules, .5, clock)
+    assert len(frames)==3 and all(len(dets)==3 for dets in found.values())
+    assert applied=={rules[0]: [2]*3, rules[1]: [3]*3, rules[2]: [3]*3} # g, and two of f
+
+def test_a_rule_is_read(films):
+    assert films.Rule.read('5')==(5, 0, 0.)
+    assert films.Rule.read('5@.05')==(5, 0, .05)
+    assert films.Rule.read('2:3')==(2, 3, 0.)
+    assert films.Rule.read('5:3@.1')==(5, 3, .1)
+    with pytest.raises(ValueError): films.Rule.read('5:3:.1')
+
+def test_a_frame_of_the_benchmark_ends_at_the_tolerance(films, tiny):
+    "A tolerance that all residuals meet ends after one application, one that none meets never"
+    rules = [films.Rule.read(text) for text in ('3', '3@1e9', '3@1e-9', '1', '3:2@1e9', '3:2@1e-9')]
+    three,early,late,one,warm_early,warm_late = rules
+    _,found,applied = films.one_film(tiny, Film(seed=1, n=4, size=64), rules, .5, clock)
+    assert applied[early]==[2]*4 and applied[late]==[4]*4
+    assert applied[warm_early]==[2, 1, 2, 1] and applied[warm_late]==[4, 3, 4, 3] # g in every second frame
+    for a,b in ((early, one), (late, three)):
+        for x,y in zip(found[a], found[b]): assert all(np.allclose(x[k], y[k], atol=1e-4) for k in x)
+
+def test_the_benchmark_measures_how_soon_a_map_settles(films, tiny):
+    rows = films.settling(tiny, Film(seed=1, n=3, size=64), each=2)
+    assert len(rows['cold'])==len(rows['warm'])==1
+    few = films.typical([dict(residual=[.3, .15, .04, .06]), dict(residual=[.3, .3, .3, .3])])
+    assert few['applications_to']=={.2: 3.5, .1: 4., .05: 4.} # 5: never
+    assert np.allclose(few['residual'], [.3, .225, .17, .18])
+    for row in (rows['cold'][0], rows['warm'][0]):
+        assert all(len(o)==films.FAR for o in row.values())
+        assert np.allclose(row['residual'], row['rest'], rtol=1e-5) # an untrained detector sees nothing
+
+@pytest.mark.parametrize('pairs', (False, True))
+def test_the_benchmark_trains_a_contracting_detector(films, tiny, tmp_path, pairs, monkeypatch):
+    "The callbacks change what is learned, and the detector can be read again"
+    from deqdet.predict import load_detector
+    monkeypatch.setattr(films, 'TRAIN', range(1000, 1002))
+    monkeypatch.setattr(films, 'VALID', range(2000, 2001))
+    films.make(tmp_path/'set', each=2, size=64, n=12)
+    tiny.save_pretrained(tmp_path/'det')
+    def trained(name, *args):
+        films.tune(tmp_path/'set', tmp_path/'det', tmp_path/name, films.extras(*args), 1e-3, 64)
+        return load_detector(tmp_path/name).state_dict()
+    plain,contract = trained('plain', pairs, False),trained('contract', pairs, True)
+    assert plain.keys()==contract.keys()
+    assert any(not plain[k].equal(contract[k]) for k in plain if k.startswith('decoder.step'))
+    assert len(films.extras(pairs, True))==2 + pairs
+
+def test_moves_of_some_queries(films):
+    "Only the second of three queries moves, by a tenth of its contents"
+    from types import SimpleNamespace
+    import torch
+    from deqdet.decoder import State
+    from deqdet.equilibrium import measure_boxes
+    a = State(torch.ones(1, 3, 4), torch.tensor([50., 50., 4., 0.]).expand(1, 3, 4))
+    b = a._replace(content=a.content.clone())
+    b.content[0, 1] = 10/9
+    decoder = SimpleNamespace(measure=measure_boxes)
+    def moved(*which): return films.moves(decoder, [a, b, b], torch.tensor(which))
+    assert np.allclose(moved(False, True, False), [.1, 0], atol=1e-6)
+    assert moved(True, False, True)==[0, 0]
+    assert 0 < moved(True, True, True)[0] < .1
