@@ -91,15 +91,15 @@ class RandomSteps(Callback):
         self.span = first, last
         self.part = part
     def before_fit(self):
-        self.decoder = get_model(self.model).decoder
-        self.plan = self.decoder.plan
+        self.equilibrium = get_model(self.model).decoder
+        self.plan = self.equilibrium.plan
     def before_batch(self):
         if torch.rand(()) >= self.part: return
         first,last = self.span
         n = int(torch.randint(first, last+1, ()))
-        self.decoder.plan = self.change(self.plan, n)
+        self.equilibrium.plan = self.change(self.plan, n)
     def leave_batch(self):
-        if self.training: self.decoder.plan = self.plan
+        if self.training: self.equilibrium.plan = self.plan
 
 # %% ../../nbs/training/13_contraction.ipynb #75059316
 def prolonged(
