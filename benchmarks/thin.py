@@ -3,7 +3,7 @@
     python benchmarks/thin.py $DEQDET_DATA/cards $DEQDET_DATA/thin_cards --rare king,queen
     python benchmarks/own_data.py --set thin_cards --kind deqdet_lite --minutes 4 --rare .3 --out nbs/results/own_data_rare.json
 
-Validation images are all there. Images are linked, not copied."""
+With `--images 16`, sixteen training images remain. Validation images are all there. Images are linked, not copied."""
 import argparse, json, random, warnings
 from pathlib import Path
 from deqdet.sets.formats import read_data
@@ -23,6 +23,17 @@ def thinned(coco, names, keep, seed=0):
         if any(left[k] <= 0 for k in rare): continue
         for k in rare: left[k] -= 1
         kept.add(i)
+    return part(coco, kept)
+
+
+def few(coco, n, seed=0):
+    "A COCO dict with `n` of the images"
+    return part(coco, random.Random(seed).sample([o['id'] for o in coco['images']], n))
+
+
+def part(coco, ids):
+    "A COCO dict with these images alone"
+    kept = set(ids)
     images = [o for o in coco['images'] if o['id'] in kept]
     objects = [o for o in coco['annotations'] if o['image_id'] in kept]
     return dict(coco, images=images, annotations=objects)
@@ -32,7 +43,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('source')
     p.add_argument('out')
-    p.add_argument('--rare', default='king,queen', help='names of classes')
+    p.add_argument('--rare', default='', help='names of classes')
+    p.add_argument('--images', type=int, default=0, help='training images that remain; 0: all')
     p.add_argument('--keep', type=int, default=8, help='images that show each of them')
     args = p.parse_args()
     with warnings.catch_warnings():
@@ -41,7 +53,9 @@ def main():
     out = Path(args.out)
     (out/'annotations').mkdir(parents=True)
     (out/'images').symlink_to(train.folder.resolve())
-    parts = dict(train=thinned(train.coco, args.rare.split(','), args.keep), valid=valid.coco)
+    coco = few(train.coco, args.images) if args.images else train.coco
+    rare = args.rare.split(',') if args.rare else []
+    parts = dict(train=thinned(coco, rare, args.keep), valid=valid.coco)
     for name,coco in parts.items():
         (out/f'annotations/instances_{name}.json').write_text(json.dumps(coco))
         print(f"{name}: {len(coco['images'])} images")

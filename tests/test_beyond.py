@@ -95,7 +95,7 @@ def test_light_has_fewer_weights():
 
 def test_thinned():
     "Images with a rare class are few; the others stay, and with them all their objects"
-    from thin import thinned
+    from thin import few, thinned
     cats = [dict(id=i, name=n) for i,n in enumerate('abc', 1)]
     images = [dict(id=i) for i in range(40)]
     objects = [dict(image_id=i, category_id=1) for i in range(40)] + [dict(image_id=i, category_id=2 + i%2) for i in range(20)]
@@ -103,6 +103,7 @@ def test_thinned():
     of = {k: {o['image_id'] for o in found['annotations'] if o['category_id']==k} for k in (1, 2, 3)}
     assert len(of[2])==len(of[3])==3 and len(of[1])==26 and of[1]=={o['id'] for o in found['images']}
     assert len(found['annotations'])==32
+    assert [len(few(found, 5)[k]) for k in ('images','categories')]==[5, 3] and few(found, 5)==few(found, 5)
 
 def test_a_cell_of_before_stands(tmp_path):
     "Entries from before an option was there count as without it"
