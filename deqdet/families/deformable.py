@@ -16,6 +16,7 @@ from functools import partial
 from typing import NamedTuple
 from torch import nn, Tensor
 from torchvision.ops import box_convert
+from ..boxes import iof, pairs
 from ..decoder import Pred, Queries, Stacked, grid_boxes, linear
 from .deformable_attention import (
     DeformableLayer, EncodedPyramid, Encoder, LevelNeck, centres, sines)
@@ -105,7 +106,8 @@ class DeformableStep(nn.Module):
         dropout: float=0.,# chance to drop a number
         from_point: bool=False,# True: move a box at the query's own point, not the incoming box
         located: bool=False,   # True: add an embedding of the incoming box to the query's own
-        by_side: bool=False    # True: centres move by parts of the box's sides
+        by_side: bool=False,   # True: centres move by parts of the box's sides
+        overlaps: bool=False   # True: self-attention knows how much boxes overlap
     ):
         super().__init__()
         self.talk = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
@@ -116,6 +118,8 @@ class DeformableStep(nn.Module):
         self.reg = box_head(width)
         self.by_side = by_side and not from_point
         self.place = place_head(width) if located and not from_point else None
+        fresh = torch.empty(heads).uniform_(0, 4) if overlaps and not from_point else None
+        self.tau = None if fresh is None else nn.Parameter(fresh)
         self.aim = linear(width, 2) if from_point else None
         if from_point:
             nn.init.zeros_(self.aim.bias)
@@ -129,7 +133,7 @@ class DeformableStep(nn.Module):
         around = ref if self.aim is None else ref[..., :2]             # where to read
         pos = self.where(state.pos, ref)                               # (B,N,D)
         x = content + pos
-        heard,_ = self.talk(x, x, content, need_weights=False)         # (B,N,D)
+        heard,_ = self.talk(x, x, content, need_weights=False, attn_mask=self.bias(ref)) # (B,N,D)
         q = self.talk_norm(content + self.drop(heard))
         q = self.layer(q, pos, around, memory, masks)
         return RefState(q, shift(ref, self.reg(q), self.by_side)*scale, state.pos)
@@ -158,6 +162,16 @@ def where(self:DeformableStep,
     if self.place is None: return pos
     waves = sines(ref*2*math.pi, pos.shape[-1]//2).flatten(2)      # (B,N,2D)
     return pos + self.place(waves).to(pos.dtype)
+
+@patch
+def bias(self:DeformableStep,
+    ref: Tensor # (B,N,4) boxes as fractions of the image
+) -> Tensor:    # (BH,N,N), or None
+    "What overlap adds to the logits of self-attention, as in AdaMixer"
+    if self.tau is None: return None
+    boxes = box_convert(ref, 'cxcywh', 'xyxy')
+    overlap = (iof(*pairs(boxes, boxes)) + 1e-7).log()             # (B,N,N)
+    return (self.tau[:, None, None]*overlap[:, None]).flatten(0, 1)
 
 # %% ../../nbs/families/04_deformable.ipynb #5080dc8c
 class Proposals(nn.Module):
@@ -255,6 +269,7 @@ class DeformableDETR(Blueprint):
     refine: bool=False           # True: steps move the box of the previous step
     located: bool=False          # True: refining steps embed the box that they move
     by_side: bool=False          # True: refining steps move centres by parts of the box's sides
+    overlaps: bool=False         # True: refining steps know how much boxes overlap
     grid: tuple=()               # (rows, cols, side) of the first boxes; (): learned points
     two_stage: bool=False        # True: queries start at the encoder's proposals; implies `refine`
     strategy: object=Stacked(6)  # how steps are combined
@@ -287,7 +302,7 @@ def decoder(self:DeformableDETR):
     "The strategy with its steps; in the plain variant these share heads and points"
     step = partial(DeformableStep, self.n_classes, self.width, self.heads, self.levels,
                    self.points, self.hidden, self.dropout)
-    options = dict(located=self.located, by_side=self.by_side)
+    options = dict(located=self.located, by_side=self.by_side, overlaps=self.overlaps)
     steps = [step(from_point=self.from_point(i), **options) for i in range(self.strategy.stages)]
     if not (self.refine or self.two_stage):
         for other in steps[1:]:
