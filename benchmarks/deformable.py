@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 import torch
+from torchvision.ops import batched_nms
 from deqdet.cli import finite
 from deqdet.data import synth_coco
 from deqdet.equilibrium import RAG, Perturb, Settled
@@ -54,24 +55,31 @@ def path_of(model, images, sizes):
     return [p for _, p in model.trajectory(images, sizes, steps=steps)]
 
 
+def suppressed(row, overlap=.6):
+    "Detections of an image after non-maximum suppression, which no detector of this package needs"
+    keep = batched_nms(row['boxes'], row['scores'], row['labels'], overlap)
+    return row | {k: row[k][keep] for k in ('boxes', 'scores', 'labels')}
+
+
 def drift(model, dls):
-    "What changes from `NEAR` to `FAR` applications: AP of mixed predictions, claims, doubles, and how far boxes move"
+    "What changes from `NEAR` to `FAR` applications: AP of mixed predictions and without doubles, claims, doubles, how far boxes move"
     mix = dict(boxes_near_scores_far=[], boxes_far_scores_near=[])
-    claims, twice, moves = {}, {}, dict(live=[], empty=[])
+    claims, twice, moves, found = {}, {}, dict(live=[], empty=[]), {}
     for images, sizes, target in dls.valid:
         preds = path_of(model, images, sizes)
         near, far = preds[NEAR-1], preds[FAR-1]
         mix['boxes_near_scores_far'] += rows_of(mixed(dict(n=near, f=far), 'n', 'f'), sizes, target)
         mix['boxes_far_scores_near'] += rows_of(mixed(dict(n=near, f=far), 'f', 'n'), sizes, target)
         for n in (2, NEAR, 4, 6, FAR):
+            found.setdefault(n, []).extend(map(suppressed, rows_of(preds[n-1], sizes, target)))
             live = preds[n-1].logits.sigmoid().amax(-1) > LIVE  # (B,N)
             claims.setdefault(n, []).append(live.sum().item())
             twice.setdefault(n, []).append(sum(doubles(b[m]) for b, m in zip(preds[n-1].boxes, live)))
         live = near.logits.sigmoid().amax(-1) > LIVE
         steps = [(b.boxes - a.boxes).abs().mean(-1) for a, b in zip(preds, preds[1:])]  # (B,N) each
         for k, m in dict(live=live, empty=~live).items(): moves[k].append(torch.stack([s[m] for s in steps]))
-    n = len(dls.valid.dataset)
-    return dict(mixed={k: float(coco_ap(r, dls.valid.dataset)['AP']) for k, r in mix.items()},
+    n, ap = len(dls.valid.dataset), lambda rows: float(coco_ap(rows, dls.valid.dataset)['AP'])
+    return dict(mixed={k: ap(r) for k, r in mix.items()}, suppressed={k: ap(r) for k, r in found.items()},
                 claims={k: sum(v)/n for k, v in claims.items()}, doubles={k: sum(v)/n for k, v in twice.items()},
                 moves={k: torch.cat(v, 1).mean(1).tolist() for k, v in moves.items()})
 
