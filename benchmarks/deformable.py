@@ -3,15 +3,21 @@
 Each (idea, strategy, seed) is one row of the JSON; existing rows are not run again:
 
     python benchmarks/deformable.py --ideas plain,located --strategies stack,equilibrium --seeds 0,1 --out nbs/results/families_deformable.json"""
+import math
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import torch
-from torchvision.ops import batched_nms
+from torch import nn
+from torchvision.ops import batched_nms, box_convert
+from deqdet.boxes import iof, pairs
 from deqdet.cli import finite
 from deqdet.data import synth_coco
+from deqdet.decoder import Queries, grid_boxes, linear
 from deqdet.equilibrium import RAG, Perturb, Settled
 from deqdet.evaluate import coco_ap
+from deqdet.families.deformable import DeformableDETR, DeformableStep, RefState, _whwh
+from deqdet.families.deformable_attention import sines
 from deqdet.training.contraction import Contract, Later, RandomSteps
 from common import parser, report
 from contraction import doubles, mixed, rows_of
@@ -21,24 +27,58 @@ NEAR, FAR = 3, 12  # applications of steps, the first one included
 LIVE = .3          # score of a query that claims an object
 GRID = (3, 3, .4)  # as that of the other families
 
+
+class Knowing(DeformableStep):
+    "A refining step that knows where its boxes are: by an embedding of them, by their overlaps in self-attention, or both"
+    def __init__(self, hyper, from_point):
+        h = hyper
+        super().__init__(h.n_classes, h.width, h.heads, h.levels, h.points, h.hidden, h.dropout, from_point, h.by_side)
+        located, overlaps = h.located and not from_point, h.overlaps and not from_point
+        self.place = nn.Sequential(linear(2*h.width, h.width), nn.ReLU(), linear(h.width, h.width)) if located else None
+        self.tau = nn.Parameter(torch.empty(h.heads).uniform_(0, 4)) if overlaps else None
+
+    def forward(self, state, feats):
+        memory, sizes, *masks = feats
+        content, scale = state.content, _whwh(sizes).to(state.ref.dtype)
+        ref = self.start(state, scale)
+        around = ref if self.aim is None else ref[..., :2]
+        pos = state.pos if self.place is None else state.pos + self.place(sines(ref*2*math.pi, content.shape[-1]//2).flatten(2))
+        x = content + pos
+        heard, _ = self.talk(x, x, content, need_weights=False, attn_mask=None if self.tau is None else self.bias(ref))
+        q = self.layer(self.talk_norm(content + self.drop(heard)), pos, around, memory, masks)
+        return RefState(q, self.shift(ref, self.reg(q))*scale, state.pos)
+
+    def bias(self, ref):
+        "(BH,N,N) what overlap adds to the logits of self-attention, as in AdaMixer"
+        boxes = box_convert(ref, 'cxcywh', 'xyxy')
+        overlap = (iof(*pairs(boxes, boxes)) + 1e-7).log()  # (B,N,N)
+        return (self.tau[:, None, None]*overlap[:, None]).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Tried(DeformableDETR):
+    "The record with ideas that did not pay"
+    located: bool=False   # refining steps embed the box that they move, as DAB-DETR
+    overlaps: bool=False  # refining steps know how much boxes overlap
+    grid: tuple=()        # (rows, cols, side) of the first boxes; (): learned points
+
+    def queries(self):
+        boxes = grid_boxes(*self.grid) if self.grid else None
+        return Queries(self.n_queries, 2*self.width, boxes, norm=False, state=RefState)
+
+    def from_point(self, i): return not self.grid and super().from_point(i)
+    def step(self, i): return Knowing(self, self.from_point(i))
+
+
 # fields of the record, fields of the equilibrium's plan, callbacks
 IDEAS = dict(
     plain=lambda: ({}, {}, []),
-    located=lambda: (dict(located=True), {}, []),
     by_side=lambda: (dict(by_side=True), {}, []),
-    overlaps=lambda: (dict(overlaps=True), {}, []),
-    located_overlaps=lambda: (dict(located=True, overlaps=True), {}, []),
-    all_three=lambda: (dict(located=True, by_side=True, overlaps=True), {}, []),
-    all_three_random=lambda: (dict(located=True, by_side=True, overlaps=True), {}, [RandomSteps()]),
-    all_three_grid=lambda: (dict(located=True, by_side=True, overlaps=True, grid=GRID), {}, []),
-    located_random=lambda: (dict(located=True), {}, [RandomSteps()]),
+    located=lambda: (dict(located=True), {}, []),
     both=lambda: (dict(located=True, by_side=True), {}, []),
+    overlaps=lambda: (dict(overlaps=True), {}, []),
     grid=lambda: (dict(grid=GRID), {}, []),
-    grid_located=lambda: (dict(grid=GRID, located=True), {}, []),
-    grid_by_side=lambda: (dict(grid=GRID, by_side=True), {}, []),
-    grid_both=lambda: (dict(grid=GRID, located=True, by_side=True), {}, []),
     noise_1=lambda: ({}, dict(perturb=Perturb(position=1.)), []),
-    noise_8=lambda: ({}, dict(perturb=Perturb(position=8.)), []),
     no_noise=lambda: ({}, dict(perturb=None), []),
     rag_1=lambda: ({}, dict(grad=RAG(1)), []),
     no_init=lambda: ({}, dict(init_steps=0), []),
@@ -84,9 +124,13 @@ def drift(model, dls):
                 moves={k: torch.cat(v, 1).mean(1).tolist() for k, v in moves.items()})
 
 
-def planned(hyper, plan, change):
-    "The record with a strategy, changed if it is an equilibrium"
-    return replace(hyper, strategy=replace(plan, **change) if isinstance(plan, Settled) else plan)
+def tried(hyper, plan, idea):
+    "The record of an idea with a strategy, and callbacks; the plan changes if it is an equilibrium"
+    more, change, cbs = IDEAS[idea]()
+    plan = replace(plan, **change) if isinstance(plan, Settled) else plan
+    known = {f.name: getattr(hyper, f.name) for f in fields(hyper)}
+    kind = DeformableDETR if all(k in known for k in more) else Tried
+    return kind(**known | more | dict(strategy=plan)), cbs
 
 
 def main():
@@ -104,8 +148,7 @@ def main():
         for idea in args.ideas.split(','):
             for s in args.strategies.split(','):
                 if any((r['idea'], r['strategy'], r['seed']) == (idea, s, seed) for r in result): continue
-                fields, change, cbs = IDEAS[idea]()
-                hyper = planned(replace(base, **fields), plans[s], change)
+                hyper, cbs = tried(base, plans[s], idea)
                 def more(model, dls):
                     if args.weights: model.save_pretrained(Path(args.weights)/f'{idea}_{s}_{seed}')
                     return drift(model, dls)
