@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import torch
 from torch import nn
-from torchvision.ops import batched_nms, box_convert
+from torchvision.ops import batched_nms, box_convert, box_iou
 from deqdet.boxes import iof, pairs
 from deqdet.cli import finite
 from deqdet.data import synth_coco
@@ -102,10 +102,23 @@ def suppressed(row, overlap=.6):
     return row | {k: row[k][keep] for k in ('boxes', 'scores', 'labels')}
 
 
+def crowd(pred, target):
+    "Of each object: queries that overlap it by .4, and of the nearest the overlap, the score of its class and the best other score"
+    rows = []
+    for logits, boxes, truth, labels in zip(pred.logits.sigmoid(), pred.boxes, target.boxes, target.labels):
+        overlap = box_iou(boxes, truth[labels >= 0].float())  # (N,objects)
+        for column, label in zip(overlap.T, labels[labels >= 0]):
+            near = column.argmax()
+            other = logits[near].clone()
+            other[label] = 0
+            rows.append((float((column > .4).sum()), column[near].item(), logits[near, label].item(), other.max().item()))
+    return rows
+
+
 def drift(model, dls):
-    "What changes from `NEAR` to `FAR` applications: AP of mixed predictions and without doubles, claims, doubles, how far boxes move"
+    "What changes from `NEAR` to `FAR` applications: AP, mixed and without doubles; claims, doubles and crowds; how far boxes move"
     mix = dict(boxes_near_scores_far=[], boxes_far_scores_near=[])
-    claims, twice, moves, found = {}, {}, dict(live=[], empty=[]), {}
+    claims, twice, moves, found, around = {}, {}, dict(live=[], empty=[]), {}, {}
     for images, sizes, target in dls.valid:
         preds = path_of(model, images, sizes)
         near, far = preds[NEAR-1], preds[FAR-1]
@@ -113,6 +126,7 @@ def drift(model, dls):
         mix['boxes_far_scores_near'] += rows_of(mixed(dict(n=near, f=far), 'f', 'n'), sizes, target)
         for n in (2, NEAR, 4, 6, FAR):
             found.setdefault(n, []).extend(map(suppressed, rows_of(preds[n-1], sizes, target)))
+            around.setdefault(n, []).extend(crowd(preds[n-1], target))
             live = preds[n-1].logits.sigmoid().amax(-1) > LIVE  # (B,N)
             claims.setdefault(n, []).append(live.sum().item())
             twice.setdefault(n, []).append(sum(doubles(b[m]) for b, m in zip(preds[n-1].boxes, live)))
@@ -121,6 +135,7 @@ def drift(model, dls):
         for k, m in dict(live=live, empty=~live).items(): moves[k].append(torch.stack([s[m] for s in steps]))
     n, ap = len(dls.valid.dataset), lambda rows: float(coco_ap(rows, dls.valid.dataset)['AP'])
     return dict(mixed={k: ap(r) for k, r in mix.items()}, suppressed={k: ap(r) for k, r in found.items()},
+                crowd={k: dict(zip(('queries', 'overlap', 'score', 'other'), (sum(c)/len(v) for c in zip(*v)))) for k, v in around.items()},
                 claims={k: sum(v)/n for k, v in claims.items()}, doubles={k: sum(v)/n for k, v in twice.items()},
                 moves={k: torch.cat(v, 1).mean(1).tolist() for k, v in moves.items()})
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from deqdet.equilibrium import Settled
+from deqdet.data import Target
+from deqdet.decoder import Pred
 from deqdet.families.deformable import DeformableDETR
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'benchmarks'))
 import deformable
-from deformable import FAR, IDEAS, NEAR, Tried, path_of, suppressed, tried
+from deformable import FAR, IDEAS, NEAR, Tried, crowd, path_of, suppressed, tried
 from families import families, strategies
 
 BASE = families(32, 9, (3, 3, .4))['deformable']
@@ -75,6 +76,15 @@ def test_doubles_are_suppressed():
     assert kept['scores'].tolist() == pytest.approx([.9, .4]) and kept['image_id']==3
 
 
+def test_the_crowd_around_an_object():
+    boxes = torch.tensor([[[0., 0, 10, 10], [0, 0, 10, 12], [30, 30, 40, 40]]])
+    logits = torch.tensor([[[2., -1], [0, 1], [3, 3]]])
+    truth = Target(torch.tensor([[[0., 0, 10, 11.5], [0, 0, 0, 0]]]), torch.tensor([[1, -1]]), SIZES[:1], torch.arange(1))
+    (queries, overlap, score, other), = crowd(Pred(logits, boxes), truth)
+    assert (queries, overlap) == (2, pytest.approx(11.5/12))
+    assert (score, other) == (pytest.approx(torch.tensor(1.).sigmoid().item()), .5)
+
+
 def test_rows_are_resumed(tmp_path, monkeypatch, capsys):
     out = tmp_path/'out.json'
     toy = '--epochs 1 --n-train 8 --n-valid 4 --bs 4 --width 32 --queries 4 --stages 2 --steps 2 --seeds 0'.split()
@@ -84,7 +94,7 @@ def test_rows_are_resumed(tmp_path, monkeypatch, capsys):
         return json.loads(out.read_text())['result']
     first = run('--strategies', 'stack,equilibrium')
     assert [(r['idea'], r['strategy']) for r in first] == [('plain', 'stack'), ('plain', 'equilibrium')]
-    assert [set(r[k]) for k in ('doubles', 'suppressed') for r in first] == 4*[{'2', '3', '4', '6', '12'}]
+    assert [set(r[k]) for k in ('doubles', 'suppressed', 'crowd') for r in first] == 6*[{'2', '3', '4', '6', '12'}]
     both = run('--ideas', 'plain,by_side')
     assert both[:2] == first and [r['idea'] for r in both[2:]] == ['by_side']
     assert len(both[2]['moves']['empty']) == FAR - 1
