@@ -84,7 +84,6 @@ IDEAS = dict(
     no_init=lambda: ({}, dict(init_steps=0), []),
     all_states=lambda: ({}, dict(supervise=(1, 2, 3, 4)), []),
     random_steps=lambda: ({}, {}, [RandomSteps()]),
-    by_side_random=lambda: (dict(by_side=True), {}, [RandomSteps()]),
     later=lambda: ({}, {}, [Later()]),
     contract=lambda: ({}, {}, [Contract(every=2)]))
 
