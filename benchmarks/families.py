@@ -47,12 +47,12 @@ def strategies(stages, steps, noise):
 def loss_of(hyper): return hyper.loss() if hasattr(hyper, 'loss') else SetLoss()
 
 
-def fit(hyper, dls, args):
+def fit(hyper, dls, args, cbs=()):
     "Train one detector; the learner, and what it cost"
     model, loss_func = replace(hyper, n_classes=len(dls.vocab)).build(vocab=list(dls.vocab)), loss_of(hyper)
     images, sizes, target = dls.train.one_batch()
     kept = saved_bytes(lambda: loss_func(model.train()(images, sizes), target))
-    learn = det_learner(dls, model, recipe='tiny', lr=args.lr or None, loss_func=loss_func)
+    learn = det_learner(dls, model, recipe='tiny', lr=args.lr or None, loss_func=loss_func, cbs=list(cbs))
     start = time.process_time()
     with learn.quiet(): learn.fit_published(epochs=args.epochs)
     seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
@@ -68,15 +68,16 @@ def by_applications(model, dl, counts):
     return [dict(applications=n, AP=r.AP, AP50=r.AP50) for n, r in ap.items()]
 
 
-def measure(hyper, path, args, seed):
-    "AP, size and cost of one detector"
+def measure(hyper, path, args, seed, cbs=(), more=None):
+    "AP, size and cost of one detector, and what `more(model, dls)` returns"
     set_seed(seed, reproducible=True)
     dls = det_dls(path, bs=args.bs, size=args.size, num_workers=0)
-    learn, cost = fit(hyper, dls, args)
+    learn, cost = fit(hyper, dls, args, cbs)
     model, count = learn.model, lambda m: sum(p.numel() for p in m.parameters())
     ap, wrong = evaluate(model, dls.valid), stage_regressions(model, dls.valid, margin=args.margin)
     return dict(seed=seed, **{k: ap[k] for k in ('AP', 'AP50', 'AP75')}, params=count(model), decoder_params=count(model.decoder), **cost,
-                by_applications=by_applications(model, dls.valid, (2, 3, 4, 6, 8, 12)), **wrong, commit=commit(), machine=machine())
+                by_applications=by_applications(model, dls.valid, (2, 3, 4, 6, 8, 12)), **wrong,
+                **(more(model, dls) if more else {}), commit=commit(), machine=machine())
 
 
 def stands(args, about):

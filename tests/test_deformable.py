@@ -11,10 +11,11 @@ from deqdet.checkpoints.layouts import rename
 from deqdet.data import Target
 from deqdet.decoder import Queries, Stacked
 from deqdet.families.deformable import (
-    RECIPES, DeformableDETR, DeformableStep, Proposals, RefState, TwoStageLoss, inverse_sigmoid, shift)
+    RECIPES, DeformableDETR, DeformableStep, Proposals, RefState, TwoStageLoss, _whwh, inverse_sigmoid, shift, shift_by_side)
 from deqdet.families.deformable_attention import DeformableLayer, EncodedPyramid, Encoder, LevelNeck
 from deqdet.learner import param_groups, recipes
 from deqdet.loss import SetLoss
+from deqdet.zoo import zoo
 
 SIZES = torch.tensor([[60, 100], [96, 160]])
 TINY = DeformableDETR(n_classes=2, body='tiny', norm_groups=8, n_queries=8, width=32, heads=4, points=2, hidden=64,
@@ -42,10 +43,10 @@ def first():
     return Queries(5, 64, norm=False, state=RefState)
 
 
-def make_step(from_point):
+def make_step(from_point, **kwargs):
     "A step whose heads have weights"
     torch.manual_seed(2)
-    step = DeformableStep(3, width=32, heads=4, points=3, hidden=64, from_point=from_point)
+    step = DeformableStep(3, width=32, heads=4, points=3, hidden=64, from_point=from_point, **kwargs)
     nn.init.normal_(step.reg[-1].weight, std=.1)
     nn.init.normal_(step.layer.look.offsets.weight, std=.1)
     return step
@@ -64,6 +65,35 @@ def test_no_move_and_the_way_back():
     assert close(shift(ref, torch.zeros(4)), ref, 1e-6)
     assert close(shift(shift(ref, delta), -delta), ref, 1e-6)
     assert inverse_sigmoid(torch.tensor([-3., 0, 1, 7])).isfinite().all()
+
+
+def test_centres_move_by_parts_of_the_sides():
+    ref = torch.tensor([[.5, .5, .05, .1], [.5, .5, .4, .2], [.98, .1, .3, .4]], dtype=torch.float64)
+    aside = torch.tensor([.2, -.1, 0, 0], dtype=torch.float64)
+    moved = shift_by_side(ref, aside)
+    assert close(moved[:2, :2], ref[:2, :2] + aside[:2]*ref[:2, 2:], 1e-12)
+    assert close(moved[:, 2:], ref[:, 2:], 1e-12)
+    assert moved[2, 0]==1                                                # no centre leaves the image
+    other = torch.tensor([.3, -.2, -.4, .1], dtype=torch.float64)
+    assert torch.equal(shift_by_side(ref, other)[:, 2:], shift(ref, other)[:, 2:])
+    delta = (.1*torch.randn(2, 4, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda d: shift_by_side(ref[:2], d), delta)
+
+
+def test_off_is_as_published_bit_for_bit_and_on_adds_no_weights(first, feats):
+    off, on, point = make_step(False), make_step(False, by_side=True), make_step(True, by_side=True)
+    for (a, x), (b, y) in zip(off.state_dict().items(), on.state_dict().items(), strict=True): assert a==b and torch.equal(x, y)
+    z = make_step(True)(first(SIZES), feats)
+    for a, b in zip(make_step(True)(z, feats), point(z, feats)): assert torch.equal(a, b)   # a step from a point has no incoming box
+    plain, moved, scale = off(z, feats), on(z, feats), _whwh(SIZES).float()
+    assert torch.equal(plain.content, moved.content)
+    ref, delta = z.ref/scale, off.reg(plain.content)
+    assert torch.equal(plain.ref, shift(ref, delta)*scale) and torch.equal(moved.ref, shift_by_side(ref, delta)*scale)
+    assert not torch.equal(plain.ref, moved.ref)
+
+
+def test_published_models_move_as_published():
+    for name, entry in zoo.items(): assert not getattr(entry.hyper, 'by_side', False), name
 
 
 def test_a_fresh_step(first, feats):
@@ -88,10 +118,11 @@ def test_a_step_is_pure_keeps_images_apart_and_takes_queries_as_a_set(from_point
     assert ((moved.content - out.content).abs().max() > 1e-4) == (not from_point)
 
 
+@pytest.mark.parametrize('by_side', [False, True])
 @pytest.mark.parametrize('from_point, want', [(False, ['content', 'pos', 'memory']),
                                               (True, ['content', 'pos', 'memory', 'aim'])])
-def test_gradients_flow_where_we_said(from_point, want, first, feats):
-    step, z1 = make_step(from_point), make_step(True)(first(SIZES), feats)
+def test_gradients_flow_where_we_said(from_point, want, by_side, first, feats):
+    step, z1 = make_step(from_point, by_side=by_side), make_step(True)(first(SIZES), feats)
     names = dict(content=z1.content, ref=z1.ref, pos=z1.pos, memory=feats[0])
     leaves = {k: v.detach().requires_grad_() for k, v in names.items()}
     z = step(RefState(leaves['content'], leaves['ref'], leaves['pos']), (leaves['memory'], *feats[1:]))
@@ -143,9 +174,11 @@ def test_every_hyper_parameter_matters():
     changes = dict(n_classes=5, maps=2, levels=5, norm_groups=4, n_queries=6, width=48, heads=2, points=3, hidden=48,
                    encoder_layers=2, encoder_heads=2, encoder_points=3, encoder_hidden=64, dropout=.3, refine=True,
                    two_stage=True, strategy=Stacked(3))
-    base = answer(TINY)
+    base, moving = answer(TINY), replace(TINY, refine=True)
     for k, v in changes.items(): assert answer(replace(TINY, **{k: v})) != base, k
-    assert {f.name for f in fields(TINY)} - set(changes) == {'body', 'channels', 'frozen_stages', 'drop_path'}
+    assert answer(replace(moving, by_side=True)) != answer(moving)       # the plain variant has no incoming boxes
+    assert answer(replace(TINY, by_side=True)) == base
+    assert {f.name for f in fields(TINY)} - set(changes) == {'by_side', 'body', 'channels', 'frozen_stages', 'drop_path'}
     assert answer(TINY) == base
     with pytest.raises(TypeError, match='n_query'): replace(TINY, n_query=3)
 
