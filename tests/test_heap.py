@@ -29,6 +29,9 @@ def test_fewer_page_faults():
 def test_the_users_choice_stays():
     assert run(FAULTS, MALLOC_TRIM_THRESHOLD_='100000')[0]=='False'
 
+@pytest.mark.skipif(platform.libc_ver()[0]!='glibc', reason='another C library')
+def test_other_variables_do_not_matter(): assert run(FAULTS, MALLOC_ARENA_MAX='2')[0]=='True'
+
 def test_without_glibc(monkeypatch):
     from deqdet.ops import heap
     for k in [k for k in os.environ if k.startswith('MALLOC_')]: monkeypatch.delenv(k)

@@ -16,7 +16,7 @@ MMAP_MAX = -4
 
 def keep_heap() -> bool: # True if malloc follows
     "Let malloc keep freed memory for the next tensors, where it is glibc's"
-    if any(k.startswith('MALLOC_') for k in os.environ): return False
+    if any(k.startswith(('MALLOC_MMAP_','MALLOC_TRIM_')) for k in os.environ): return False
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False
     return bool(mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, -1))
