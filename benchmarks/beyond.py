@@ -266,7 +266,7 @@ def lighten(mixing, rank):
     mixing.out = LowRank(mixing.out, rank)
 
 
-own_data.KINDS = {
+IDEAS = {
     **{k: KINDS[k] for k in ('deqdet_lite', 'deqdet_lite_plain', 'deqdet_lite_focal', 'shared_lite', 'adamixer_lite')},
     'rag2': partial(LITE, strategy=replace(STRATEGY, grad=RAG(2))),                   # two applications behind each gradient
     'two_states': partial(LITE, strategy=replace(STRATEGY, supervise=(2, 4))),        # two supervised states of the path
@@ -289,6 +289,7 @@ own_data.KINDS = {
     'look_twice': partial(LITE, strategy=replace(STRATEGY, grad=LookTwice())),
     'groups': partial(Groups, 'deqdet_lite'),
     'light': partial(Light, 'deqdet_lite')}
+own_data.KINDS = IDEAS
 
 
 if __name__=='__main__': own_data.main(kinds=','.join(own_data.KINDS), class_lr=4.)

@@ -12,7 +12,7 @@ from deqdet.training.denoise import steps_of
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
 import own_data
-from beyond import LookTwice, LowRank
+from beyond import IDEAS, LookTwice, LowRank
 
 ARGS = SimpleNamespace(frozen=3, queries=0)
 
@@ -28,7 +28,7 @@ def batch():
 
 def detector(kind):
     torch.manual_seed(0)
-    return own_data.KINDS[kind](['a','b'], args=ARGS)
+    return IDEAS[kind](['a','b'], args=ARGS)
 
 @pytest.mark.parametrize('kind', ['first_boxes', 'look_twice', 'groups', 'light'])
 def test_every_part_learns(kind, batch):

@@ -104,7 +104,7 @@ def test_bad_rows(tmp_path, capsys, line, says):
 
 def test_other_faults(tmp_path, capsys):
     jsonl(tmp_path/'set/train', [dict(file_name='0.png', objects=[])])
-    bad(capsys, "no split 'valid'", tmp_path/'set')
+    bad(capsys, "no split 'nights'", tmp_path/'set', valid='nights')
     with pytest.raises(CommandError, match="row 1: category 'c': not one of"): write_rows([dict(image=picture(), objects=[dict(bbox=BOXES[0], category='c')])], tmp_path/'x', names=['a'])
     pytest.importorskip('pyarrow', reason='pyarrow is not installed (the extra "hf")')
     (tmp_path/'table').mkdir()
