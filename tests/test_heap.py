@@ -1,6 +1,7 @@
 "`deqdet.ops.heap`: freed memory stays in the process, if malloc is glibc's and the user has not set it otherwise"
 import os, platform, subprocess, sys
 import pytest
+from deqdet import shell
 
 FAULTS = """
 import resource, torch
@@ -42,17 +43,13 @@ def test_without_glibc(monkeypatch):
         monkeypatch.setattr(heap.ctypes, 'CDLL', library)
         assert heap.keep_heap() is False
 
-def test_commands_of_a_shell_keep_it(tmp_path):
+def test_commands_of_a_shell_keep_it(tmp_path, monkeypatch):
     script = tmp_path/'hello.py'
     script.write_text("from deqdet import shell\nshell.keep_heap = lambda: print('kept')\n"
                       "@shell.command\ndef hello(): print('hello')\nhello()\n")
     out = subprocess.run([sys.executable, '-W', 'ignore', script], capture_output=True, text=True, check=True)
     assert out.stdout.split()==['kept', 'hello']
-    from deqdet import shell
+    monkeypatch.setattr(shell, 'keep_heap', lambda: pytest.fail('called in a library'))
     @shell.command
-    def quiet(): return shell.keep_heap
-    monkey = shell.keep_heap
-    try:
-        shell.keep_heap = lambda: pytest.fail('called in a library')
-        quiet()
-    finally: shell.keep_heap = monkey
+    def quiet(): return 'quiet'
+    assert quiet()=='quiet'

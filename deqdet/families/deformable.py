@@ -117,23 +117,25 @@ class DeformableStep(nn.Module):
             nn.init.zeros_(self.aim.bias)
             nn.init.constant_(self.reg[-1].bias[2:], -2.)
 
-    def forward(self, state, feats):
-        memory,sizes,*masks = feats
-        content,_,pos = state
-        scale = _whwh(sizes).to(state.ref.dtype)                       # (B,1,4)
-        ref = self.start(state, scale)                                 # (B,N,4) what is moved
-        around = ref if self.aim is None else ref[..., :2]             # where to read
-        x = content + pos
-        heard,_ = self.talk(x, x, content, need_weights=False)         # (B,N,D)
-        q = self.talk_norm(content + self.drop(heard))
-        q = self.layer(q, pos, around, memory, masks)
-        return RefState(q, self.shift(ref, self.reg(q))*scale, pos)
-
     def read(self, state): return Pred(self.cls(state.content), state.boxes)
 
 def _whwh(sizes): return sizes.flip(-1).repeat(1, 2)[:, None] # (B,2) h, w -> (B,1,4)
 
 # %% ../../nbs/families/04_deformable.ipynb #2ac00c1c
+@patch
+def forward(self:DeformableStep, state, feats):
+    "The next state"
+    memory,sizes,*masks = feats
+    content,_,pos = state
+    scale = _whwh(sizes).to(state.ref.dtype)                       # (B,1,4)
+    ref = self.start(state, scale)                                 # (B,N,4) what is moved
+    around = ref if self.aim is None else ref[..., :2]             # where to read
+    x = content + pos
+    heard,_ = self.talk(x, x, content, need_weights=False)         # (B,N,D)
+    q = self.talk_norm(content + self.drop(heard))
+    q = self.layer(q, pos, around, memory, masks)
+    return RefState(q, self.shift(ref, self.reg(q))*scale, pos)
+
 @patch
 def start(self:DeformableStep,
     state,        # a `RefState`
