@@ -48,6 +48,7 @@ def train(progress, options):
     "`deqdet_train` with these options; the status of the process"
     from deqdet import cli, runs
     from deqdet.learner import Resume
+    from deqdet.ops.heap import keep_heap
     from fastai.callback.core import Callback
     class Progress(Callback):
         order = Resume.order - 2 # an update counts as soon as it is made
@@ -59,6 +60,7 @@ def train(progress, options):
             if self.training: os.pwrite(self.file, PLACES.pack(self.start, self.train_iter, *held()), 0)
     plain = runs._callbacks
     runs._callbacks = lambda *args: plain(*args) + [Progress()]
+    keep_heap() # as the command does when a shell calls it
     try: cli.deqdet_train(**options)
     except SystemExit as e: return e.code
     except BaseException:
