@@ -18,10 +18,10 @@ from fastai.torch_core import get_model, rank_distrib
 from .commands.options import ( # some are imported from here
     DIETS, MAY_CHANGE, Diet, complete_options, has_start, loaders, recipe_and_feed)
 from .commands.options import (
-    resumed_options, saved_options, start_detector, with_enough_queries, with_epochs)
+    feed_of, resumed_options, saved_options, start_detector, with_enough_pixels,
+    with_enough_queries, with_epochs)
 from .commands.tracking import trackers
 from .learner import (CSVLog, EMA, MANY, NonFinite, Resume, Stop, TimeBudget, det_learner)
-from .model import Feed
 from .ops.errors import CommandError, FILE_FAULTS, blame, make_folder, one_line
 from .ops.files import finite, write_json
 from .ops.machine import duration, machine # `duration` is imported from here
@@ -102,12 +102,11 @@ def make_learner(
     resume=False # True: go on from its `resume.pt`
 ):          # `DetLearner`
     "A learner from options, whose callbacks write the folder"
-    with blame(f"--size {o['size']}", ValueError): feed = Feed.parse(o['size'])
-    dls = loaders(o, feed)
-    if not resume: o = with_enough_queries(o, dls.train_ds)
+    dls = loaders(o, feed_of(o))
+    if not resume: o = with_enough_pixels(with_enough_queries(o, dls.train_ds), dls)
     torch.manual_seed(o['seed'])
     model = start_detector(o['model'], dls.vocab, o.get('pretrained'), o.get('queries'))
-    model.feed = feed
+    model.feed = feed_of(o)
     if not resume: _warn(dls.train_ds, model)
     learn = det_learner(dls, model, o['recipe'], o.get('lr'), o.get('wd'), path=folder,
                         cbs=_callbacks(o, folder, resume), accumulate=o['accumulate'],

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from deqdet import cli
-from deqdet.commands.options import division, with_enough_queries
+from deqdet.commands.options import division, feed_of, has_start, with_enough_pixels, with_enough_queries
 from deqdet.data import DataError, synth_coco
 from deqdet.learner import recipes
 from deqdet.families.adamixer import AdaMixer
@@ -13,6 +13,8 @@ from deqdet.ops import machine
 from deqdet.ops.errors import CommandError
 from deqdet.predict import eval_loader, save_detector
 from deqdet.runs import DIETS, complete_options, duration, loaders, resumed_options, start_detector, with_epochs
+from deqdet.sets.formats import divided, read_data
+from deqdet.sets.large import read_sources
 from deqdet.sets.sizes import queries_for, warn_if_crowded, warn_if_tiny
 from deqdet.zoo import published, zoo
 
@@ -25,9 +27,9 @@ def test_options_of_published_recipes():
 
 
 def test_options_of_the_default():
-    "It starts from trained weights, and its epochs follow from the set; minutes take their place"
+    "It starts from trained weights; its epochs and its size follow from the set, and minutes take the place of epochs"
     o = complete_options({})
-    assert o == dict(model='deqdet_lite', recipe='finetune', size='320x320', augment='small', bs=4, accumulate=1, seed=0,
+    assert o == dict(model='deqdet_lite', recipe='finetune', augment='small', bs=4, accumulate=1, seed=0,
                      every=500, pretrained='yes')
     assert [with_epochs(o, n)['epochs'] for n in (5, 75, 10000)] == [60, 20, 6]
     assert with_epochs(o | dict(accumulate=2), 75)['epochs'] == 41
@@ -42,6 +44,7 @@ def test_what_is_given_counts():
     assert complete_options(given).items() >= given.items()
     assert complete_options(dict(recipe='1x'))['augment'] == 'flip' # of the recipe that is asked for
     assert complete_options(dict(model='deqdet_tiny', recipe='1x'))['size'] == '128x128' # of the detector
+    assert feed_of(dict(size='96')) == Feed(96, 96)
 
 
 def test_every_recipe_says_how_pictures_are_varied():
@@ -53,7 +56,8 @@ def test_every_recipe_says_how_pictures_are_varied():
     for name in zoo:
         body = published(name).hyper.body
         size = {'tiny': '128x128', 'tf_efficientnet_lite0': '320x320'}.get(body, '800x1333')
-        assert complete_options(dict(model=name))['size'] == size, name
+        o = complete_options(dict(model=name))
+        assert feed_of(o) == Feed.parse(size) and ('size' in o) != has_start(name), name
 
 
 def test_unknown_names(tmp_path):
@@ -133,6 +137,59 @@ def test_full_images_bring_queries():
         assert with_enough_queries(complete_options(o), full).get('queries') == o.get('queries')
     with pytest.warns(UserWarning, match='holds 150 objects, and the detector gives 12 boxes; --queries 225'): warn_if_crowded(full, 12)
     assert queries_for(SimpleNamespace(ends=torch.tensor([0, 5000]))) == 900
+
+
+def sides_of(*sides):
+    "A set of an image of 640 pixels with these squares"
+    boxes = torch.tensor([[0., 0, s, s] for s in sides]).reshape(-1, 4)
+    return SimpleNamespace(images=[dict(height=640, width=640)], boxes=boxes, ends=torch.tensor([0, len(sides)]))
+
+
+@pytest.mark.parametrize('sides, long, said', [
+    ([40, 40, 60], 320, ''), ([], 320, ''), ([16, 18, 60], 384, 'images are fed with 384 pixels instead of 320'),
+    ([2, 2, 2], 640, 'instead of 320')]) # at most twice the detector's own size
+def test_small_objects_bring_pixels(sides, long, said):
+    ds = sides_of(*sides)
+    dls = SimpleNamespace(train_ds=ds, valid_ds=SimpleNamespace())
+    o = complete_options({})
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter('always')
+        fitted = with_enough_pixels(o, dls)
+        for given in (dict(size='320'), dict(model='deqdet_tiny')): # named, or without a trained start
+            kept = complete_options(given)
+            assert with_enough_pixels(kept, dls) == kept
+    assert fitted == o | dict(size=f'{long}x{long}')
+    assert len(got) == bool(said) and all(said in str(w.message) for w in got)
+    assert hasattr(ds, 'tfm') == bool(said)
+
+
+def test_small_objects_are_fed_larger(tmp_path):
+    "Both loaders feed the size that the options tell"
+    data = synth_coco(tmp_path/'set', n_train=2, n_valid=2, size=640, seed=0, empty=0)
+    for file in (data/'annotations').iterdir():
+        coco = json.loads(file.read_text())
+        for a in coco['annotations']: a['bbox'][2:] = [16, 16]
+        file.write_text(json.dumps(coco))
+    o = complete_options(dict(data=str(data), bs=2, augment='none', device='cpu', workers=0))
+    dls = loaders(o, feed_of(o))
+    with pytest.warns(UserWarning, match='fed with 416 pixels'): o = with_enough_pixels(o, dls)
+    assert feed_of(o) == Feed(416, 416)
+    assert all(next(iter(dl))[0].shape[-2:] == (416, 416) for dl in (dls.train, dls.valid))
+
+
+def test_a_division_leaves_images_on_both_sides():
+    assert [tuple(map(len, divided(n, .2))) for n in (0, 1, 2, 3, 10)] == [(0, 0), (1, 0), (1, 1), (2, 1), (8, 2)]
+    assert tuple(map(len, divided(4, 1.))) == (1, 3) and divided(4, 0.) == ([0, 1, 2, 3], [])
+    train, valid = divided(50, .3, seed=3)
+    assert sorted(train + valid) == list(range(50)) and train == sorted(train) and valid == sorted(valid)
+
+
+def test_two_images_suffice(tmp_path):
+    "One to train on and one to validate on, read as arrays and as dictionaries"
+    data = synth_coco(tmp_path/'set', n_train=2, n_valid=1, size=32, seed=0)
+    (data/'annotations/instances_valid.json').unlink()
+    assert [len(o.images['id']) for o in read_sources(data, valid_pct=.2)] == [1, 1]
+    assert [len(o.coco['images']) for o in read_data(data, valid_pct=.2)] == [1, 1]
 
 
 def test_an_undivided_set_is_divided(tmp_path):

@@ -16,7 +16,7 @@ from .arrays import NO_ID, Entries, Table
 from .cache import read_arrays
 from deqdet.sets.check import (KEPT, _annotation, _categories, _fault, _key, _place,
     _unique, clean)
-from .formats import (Problem, _check_fields, _coco_file, find_layout, permutation,
+from .formats import (Problem, _check_fields, _coco_file, divided, find_layout,
     read_coco, read_data)
 from .images import as_data_error, image_size
 from .source import image_folder
@@ -235,6 +235,5 @@ def _sources(path, layout, splits, valid_pct, seed):
     if layout=='coco' and valid_pct is None: return [read_table(path, o) for o in splits]
     table = read_table(path) if layout=='coco' else None
     if not isinstance(table, Table): return read_data(path, layout, splits, valid_pct, seed)
-    order = permutation(len(table.images['id']), seed, 0)
-    n = round(len(order)*valid_pct)
-    return [_of_images(table, np.sort(np.array(o, dtype=np.int64))) for o in (order[n:], order[:n])]
+    parts = divided(len(table.images['id']), valid_pct, seed)
+    return [_of_images(table, np.array(o, dtype=np.int64)) for o in parts]
