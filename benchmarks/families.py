@@ -4,7 +4,9 @@ Each (family, strategy, seed) is one row of the JSON; existing rows are not run 
 memory is its own:
 
     for n in 0 1; do for s in stack recollection equilibrium; do for f in adamixer sparse_rcnn deformable; do
-        python benchmarks/families.py --families $f --strategies $s --seeds $n --out nbs/results/families.json; done; done; done"""
+        python benchmarks/families.py --families $f --strategies $s --seeds $n --out nbs/results/families.json; done; done; done
+
+`--teach overlap,denoise` trains with what the recipe `finetune` adds: class targets that grow with the overlap, and noisy true boxes."""
 import json
 import resource
 import tempfile
@@ -24,6 +26,8 @@ from deqdet.loss import SetLoss
 from deqdet.families.adamixer import AdaMixer
 from deqdet.families.sparse_rcnn import SparseRCNN
 from deqdet.sqr import Recollected, stage_regressions, windows
+from deqdet.training.denoise import Denoise
+from deqdet.training.quality import with_overlap
 from common import commit, machine, parser, report
 from sqr import saved_bytes
 
@@ -47,12 +51,19 @@ def strategies(stages, steps, noise):
 def loss_of(hyper): return hyper.loss() if hasattr(hyper, 'loss') else SetLoss()
 
 
+def taught(loss, teach):
+    "The loss, and callbacks, with these additions"
+    if 'overlap' in teach: loss = with_overlap(loss)
+    return loss, [Denoise()] if 'denoise' in teach else []
+
+
 def fit(hyper, dls, args, cbs=()):
     "Train one detector; the learner, and what it cost"
-    model, loss_func = replace(hyper, n_classes=len(dls.vocab)).build(vocab=list(dls.vocab)), loss_of(hyper)
+    model = replace(hyper, n_classes=len(dls.vocab)).build(vocab=list(dls.vocab))
+    loss_func, more = taught(loss_of(hyper), getattr(args, 'teach', ''))
     images, sizes, target = dls.train.one_batch()
     kept = saved_bytes(lambda: loss_func(model.train()(images, sizes), target))
-    learn = det_learner(dls, model, recipe='tiny', lr=args.lr or None, loss_func=loss_func, cbs=list(cbs))
+    learn = det_learner(dls, model, recipe='tiny', lr=args.lr or None, loss_func=loss_func, cbs=[*cbs, *more])
     start = time.process_time()
     with learn.quiet(): learn.fit_published(epochs=args.epochs)
     seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
@@ -91,20 +102,20 @@ def stands(args, about):
 
 def main():
     args = parser(__doc__, epochs=12, seeds='0,1', families='', strategies='', n_train=720, n_valid=200, size=64, classes=2, most=2, bs=8,
-                  lr=0., width=64, queries=9, grid='3,3,.4', stages=6, steps=4, noise=3., margin=.02).parse_args()
+                  lr=0., width=64, queries=9, grid='3,3,.4', stages=6, steps=4, noise=3., margin=.02, teach='').parse_args()
     torch.set_num_threads(args.threads)
     path = Path(tempfile.mkdtemp())/'shapes'
     synth_coco(path, args.n_train, args.n_valid, args.size, seed=1, n_classes=args.classes, max_objects=args.most)
     rows, cols, side = args.grid.split(',')
     chosen = lambda found, names: {k: v for k, v in found.items() if not names or k in names.split(',')}
-    grid, which = (int(rows), int(cols), float(side)), ('out', 'rounds', 'seeds', 'families', 'strategies')
+    grid, which = (int(rows), int(cols), float(side)), ('out', 'rounds', 'seeds', 'families', 'strategies', 'teach')
     about = {k: v for k, v in vars(args).items() if k not in which}
     result = stands(args, about)
     for seed in map(int, args.seeds.split(',')):
         for f, hyper in chosen(families(args.width, args.queries, grid), args.families).items():
             for s, plan in chosen(strategies(args.stages, args.steps, args.noise), args.strategies).items():
-                if any((r['family'], r['strategy'], r['seed']) == (f, s, seed) for r in result): continue
-                result.append(dict(family=f, strategy=s, **measure(replace(hyper, strategy=plan), path, args, seed)))
+                if any((r['family'], r['strategy'], r['seed'], r.get('teach', '')) == (f, s, seed, args.teach) for r in result): continue
+                result.append(dict(family=f, strategy=s, teach=args.teach, **measure(replace(hyper, strategy=plan), path, args, seed)))
                 report(finite(result), args.out, **about)
 
 
