@@ -4,6 +4,7 @@
     python benchmarks/beyond.py --all --updates 120 --sets cards --out nbs/results/beyond.json
 
 Cells, sets and options are those of own_data.py; the same command goes on where it was stopped."""
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 import torch
@@ -12,6 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image, nms
+from torchvision.transforms.v2.functional import resize
 import own_data
 from acceleration import First
 from deqdet.equilibrium import RAG, Perturb
@@ -46,6 +48,28 @@ class Mosaics(Ours):
         batch = images, sizes, target
         if self.part < .7 and torch.rand(()) < .5: batch = mosaic(batch)
         return super().loss(*batch)
+
+
+class Growing(Ours):
+    "Images are smaller in the first part of the training"
+    def __init__(self, *args, scale=.7, until=.6, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale, self.until = scale, until
+
+    def loss(self, images, sizes, target):
+        if self.part < self.until: images, sizes, target = shrunk(images, sizes, target, self.scale)
+        return super().loss(images, sizes, target)
+
+
+def shrunk(images, sizes, target, scale):
+    "A batch at a part of its size"
+    fed = (sizes*scale).round().long()
+    part = (fed/sizes).flip(-1).repeat(1, 2)[:, None]  # (B,1,4) of x, y, x, y
+    side = [32*math.ceil(n*scale/32) for n in images.shape[-2:]]
+    small = images.new_zeros(*images.shape[:2], *side)
+    for new,image,(h,w),(h1,w1) in zip(small, images, sizes.tolist(), fed.tolist()):
+        new[:, :h1, :w1] = resize(image[:, :h, :w], [h1, w1])
+    return small, fed, target._replace(boxes=target.boxes*part, size=fed)
 
 
 class Late(Ours):
@@ -280,6 +304,7 @@ IDEAS = {
     'damped': partial(Damped, 'deqdet_lite'),
     'undamped': partial(Damped, 'deqdet_lite', learn=False),                          # the same supervision
     'mosaic': partial(Mosaics, 'deqdet_lite'),
+    'growing': partial(Growing, 'deqdet_lite'),
     'late': partial(Late, 'deqdet_lite'),
     'stretch': partial(Contracted, 'deqdet_lite'),
     'jacobian': partial(Contracted, 'deqdet_lite', penalty=jacobian, weight=1e-5), # its value is in the thousands at first

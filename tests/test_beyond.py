@@ -12,7 +12,7 @@ from deqdet.training.denoise import steps_of
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
 import own_data
-from beyond import IDEAS, LookTwice, LowRank
+from beyond import IDEAS, LookTwice, LowRank, shrunk
 
 ARGS = SimpleNamespace(frozen=3, queries=0)
 
@@ -39,6 +39,17 @@ def test_every_part_learns(kind, batch):
     assert not [k for k in still if '.body.' not in k]
     found = own.detect(*batch)
     assert all(torch.isfinite(o['boxes']).all() for o in found)
+
+def test_a_shrunk_batch(batch):
+    "Images, sizes and boxes shrink alike, and the padding stays empty"
+    images,sizes,target = batch
+    small,fed,truth = shrunk(images, sizes, target, .5)
+    assert small.shape == (2, 3, 64, 64) and small.dtype == images.dtype
+    assert fed.tolist() == truth.size.tolist() == [[48, 64], [64, 56]]
+    torch.testing.assert_close(truth.boxes, target.boxes/2)
+    assert not small[0, :, 48:].any() and not small[1, :, :, 56:].any()
+    torch.testing.assert_close(small[1, :, :, :56].float().mean(), images[1, :, :, :112].float().mean(), atol=1., rtol=0.)
+
 
 def test_first_boxes_are_those_of_the_grid_and_of_the_head(batch):
     images,sizes,_ = batch
