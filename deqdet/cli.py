@@ -180,8 +180,8 @@ def deqdet_train(
     out:str=None,      # folder to write; by default runs/ and the name of the set
     minutes:float=None, # time of the whole command, instead of epochs
     epochs:int=None,   # passes over the set; by default the recipe's
-    queries:int=None,  # boxes to start from; by default the detector's
-    size:str=None,     # pixels of the long side, or 800x1333 for both
+    queries:int=None,  # boxes to start from; by default the detector's, or more
+    size:str=None,     # pixels of the long side, or 800x1333; by default the detector's, or more
     bs:int=None,       # images in a batch of each process; or the recipe's
     accumulate:int=None, # batches in an update
     lr:float=None,     # learning rate, for the recipe's size of a batch
