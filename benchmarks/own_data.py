@@ -270,7 +270,7 @@ def run(args):
 
 # ---- cells
 
-KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'class_lr', 'frozen', 'rare'
+KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'class_lr', 'frozen', 'rare', 'size'
 def cell(args):
     "What tells one training from another"
     if not args.class_lr: args.class_lr = 4. if 'lite' in args.kind else 1.
