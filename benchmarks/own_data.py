@@ -32,7 +32,7 @@ from deqdet.families.adopt import with_queries
 from deqdet.loss import SetLoss
 from deqdet.model import Feed
 from deqdet.ops.files import finite
-from deqdet.sets.augment import recipe_1x, recipe_small
+from deqdet.sets.augment import feed_tfm
 from deqdet.sets.sizes import fed_sides, queries_for
 from deqdet.training.denoise import denoising_loss
 from deqdet.training.minutes import clock_factor
@@ -252,7 +252,7 @@ def run(args):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # BCCD has two boxes without width
         folder = Path(os.environ['DEQDET_DATA'])/args.set
-        tfms = recipe_small(args.size), recipe_1x(False, args.size, args.size)
+        tfms = tuple(feed_tfm(Feed(args.size, args.size), o) for o in (args.augment or 'small', 'none'))
         dls = det_dls(folder, bs=args.bs, tfms=tfms, val_bs=8, num_workers=0, seed=args.seed, rare=args.rare or None)
     args.queries = args.queries or queries_for(dls.train_ds)
     args.side = fed_sides(dls.train_ds, Feed(args.size, args.size)).median().item()/args.size
@@ -270,7 +270,7 @@ def run(args):
 
 # ---- cells
 
-KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'class_lr', 'frozen', 'rare', 'size'
+KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'class_lr', 'frozen', 'rare', 'size', 'augment'
 def cell(args):
     "What tells one training from another"
     if not args.class_lr: args.class_lr = 4. if 'lite' in args.kind else 1.
@@ -281,13 +281,16 @@ def cell(args):
 def read(file): return json.loads(Path(file).read_text()) if file and Path(file).exists() else []
 
 
-def stands(file, want): return any(all(o.get(k, 0)==want[k] for k in KEY) for o in read(file))
+def same(a, b): return all((a.get(k) or 0)==(b.get(k) or 0) for k in KEY)
+
+
+def stands(file, want): return any(same(o, want) for o in read(file))
 
 
 def write(file, entry):
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    others = [o for o in read(file) if any(o.get(k, 0) != entry[k] for k in KEY)]
+    others = [o for o in read(file) if not same(o, entry)]
     file.write_text(json.dumps(finite(others + [entry]), indent=1) + '\n')
 
 
@@ -305,7 +308,7 @@ def run_all(args):
 def main(**defaults):
     "Run what the command line says; keywords are other defaults"
     p = parser(__doc__, **dict(set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
-               size=320, bs=4, queries=0, rare=0., seeds=1, curve='', at=','.join(map(str, STEPS)), sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
+               size=320, augment='', bs=4, queries=0, rare=0., seeds=1, curve='', at=','.join(map(str, STEPS)), sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()
     if args.all: return run_all(args)
