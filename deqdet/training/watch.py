@@ -9,6 +9,7 @@ __all__ = ['Term', 'TermRecorder', 'NonFinite', 'CSVLog', 'WatchSettling']
 
 # %% ../../nbs/training/06_watch.ipynb #391120f3
 import warnings
+from array import array
 import matplotlib.pyplot as plt, pandas as pd, torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
@@ -46,9 +47,9 @@ class TermRecorder(Callback):
     def before_fit(self): self.values = {} # term -> one number for each iteration
     def after_batch(self):
         for k,v in getattr(self.loss_func, 'terms', {}).items():
-            if '/' not in k: self.values.setdefault(k, []).append(float(v))
-    def state_dict(self): return dict(values=self.values)
-    def load_state_dict(self, s): self.values = s['values']
+            if '/' not in k: self.values.setdefault(k, array('d')).append(v)
+    def state_dict(self): return dict(values={k: list(v) for k,v in self.values.items()})
+    def load_state_dict(self, s): self.values = {k: array('d', v) for k,v in s['values'].items()}
 
     def plot(self, ax=None):
         "The terms against iterations"
