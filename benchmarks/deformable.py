@@ -85,6 +85,7 @@ IDEAS = dict(
     all_states=lambda: ({}, dict(supervise=(1, 2, 3, 4)), []),
     random_steps=lambda: ({}, {}, [RandomSteps()]),
     later=lambda: ({}, {}, [Later()]),
+    later_by_side=lambda: (dict(by_side=True), {}, [Later()]),
     contract=lambda: ({}, {}, [Contract(every=2)]))
 
 
