@@ -294,6 +294,7 @@ IDEAS = {
     **{k: KINDS[k] for k in ('deqdet_lite', 'deqdet_lite_plain', 'deqdet_lite_focal', 'shared_lite', 'adamixer_lite')},
     'rag2': partial(LITE, strategy=replace(STRATEGY, grad=RAG(2))),                   # two applications behind each gradient
     'two_states': partial(LITE, strategy=replace(STRATEGY, supervise=(2, 4))),        # two supervised states of the path
+    'three_states': partial(LITE, strategy=replace(STRATEGY, supervise=(1, 2, 4))),   # early states too
     'no_noise': partial(LITE, strategy=replace(STRATEGY, perturb=None)),              # without RAP
     'random_steps': partial(RandomSteps, 'deqdet_lite'),
     'random_stretch': partial(RandomContracted, 'deqdet_lite'),
