@@ -295,6 +295,7 @@ IDEAS = {
     'rag2': partial(LITE, strategy=replace(STRATEGY, grad=RAG(2))),                   # two applications behind each gradient
     'two_states': partial(LITE, strategy=replace(STRATEGY, supervise=(2, 4))),        # two supervised states of the path
     'three_states': partial(LITE, strategy=replace(STRATEGY, supervise=(1, 2, 4))),   # early states too
+    'first_and_last': partial(LITE, strategy=replace(STRATEGY, supervise=(1, 4))),
     'no_noise': partial(LITE, strategy=replace(STRATEGY, perturb=None)),              # without RAP
     'random_steps': partial(RandomSteps, 'deqdet_lite'),
     'random_stretch': partial(RandomContracted, 'deqdet_lite'),
