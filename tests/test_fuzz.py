@@ -1,5 +1,5 @@
 "Damaged files give one line that names the file, and hostile ones run no code"
-import pickle, sys
+import json, pickle, sys
 from pathlib import Path
 import pytest, torch
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
@@ -17,6 +17,24 @@ def test_mutated_files(kind, tmp_path):
     counts,faults = fuzz(kind, trials=25, work=tmp_path)
     assert not faults, faults
     assert counts.get('refused') and counts.get('read')
+
+def test_ids_have_64_bits(tmp_path):
+    "An array holds no larger ones"
+    MAKE['coco'](tmp_path/'c')
+    file = next((tmp_path/'c').rglob('instances_train.json'))
+    coco = json.loads(file.read_text())
+    for key in 'images', 'categories':
+        for large in 2**63, -2**63 - 1:
+            changed = json.loads(json.dumps(coco))
+            changed[key][0]['id'] = large
+            file.write_text(json.dumps(changed))
+            with pytest.raises(DataError, match=rf'{key}\[0\] id: {large}: a whole number of 64 bits') as e: det_dls(tmp_path/'c', num_workers=0, device='cpu')
+            assert is_clear(e.value, tmp_path/'c')
+
+def test_names_with_line_breaks_stay_on_a_line(tmp_path):
+    "And so does the message when it comes from another process"
+    e = pickle.loads(pickle.dumps(DataError(f'{tmp_path}/a\n\x0cb.jpg: no such image')))
+    assert is_clear(e, tmp_path) and str(e).endswith('b.jpg: no such image')
 
 class Touch:
     "A pickle that writes a file when it is read"

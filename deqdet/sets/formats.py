@@ -34,12 +34,14 @@ def _coco_file(path, split):
     raise no_split(path, split, expected)
 
 # %% ../../nbs/sets/06_formats.ipynb #5b1f0a03
+def _is_id(x): return isinstance(x, int) and -2**63 <= x < 2**63
+
 def _check_entry(o, fields, place):
     "An entry of COCO's lists must be an object with these fields"
     if not isinstance(o, dict): raise DataError(f'{place}: an object was expected')
     if lack := [f for f in fields if f not in o]: raise DataError(f"{place}: no field '{lack[0]}'")
-    if fields and not isinstance(o['id'], int):
-        raise DataError(f"{place} id: {o['id']!r}: a whole number was expected")
+    if fields and not _is_id(o['id']):
+        raise DataError(f"{place} id: {o['id']!r}: a whole number of 64 bits was expected")
 
 def _check_fields(coco, file):
     "Checks the fields that reading needs"

@@ -80,7 +80,8 @@ def uncollate(
 
 # %% ../../nbs/sets/01_images.ipynb #2369a786
 class DataError(ValueError):
-    "Something is wrong with the data; the message names the file, and the field in it"
+    "Something is wrong with the data; the message, one line, names the file and the field in it"
+    def __init__(self, message): super().__init__(' '.join(str(message).splitlines()))
 
 @contextmanager
 def as_data_error(
