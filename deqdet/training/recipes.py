@@ -61,9 +61,10 @@ def fitted(self:Recipe,
 def epochs_for(self:Recipe,
     n # updates in an epoch of the set
 ) -> int:
-    "Epochs over a set: the recipe's, or those of its updates, within 6 to 60"
+    "Epochs over a set: the recipe's, or those of its updates: 6 to 30, more below 120 updates"
     if not self.updates: return self.epochs
-    return min(60, max(6, round(self.updates/max(n, 1))))
+    n = max(n, 1)
+    return min(max(30, 120//n), max(6, round(self.updates/n)))
 
 # %% ../../nbs/training/01_recipes.ipynb #708330cc
 _no_decay = 'norm|relative_position_bias_table|absolute_pos_embed' # of a Swin
