@@ -189,8 +189,8 @@ def with_enough_pixels(
     long = min(size_for(dls.train_ds, own), MOST_GROWTH*own.long)
     feed = Feed(round(own.short*long/own.long), long)
     if long > own.long:
-        warnings.warn(f'objects are small: images are fed with {long} pixels instead of {own.long}; '
-                      '--size sets another number')
+        warnings.warn(f'objects are small: images are fed with {long} pixels instead of '
+                      f'{own.long}; --size sets another number')
         dls.train_ds.tfm = feed_tfm(feed, o['augment'])
         dls.valid_ds.tfm = feed_tfm(feed)
     return o | dict(size=_text(feed))
