@@ -118,7 +118,8 @@ def test_thinned():
 
 def test_a_cell_of_before_stands(tmp_path):
     "Entries from before an option was there count as without it"
-    args = SimpleNamespace(set='bccd', kind='fcos', minutes=3., updates=0, seed=0, opt='muon', class_lr=0., frozen=3, rare=0.)
+    args = SimpleNamespace(set='bccd', kind='fcos', minutes=3., updates=0, seed=0, opt='muon', class_lr=0., frozen=3, rare=0., size=320, augment='')
     want = own_data.cell(args)
-    own_data.write(tmp_path/'a.json', {k: v for k,v in want.items() if k!='rare'})
+    own_data.write(tmp_path/'a.json', {k: v for k,v in want.items() if k not in ('rare', 'augment')})
     assert own_data.stands(tmp_path/'a.json', want) and not own_data.stands(tmp_path/'a.json', want | dict(rare=.3))
+    assert not own_data.stands(tmp_path/'a.json', want | dict(size=544)) and not own_data.stands(tmp_path/'a.json', want | dict(augment='crop'))

@@ -1,13 +1,14 @@
 "Damaged files give one line that names the file, and hostile ones run no code"
 import json, pickle, sys
 from pathlib import Path
-import pytest, torch
+import pytest, torch, yaml
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
 from fuzz import KINDS, MAKE, fuzz, is_clear
 from deqdet.convert import load_official
 from deqdet.data import DataError, det_dls
 from deqdet.learner import Resume
 from deqdet.ops.errors import CommandError
+from deqdet.sets.images import load_image
 from deqdet.training.resume import _read
 from deqdet.using.hub import Detector
 
@@ -32,9 +33,17 @@ def test_ids_have_64_bits(tmp_path):
             assert is_clear(e.value, tmp_path/'c')
 
 def test_names_with_line_breaks_stay_on_a_line(tmp_path):
-    "And so does the message when it comes from another process"
-    e = pickle.loads(pickle.dumps(DataError(f'{tmp_path}/a\n\x0cb.jpg: no such image')))
-    assert is_clear(e, tmp_path) and str(e).endswith('b.jpg: no such image')
+    "Of images, and of entries in a description"
+    with pytest.raises(DataError, match='a b.jpg: no such image') as e: load_image(tmp_path/'a\nb.jpg')
+    assert is_clear(e.value, tmp_path)
+    (tmp_path/'c\x0cd.jpg').write_text('no image')
+    with pytest.raises(DataError, match='c d.jpg: unreadable image') as e: load_image(tmp_path/'c\x0cd.jpg')
+    assert is_clear(e.value, tmp_path)
+    MAKE['yolo'](tmp_path/'y')
+    file = tmp_path/'y'/'data.yaml'
+    file.write_text(yaml.safe_dump(dict(yaml.safe_load(file.read_text()), train='a\nb')))
+    with pytest.raises(DataError, match="field 'train': a b does not exist") as e: det_dls(tmp_path/'y', num_workers=0, device='cpu')
+    assert is_clear(e.value, tmp_path)
 
 class Touch:
     "A pickle that writes a file when it is read"

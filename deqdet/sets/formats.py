@@ -92,7 +92,8 @@ def _yolo_entry(file, cfg, split, entry):
     tries = [Path(cfg.get('path') or '')/entry, entry, re.sub(r'^(\.\./)+', '', entry)]
     for o in tries:
         if os.path.exists(file.parent/o): return file.parent/o
-    raise DataError(f"{file}: field '{split or 'train'}': {entry} does not exist")
+    name = ' '.join(str(entry).splitlines())
+    raise DataError(f"{file}: field '{split or 'train'}': {name} does not exist")
 
 def _yolo_images(file, cfg, split):
     "Image files of a split"

@@ -80,8 +80,7 @@ def uncollate(
 
 # %% ../../nbs/sets/01_images.ipynb #2369a786
 class DataError(ValueError):
-    "Something is wrong with the data; the message, one line, names the file and the field in it"
-    def __init__(self, message): super().__init__(' '.join(str(message).splitlines()))
+    "Something is wrong with the data; the message names the file, and the field in it"
 
 @contextmanager
 def as_data_error(
@@ -137,11 +136,12 @@ def load_image(
     "One image, upright"
     if isinstance(x, Image.Image): return _from_pil(x)
     if isinstance(x, (np.ndarray, Tensor)): return _from_array(x)
+    name = ' '.join(str(x).splitlines()) # the message stays on one line
     try: return _from_file(x, hw)
-    except FileNotFoundError: raise DataError(f'{x}: no such image') from None
+    except FileNotFoundError: raise DataError(f'{name}: no such image') from None
     except UnidentifiedImageError:
-        raise DataError(f'{x}: unreadable image (not of a format that is known)') from None
-    except Exception as e: raise DataError(f'{x}: unreadable image ({e})') from e
+        raise DataError(f'{name}: unreadable image (not of a format that is known)') from None
+    except Exception as e: raise DataError(f'{name}: unreadable image ({e})') from e
 
 # %% ../../nbs/sets/01_images.ipynb #5b1f0a02
 def image_size(
