@@ -114,6 +114,14 @@ def saved_options(
     with blame(f'{file}: no configuration of a training', ValueError, KeyError, TypeError):
         return json.loads(file.read_text())['options']
 
+# %% ../../nbs/commands/01_options.ipynb #ae581201
+def feed_of(
+    o # options, complete
+):    # `Feed`
+    "Input size of a training: as asked for, or that of the detector"
+    if 'size' not in o: return recipe_and_feed(o['model'])[1]
+    with blame(f"--size {o['size']}", ValueError): return Feed.parse(o['size'])
+
 # %% ../../nbs/commands/01_options.ipynb #ae581200
 def _sizes(dls): return len(dls.train_ds), len(dls.valid_ds)
 
@@ -123,13 +131,6 @@ def _read(o, **kwargs):
     named = {'train','valid','valid_pct'} & o.keys()
     if named: return read(valid_pct=o.get('valid_pct'))
     return with_validation(read, o['data'], _sizes)
-
-def feed_of(
-    o # options, complete
-):    # `Feed`
-    "Input size of a training: as asked for, or that of the detector"
-    if 'size' not in o: return recipe_and_feed(o['model'])[1]
-    with blame(f"--size {o['size']}", ValueError): return Feed.parse(o['size'])
 
 def loaders(
     o,   # options, complete
@@ -152,6 +153,7 @@ def loaders(
         raise CommandError(f'{train.file}: annotations: not one object to learn from')
     return dls
 
+# %% ../../nbs/commands/01_options.ipynb #ae581204
 def division(
     folder # of a training, or of a detector
 ) -> dict: # share and seed
@@ -175,7 +177,6 @@ def with_enough_queries(
                   '--queries sets another number')
     return o | dict(queries=enough)
 
-
 # %% ../../nbs/commands/01_options.ipynb #5a0e7d12
 MOST_GROWTH = 2 # times the detector's own size; four times the pixels
 
@@ -194,7 +195,6 @@ def with_enough_pixels(
         dls.train_ds.tfm = feed_tfm(feed, o['augment'])
         dls.valid_ds.tfm = feed_tfm(feed)
     return o | dict(size=_text(feed))
-
 
 # %% ../../nbs/commands/01_options.ipynb #cd5623f9
 def start_detector(

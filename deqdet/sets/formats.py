@@ -211,7 +211,6 @@ def divided(
     n_valid = min(n_valid, max(n-1, 0))
     return sorted(order[n_valid:]), sorted(order[:n_valid])
 
-
 # %% ../../nbs/sets/06_formats.ipynb #b4a24ad6
 def _part(src, chosen):
     "The images of these numbers and their annotations, `at` their places in the undivided file"

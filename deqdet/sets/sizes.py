@@ -46,7 +46,6 @@ def size_for(
     factor = max(stride/_lower(sides, .1), SMALL/_lower(sides, .5))
     return 32*math.ceil(feed.long*factor/32) if factor > 1 else feed.long
 
-
 # %% ../../nbs/sets/11_sizes.ipynb #5a0e7d02
 def warn_if_tiny(
     ds,      # `DetDataset`
@@ -62,7 +61,6 @@ def warn_if_tiny(
     warnings.warn(f'{share:.0%} of the objects are smaller than {least} pixels when an image is '
                   f'fed with {feed.long}; --size {long} would do')
 
-
 # %% ../../nbs/sets/11_sizes.ipynb #5a0e7c13
 MOST_QUERIES = 900 # the largest published detectors have as many
 
@@ -74,7 +72,6 @@ def queries_for(
     full = counts.quantile(.99, interpolation='higher').item()
     return min(math.ceil(1.5*full), MOST_QUERIES)
 
-
 # %% ../../nbs/sets/11_sizes.ipynb #5a0e7c17
 def warn_if_crowded(
     ds,       # `DetDataset`
@@ -85,4 +82,3 @@ def warn_if_crowded(
     if full <= n_queries: return
     warnings.warn(f'an image holds {full} objects, and the detector gives {n_queries} boxes; '
                   f'--queries {queries_for(ds)} would do')
-
