@@ -16,6 +16,8 @@ from torchvision.ops import clip_boxes_to_image, nms
 from torchvision.transforms.v2.functional import resize
 import own_data
 from acceleration import First
+from deqdet.boxes import iof, pairs
+from deqdet.decoder import position_embedding
 from deqdet.equilibrium import RAG, Perturb
 from deqdet.sets.mosaic import mosaic
 from deqdet.training.contraction import jacobian, prolonged, stretch
@@ -290,6 +292,61 @@ def lighten(mixing, rank):
     mixing.out = LowRank(mixing.out, rank)
 
 
+class NoInit(Ours):
+    "The step makes the first guess too; g is not used"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        decoder = self.net.decoder
+        decoder.init = decoder.step
+
+
+class NoInitProposed(NoInit, Proposed):
+    "Both"
+
+
+class Relation(nn.Module):
+    "A bias of attention from places and sizes of two boxes relative to each other; zero at first"
+    def __init__(self, heads, waves=4):
+        super().__init__()
+        self.register_buffer('waves', 2.**torch.arange(waves))
+        self.hidden = nn.Linear(8*waves, 32)
+        self.out = nn.Linear(32, heads)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, boxes): # (B,N,4) corners; the result is (B,H,N,N)
+        angles = relative(boxes)[..., None]*self.waves             # (B,N,N,4,W)
+        wave = torch.cat([angles.sin(), angles.cos()], -1)         # (B,N,N,4,2W)
+        return self.out(self.hidden(wave.flatten(-2)).relu()).permute(0, 3, 1, 2)
+
+
+def relative(boxes):
+    "Logarithms of distances over sides, and of quotients of sides, (B,N,N,4)"
+    low,high = boxes.split(2, -1)
+    sides = (high - low).clamp(min=1)[:, :, None]                  # (B,N,1,2)
+    centres = ((low + high)/2)[:, :, None]
+    far = ((centres - centres.transpose(1, 2)).abs()/sides + 1).log()
+    larger = (sides.transpose(1, 2)/sides).log()
+    return torch.cat([far, larger], -1)
+
+
+class Related(Ours):
+    "Attention among queries has a learned bias from relations of boxes (Relation-DETR)"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for step in steps_of(self.net.decoder):
+            step.relation = Relation(step.attn.heads)
+            step.talk = partial(self.talk, step)
+
+    @staticmethod
+    def talk(step, q, xyzr, boxes):
+        "`MixerStep.talk` with the further bias"
+        x = q + position_embedding(xyzr, q.shape[-1])
+        overlap = (iof(*pairs(boxes, boxes)) + 1e-7).log()         # (B,N,N)
+        bias = step.tau[:, None, None]*overlap[:, None] + step.relation(boxes)
+        return step.attn_norm(x + step.attn(x, bias))
+
+
 IDEAS = {
     **{k: KINDS[k] for k in ('deqdet_lite', 'deqdet_lite_plain', 'deqdet_lite_focal', 'shared_lite', 'adamixer_lite')},
     'rag2': partial(LITE, strategy=replace(STRATEGY, grad=RAG(2))),                   # two applications behind each gradient
@@ -315,6 +372,9 @@ IDEAS = {
     'first_boxes': partial(Proposed, 'deqdet_lite'),
     'look_twice': partial(LITE, strategy=replace(STRATEGY, grad=LookTwice())),
     'groups': partial(Groups, 'deqdet_lite'),
+    'no_init': partial(NoInit, 'deqdet_lite'),
+    'no_init_first_boxes': partial(NoInitProposed, 'deqdet_lite'),
+    'related': partial(Related, 'deqdet_lite'),
     'light': partial(Light, 'deqdet_lite')}
 own_data.KINDS = IDEAS
 

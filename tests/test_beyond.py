@@ -12,7 +12,7 @@ from deqdet.training.denoise import steps_of
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
 import own_data
-from beyond import IDEAS, LookTwice, LowRank, shrunk
+from beyond import IDEAS, LookTwice, LowRank, Relation, relative, shrunk
 
 ARGS = SimpleNamespace(frozen=3, queries=0)
 
@@ -30,7 +30,7 @@ def detector(kind):
     torch.manual_seed(0)
     return IDEAS[kind](['a','b'], args=ARGS)
 
-@pytest.mark.parametrize('kind', ['first_boxes', 'look_twice', 'groups', 'light'])
+@pytest.mark.parametrize('kind', ['first_boxes', 'look_twice', 'groups', 'light', 'no_init', 'no_init_first_boxes', 'related'])
 def test_every_part_learns(kind, batch):
     own = detector(kind)
     net = own.net.train()
@@ -91,6 +91,28 @@ def test_the_second_group_lies_between_the_first(batch):
     moved = (second.boxes - state.boxes)[:, 0]
     torch.testing.assert_close(moved, torch.tensor([[6.4,4.8,6.4,4.8],[5.6,6.4,5.6,6.4]]))
     assert torch.equal(second.content, state.content)
+
+def test_without_an_initial_step(batch):
+    "The weights of g are gone, and the first guess is the step's"
+    own = detector('no_init')
+    decoder = own.net.decoder
+    fewer = sum(p.numel() for p in own.net.parameters())
+    assert fewer < sum(p.numel() for p in detector('deqdet_lite').net.parameters())
+    state,feats = own.net.eval().start(*batch[:2])
+    table = decoder.step.prepare(feats)
+    guess = decoder.trajectory(state, feats, steps=1)[0][0]
+    torch.testing.assert_close(guess.content, decoder.step(state, table).content)
+
+
+def test_relations(batch):
+    "Zero at first; unchanged where all boxes move or grow alike"
+    first,second = detector('deqdet_lite'), detector('related')
+    for a,b in zip(first.detect(*batch), second.detect(*batch)): torch.testing.assert_close(a['boxes'], b['boxes'])
+    boxes = batch[2].boxes[:1]
+    torch.testing.assert_close(relative(boxes + 7), relative(boxes))
+    torch.testing.assert_close(relative(3*boxes), relative(boxes))
+    assert Relation(8)(boxes).shape==(1, 8, 2, 2)
+
 
 def test_low_rank():
     torch.manual_seed(0)
