@@ -12,7 +12,7 @@ __all__ = ['DetLearner', 'ClassThresholds', 'det_learner', 'Recipe', 'recipes', 
            'Interpretation', 'write_atomic']
 
 # %% ../nbs/14_learner.ipynb #1b4aa579
-import warnings
+import math, warnings
 from dataclasses import replace
 from numbers import Number
 import numpy as np, torch
@@ -231,13 +231,26 @@ def fit_published(self:DetLearner,
         _add_average(self, cbs)
         add_denoising(self, cbs)
         set_scoring(self)
-    if minutes:
-        budget = TimeBudget(minutes, warmup_batches=self.recipe.warmup*self.accumulate)
-        return self.fit(MANY, cbs=[budget, *L(cbs)])
-    updates = len(self.dls.train)//self.accumulate
-    n_epoch = self.recipe.epochs_for(updates) if epochs is None else epochs
+    if minutes: return self.fit(MANY, cbs=[self.budget(minutes), *L(cbs)])
+    n_epoch = self.recipe.epochs_for(self.updates_of_epoch()) if epochs is None else epochs
     fitted = self.recipe.updates > 0 or n_epoch != self.recipe.epochs # not the recipe's length
     self.fit(n_epoch, cbs=[Schedule(self.recipe, fitted), *L(cbs)])
+
+@patch
+def updates_of_epoch(self:DetLearner):
+    "Updates in an epoch of this process"
+    batches = math.ceil(len(self.dls.train)/max(1, num_distrib()))
+    return max(1, batches//self.accumulate)
+
+@patch
+def budget(self:DetLearner,
+    minutes, # to train and evaluate
+    **kwargs # for `TimeBudget`
+):           # a `TimeBudget`
+    "The callback that ends a fit by the clock, with the recipe's warm-up and limit"
+    most = self.recipe.most_for(self.updates_of_epoch())*self.accumulate
+    warmup = self.recipe.warmup*self.accumulate
+    return TimeBudget(minutes, warmup_batches=warmup, most=most, **kwargs)
 
 # %% ../nbs/14_learner.ipynb #e81fe9a0
 @patch

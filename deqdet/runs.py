@@ -6,7 +6,7 @@ Docs: https://deqdet.github.io/deqdet/runs.html.md"""
 
 # %% auto #0
 __all__ = ['PROCESSES', 'FIRST', 'Keep', 'RunResume', 'make_learner', 'draw_training', 'finish', 'resumable', 'check_classes',
-           'train']
+           'enough', 'train']
 
 # %% ../nbs/19_runs.ipynb #0a657e1b
 import json, math, os, shlex, signal, sys, time, torch
@@ -29,7 +29,7 @@ from .predict import detect, load_detector, save_detector, save_figure
 from .sets.mosaic import Mosaic
 from .sets.sizes import warn_if_crowded, warn_if_tiny
 from .training.callbacks import Patience
-from .training.lines import EpochLines
+from .training.lines import EpochLines, minutes_passed
 from .training.processes import lost_process
 from .viz import plot_training, read_log, show_predictions
 
@@ -195,13 +195,23 @@ def check_classes(
     if then != now:
         raise CommandError(f'{file}: it began with the classes {then}, the data has {now}')
 
+def enough(
+    learn, # after a fit
+    budget # its `TimeBudget`, which made all its batches
+) -> str:
+    "A line about a training that ended before its time"
+    passes = round(budget.made/learn.accumulate/learn.updates_of_epoch())
+    images = len(learn.dls.train_ds)
+    return (f'ended after {minutes_passed(budget)}: {passes} passes over {images} images '
+            'are enough; --epochs sets another number')
+
 def _fit_once(learn, o, begun):
     "Fit for a number of epochs, or for minutes since `begun`"
     if 'minutes' not in o: return learn.fit_published(epochs=o['epochs'])
-    budget = TimeBudget(o['minutes'], reserve=min(8., 6*o['minutes']),
-                        warmup_batches=learn.recipe.warmup*learn.accumulate)
+    budget = learn.budget(o['minutes'], reserve=min(8., 6*o['minutes']))
     budget.begun = begun
     learn.fit(MANY, cbs=[budget])
+    if budget.made >= budget.most and FIRST: print(enough(learn, budget), flush=True)
 
 def _fit(learn, o, begun):
     "Fit in this process alone, or in all that were started together"

@@ -11,7 +11,10 @@ import deqdet.learner
 from deqdet.data import det_dls, synth_coco
 from deqdet.equilibrium import Settled
 from deqdet.families.adamixer import AdaMixer
+from deqdet import runs
 from deqdet.learner import EMA, CSVLog, Recipe, Resume, SaveBest, det_learner
+from deqdet.model import Feed
+from deqdet.predict import save_detector
 from deqdet.training.minutes import MaySkip, TimeBudget, clock_factor
 
 
@@ -126,6 +129,21 @@ def test_a_fit_without_a_clock_evaluates_after_every_epoch():
     learn.remove_cbs(list(learn.cbs[-3:])) # a fit that breaks leaves its own
     assert count()==3
 
+@pytest.mark.parametrize('batches', [1, 5, 7, 100])
+def test_at_most_so_many_batches(batches):
+    "The schedule ends with them, long before the ten minutes, and evaluations are spread over them"
+    tick, budget, learn = run(batches, 600, most=24)
+    assert budget.made==len(tick.updated)==24
+    assert tick.evaluated[-1]==tick.hand.now > tick.updated[-1]
+    assert 1 <= len(tick.evaluated) <= 4
+    assert budget.hps['lr'][-1] < .01*max(budget.hps['lr'])
+
+
+def test_a_limit_beyond_the_time_changes_nothing():
+    plain, limited = (run(9, 60, **o) for o in ({}, dict(most=10_000)))
+    assert plain[0].updated==limited[0].updated and plain[0].evaluated==limited[0].evaluated
+    assert plain[1].hps['lr']==limited[1].hps['lr']
+
 # ---- going on
 
 def test_what_was_spent_before_counts():
@@ -138,6 +156,13 @@ def test_what_was_spent_before_counts():
     later.load_state_dict(s)
     hand.now = 1005.
     assert later.elapsed()==30
+
+
+def test_batches_of_before_count():
+    _, budget, _ = run(5, 600, most=30)
+    later = TimeBudget(10, clock=Hand(), most=40)
+    later.load_state_dict(budget.state_dict())
+    assert later.part()==.75
 
 # ---- a detector
 
@@ -231,6 +256,26 @@ def test_a_run_that_was_cut_off_gets_the_rest_of_its_minutes(path, monkeypatch, 
 def test_finetune_asks_for_updates_within_6_to_30_epochs(n, epochs):
     "Or for 120 updates, where the set is so small"
     assert deqdet.learner.recipes['finetune'].epochs_for(n)==epochs
+
+
+def test_minutes_have_the_limit_of_the_epochs(path, monkeypatch):
+    "120 updates of so few images, of two batches each where two are accumulated; recipes that count epochs have none"
+    assert make(path, recipe='finetune').budget(9).most==120
+    learn = make(path, recipe='finetune')
+    learn.accumulate = 2
+    assert learn.budget(9).most==240
+    assert make(path, recipe='tiny').budget(9).most==math.inf
+
+
+def test_a_training_that_ends_before_its_minutes_says_so(path, tmp_path, capsys):
+    model = SMALL.build(vocab=['disc','triangle','square','cross'])
+    model.feed = Feed(64, 64)
+    save_detector(model, tmp_path/'start')
+    o = dict(data=str(path), model=str(tmp_path/'start'), recipe='finetune', size='64', ema=.9)
+    learn = runs.train(o | dict(minutes=5.), tmp_path/'run')
+    assert learn.train_iter==120 and learn.keep.best is not None
+    said = capsys.readouterr().out
+    assert '60 passes over 8 images are enough; --epochs sets another number' in said
 
 
 @pytest.mark.parametrize('n', [1, 10**6])

@@ -44,7 +44,8 @@ class TimeBudget(Callback):
         warmup=.05,    # part of the time until the full learning rate
         reserve=2.,    # seconds for what comes after the fit
         clock=time.monotonic, # returns the time in seconds
-        warmup_batches=None # until the full learning rate, at most
+        warmup_batches=None, # until the full learning rate, at most
+        most=math.inf  # batches at most, those of earlier runs included
     ):
         self.seconds = 60*minutes
         self.evaluations = evaluations
@@ -52,8 +53,10 @@ class TimeBudget(Callback):
         self.reserve = reserve
         self.clock = clock
         self.warmup_batches = warmup_batches
+        self.most = most
         self.begun = clock()
         self.before = 0. # seconds of earlier runs
+        self.made = 0    # batches, those of earlier runs included
         self.last = 0.   # when the last evaluation ended
         self.evaluation = None # seconds that one takes
 
@@ -68,6 +71,10 @@ class TimeBudget(Callback):
     def train_seconds(self):
         "Seconds of training before the last evaluation"
         return max(self.seconds - self.reserve - 1.1*self.needed(), .05*self.seconds)
+
+    def part(self):
+        "Part of the training that is over, 0..1"
+        return max(self.elapsed()/self.train_seconds(), self.made/self.most)
 
 # %% ../../nbs/training/08_minutes.ipynb #397006af
 @patch
@@ -91,19 +98,18 @@ def before_fit(self:TimeBudget):
 
 @patch
 def before_epoch(self:TimeBudget):
-    "End the fit if there is no time left"
+    "End the fit if it is over"
     seen = self.batches > 0 and self.unseen==0 # nothing new to evaluate
-    if self.done or (seen and self.time_is_up()): raise CancelFitException
+    if self.done or (seen and self.is_over()): raise CancelFitException
 
 @patch
 def before_batch(self:TimeBudget):
-    "Set the rates for the time that has passed"
+    "Set the rates for the part that is over"
     if not self.training: return
-    self.done = self.batches > 0 and self.time_is_up()
+    self.done = self.batches > 0 and self.is_over()
     if self.done: raise CancelTrainException
-    part = self.elapsed()/self.train_seconds()
     risen = (self.batches + 1)/self.warmup_batches if self.warmup_batches else 0.
-    factor = clock_factor(part, self.warmup, risen)
+    factor = clock_factor(self.part(), self.warmup, risen)
     self.opt.set_hyper('lr', [lr*factor for lr in self.base])
 
 @patch
@@ -111,6 +117,7 @@ def after_batch(self:TimeBudget):
     "Count, and log the rate"
     if not self.training: return
     self.batches += 1
+    self.made += 1
     self.unseen += 1
     self.hps['lr'].append(self.opt.hypers[-1]['lr'])
 
@@ -124,8 +131,9 @@ def after_cancel_train(self:TimeBudget):
 @patch
 def after_train(self:TimeBudget):
     "Decide whether this epoch is evaluated"
-    self.done = self.done or self.time_is_up()
-    due = self.elapsed() - self.last >= self.seconds/self.evaluations
+    self.done = self.done or self.is_over()
+    since = max((self.elapsed() - self.last)/self.seconds, self.unseen/self.most)
+    due = since >= 1/self.evaluations
     early = self.elapsed() + self.needed() < self.train_seconds() # training will follow
     self.learn.validate_now = self.done or self.everyone_stops(due and early)
 
@@ -158,19 +166,20 @@ def everyone_stops(self:TimeBudget, flag):
     return anyone(flag, next(self.model.parameters()).device)
 
 @patch
-def time_is_up(self:TimeBudget):
-    "True if the rest of the time is needed for the last evaluation"
-    return self.everyone_stops(self.elapsed() >= self.train_seconds())
+def is_over(self:TimeBudget):
+    "True if the rest of the time is needed for the last evaluation, or all batches are made"
+    return self.everyone_stops(self.part() >= 1)
 
 @patch
 def state_dict(self:TimeBudget):
-    "What a resumed run needs: the time that has passed"
-    return dict(before=self.elapsed(), last=self.last, evaluation=self.evaluation)
+    "What a resumed run needs: the time that has passed, and the batches"
+    return dict(before=self.elapsed(), made=self.made, last=self.last, evaluation=self.evaluation)
 
 @patch
 def load_state_dict(self:TimeBudget, s):
     "Continue with the time of an earlier run"
     self.before = s['before']
+    self.made = s.get('made', 0) # absent in files of earlier versions
     self.last = s['last']
     self.evaluation = s['evaluation']
     self.begun = self.clock()
