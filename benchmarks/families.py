@@ -6,7 +6,8 @@ memory is its own:
     for n in 0 1; do for s in stack recollection equilibrium; do for f in adamixer sparse_rcnn deformable; do
         python benchmarks/families.py --families $f --strategies $s --seeds $n --out nbs/results/families.json; done; done; done
 
-`--teach overlap,denoise` trains with what the recipe `finetune` adds: class targets that grow with the overlap, and noisy true boxes."""
+`--teach overlap,denoise` trains with what the recipe `finetune` adds: class targets that grow with the overlap, and noisy true boxes;
+`later` adds a loss on a late state in a quarter of the batches."""
 import json
 import resource
 import tempfile
@@ -26,6 +27,7 @@ from deqdet.loss import SetLoss
 from deqdet.families.adamixer import AdaMixer
 from deqdet.families.sparse_rcnn import SparseRCNN
 from deqdet.sqr import Recollected, stage_regressions, windows
+from deqdet.training.contraction import Later
 from deqdet.training.denoise import Denoise
 from deqdet.training.quality import with_overlap
 from common import commit, machine, parser, report
@@ -54,7 +56,8 @@ def loss_of(hyper): return hyper.loss() if hasattr(hyper, 'loss') else SetLoss()
 def taught(loss, teach):
     "The loss, and callbacks, with these additions"
     if 'overlap' in teach: loss = with_overlap(loss)
-    return loss, [Denoise()] if 'denoise' in teach else []
+    added = dict(denoise=Denoise, later=Later)
+    return loss, [cb() for k,cb in added.items() if k in teach]
 
 
 def fit(hyper, dls, args, cbs=()):
