@@ -9,10 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 import torch
 from torch import nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.fcos import FCOS, FCOSHead
-from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import clip_boxes_to_image, nms
 from torchvision.transforms.v2.functional import resize
 import own_data
 from acceleration import First
@@ -21,8 +17,9 @@ from deqdet.decoder import position_embedding
 from deqdet.equilibrium import RAG, Perturb
 from deqdet.sets.mosaic import mosaic
 from deqdet.training.contraction import jacobian, prolonged, stretch
-from deqdet.training.denoise import noisy_state, steps_of
+from deqdet.training.denoise import steps_of
 from deqdet.zoo import published
+from dense import FirstBoxes, dense_head, dense_loss
 from own_data import KINDS, LITE, Ours, queries
 
 STRATEGY = published('deqdet_lite').hyper.strategy
@@ -156,75 +153,17 @@ class Damped(Ours):
         return super().detect(*args, method=First(part, part), **kwargs)
 
 
-class Width(nn.Module):
-    "All that torchvision's FCOS asks of a backbone whose features are computed elsewhere"
-    out_channels = 128
-
-
 class DenseHead(Ours):
     "A dense head of torchvision's FCOS on the neck, whose loss is added"
-    STRIDES = 8, 16, 32
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        n_classes = len(self.net.vocab)
-        anchors = AnchorGenerator(tuple((s,) for s in self.STRIDES), ((1.,),)*3)
-        head = FCOSHead(128, 1, n_classes, num_convs=1)
-        self.net.dense = FCOS(Width(), n_classes, anchor_generator=anchors, head=head)
+        self.net.dense = dense_head(len(self.net.vocab), 128)
 
     def loss(self, images, sizes, target):
         state, feats = self.net.start(images, sizes)
         own = self.criterion(self.net.decoder(state, feats), target)
         noisy = own_data.denoising_loss(self.net, feats, sizes, target, loss=self.criterion)
-        return own + noisy + self.dense_loss(feats[1:], images, target)
-
-    def dense_loss(self, feats, images, target):
-        "torchvision's loss of the dense head"
-        dense = self.net.dense
-        shape = tuple(images.shape[-2:])
-        anchors = dense.anchor_generator(ImageList(images, [shape]*len(images)), list(feats))
-        keep = [l >= 0 for l in target.labels]
-        truth = [dict(boxes=b[k], labels=l[k]) for b,l,k in zip(target.boxes, target.labels, keep)]
-        counts = [f.shape[2]*f.shape[3] for f in feats]
-        return sum(dense.compute_loss(truth, dense.head(list(feats)), anchors, counts).values())
-
-
-class FirstBoxes(nn.Module):
-    """Queries of the grid, and more of them at the best boxes of a dense head.
-
-    A further query has the learned content of the nearest query of the grid."""
-    def __init__(self, grid, dense, n=50):
-        super().__init__()
-        self.grid = grid
-        self.best = partial(best_boxes, dense, n=n) # no module: the head is a part of the detector already
-
-    @property
-    def state(self): return self.grid.state
-
-    def forward(self, sizes, feats):
-        first = self.grid(sizes, feats)
-        more = noisy_state(first, self.best(sizes, feats), self.state.at)
-        return type(first)(*[torch.cat(pair, 1) for pair in zip(first, more)])
-
-    def preds(self, feats): return self.grid.preds(feats)
-
-
-@torch.no_grad()
-def best_boxes(dense, sizes, feats, n):
-    "The `n` best boxes of a dense head after suppression, (B,n,4)"
-    B,_,h,w = feats[0].shape
-    images = ImageList(feats[0].new_empty(B, 3, 4*h, 4*w), sizes.tolist())
-    out = dense.head(list(feats[1:]))
-    scores = out['cls_logits'].sigmoid().amax(-1)*out['bbox_ctrness'].sigmoid()[..., 0] # (B,A)
-    anchors = dense.anchor_generator(images, list(feats[1:]))
-    found = []
-    for score,reg,anchor,size in zip(scores, out['bbox_regression'], anchors, sizes.tolist()):
-        boxes = clip_boxes_to_image(dense.box_coder.decode(reg, anchor), size)  # (A,4)
-        low,high = boxes.split(2, -1)
-        boxes = torch.cat([low, torch.maximum(high, low + 2)], -1)
-        at = nms(boxes, score, .6)
-        found.append(boxes[at.repeat(1 + n//len(at))[:n]])
-    return torch.stack(found)
+        return own + noisy + dense_loss(self.net.dense, feats, images, target)
 
 
 class Proposed(DenseHead):

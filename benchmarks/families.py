@@ -7,7 +7,7 @@ memory is its own:
         python benchmarks/families.py --families $f --strategies $s --seeds $n --out nbs/results/families.json; done; done; done
 
 `--teach overlap,denoise` trains with what the recipe `finetune` adds: class targets that grow with the overlap, and noisy true boxes;
-`later` adds a loss on a late state in a quarter of the batches."""
+`later` adds a loss on a late state in a quarter of the batches, `first_boxes` as many queries at boxes of a dense head."""
 import json
 import resource
 import tempfile
@@ -31,6 +31,7 @@ from deqdet.training.contraction import Later
 from deqdet.training.denoise import Denoise
 from deqdet.training.quality import with_overlap
 from common import commit, machine, parser, report
+from dense import DenseLoss, FirstBoxes, dense_head
 from sqr import saved_bytes
 
 
@@ -56,14 +57,23 @@ def loss_of(hyper): return hyper.loss() if hasattr(hyper, 'loss') else SetLoss()
 def taught(loss, teach):
     "The loss, and callbacks, with these additions"
     if 'overlap' in teach: loss = with_overlap(loss)
-    added = dict(denoise=Denoise, later=Later)
+    added = dict(denoise=Denoise, later=Later, first_boxes=DenseLoss)
     return loss, [cb() for k,cb in added.items() if k in teach]
+
+
+def add_first_boxes(model):
+    "As many further queries as there are, at the best boxes of a dense head"
+    hyper = model.hyper
+    model.dense = dense_head(hyper.n_classes, hyper.width)
+    model.queries = FirstBoxes(model.queries, model.dense, n=hyper.n_queries)
 
 
 def fit(hyper, dls, args, cbs=()):
     "Train one detector; the learner, and what it cost"
     model = replace(hyper, n_classes=len(dls.vocab)).build(vocab=list(dls.vocab))
-    loss_func, more = taught(loss_of(hyper), getattr(args, 'teach', ''))
+    teach = getattr(args, 'teach', '')
+    if 'first_boxes' in teach: add_first_boxes(model)
+    loss_func, more = taught(loss_of(hyper), teach)
     images, sizes, target = dls.train.one_batch()
     kept = saved_bytes(lambda: loss_func(model.train()(images, sizes), target))
     learn = det_learner(dls, model, recipe='tiny', lr=args.lr or None, loss_func=loss_func, cbs=[*cbs, *more])

@@ -1,17 +1,20 @@
 "`benchmarks/beyond.py`: first boxes of a dense head, gradients through two moves, groups, layers of low rank"
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from deqdet.decoder import State
-from deqdet.equilibrium import RAG
+from deqdet.equilibrium import RAG, Settled
 from deqdet.ops.states import parts
 from deqdet.sets.images import Target
 from deqdet.training.denoise import steps_of
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
+import families
 import own_data
+from dense import dense_loss
 from beyond import IDEAS, LookTwice, LowRank, Relation, relative, shrunk
 
 ARGS = SimpleNamespace(frozen=3, queries=0)
@@ -64,6 +67,22 @@ def test_first_boxes_are_those_of_the_grid_and_of_the_head(batch):
     near = torch.cdist((more[..., :2] + more[..., 2:])/2, (grid.boxes[..., :2] + grid.boxes[..., 2:])/2).argmin(-1)
     want = torch.stack([q[i] for q,i in zip(grid.content, near)])
     torch.testing.assert_close(state.content[:, 100:], want)
+
+def test_first_boxes_of_another_family(batch):
+    "Sparse R-CNN's queries, and as many at boxes of the dense head; its loss reaches head and neck"
+    torch.manual_seed(0)
+    hyper = families.families(32, 4, (2, 2, .4))['sparse_rcnn']
+    net = replace(hyper, n_classes=2, strategy=Settled(2, (2,), perturb=None, recompute=False)).build(vocab=['a','b'])
+    families.add_first_boxes(net)
+    images,sizes,target = batch
+    state,feats = net.train().start(images, sizes)
+    assert state.boxes.shape==(2, 8, 4)
+    dense_loss(net.dense, feats, images, target).backward()
+    assert all(p.grad is not None for p in net.dense.head.parameters())
+    assert any(p.grad is not None for p in net.pyramid.parameters())
+    found = net.predict(images, sizes)
+    assert all(torch.isfinite(o['boxes']).all() for o in found)
+
 
 class Toy(nn.Module):
     "A step that detaches its boxes, as AdaMixer's"
