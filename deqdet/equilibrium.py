@@ -97,7 +97,7 @@ def _coin(p): return torch.rand(1).item() < p
 @dataclass(frozen=True)
 class Perturb:
     "Refinement-aware perturbation: returns a state with noise on its content and boxes"
-    content: float=.1      # alpha: part of the content replaced by noise of its norm
+    content: float=.1      # alpha: part of the content replaced by noise
     position: float=25.    # beta: noise on each corner's coordinates, in pixels
     p_content: float=.2    # probability of noise on the content before a step
     p_position: float=.2   # probability of noise on the boxes before a step
@@ -114,7 +114,7 @@ class Perturb:
         q,    # contents (B,N,D)
         noise # (B,N,D)
     ):        # (B,N,D)
-        "Contents with a part replaced by noise of their norm"
+        "Contents with a part replaced by noise, each number of which deviates by their norm"
         size = q.norm(dim=-1, keepdim=True) # (B,N,1)
         return (1-self.content)*q + self.content*size*noise
 
