@@ -47,3 +47,19 @@ def test_a_rate_that_is_asked_for(asked, rate, monkeypatch):
     monkeypatch.setattr(peers, 'loaders', lambda args, bs: Namespace(vocab=['a']))
     monkeypatch.setitem(peers.KINDS, 'rtdetr', kind)
     with pytest.raises(Stop): peers.trained(Namespace(train='rtdetr', lr=asked, minutes=1.))
+
+
+def test_a_peer_is_trained_and_kept(tmp_path, monkeypatch):
+    "For some milliseconds, by the loop of `own_data.py`"
+    data = synth_coco(tmp_path/'shapes', n_train=4, n_valid=2, size=64, seed=0)
+    dls = det_dls(data, bs=2, val_bs=1, size=64, num_workers=0)
+    class Point:
+        clip = 1.
+        def __init__(self, vocab, args): self.net = torch.nn.Linear(2, 1)
+        def loss(self, images, sizes, target): return self.net(sizes.float()).square().mean()
+    monkeypatch.setattr(peers, 'loaders', lambda args, bs: dls)
+    monkeypatch.setitem(peers.KINDS, 'rtdetr', Point)
+    file = tmp_path/'point.pt'
+    n,_ = peers.trained(Namespace(train='rtdetr', lr=0., minutes=.002, size=64, save=file))
+    kept = torch.load(file)
+    assert n > 0 and kept['vocab']==list(dls.vocab) and kept['weights']['weight'].shape==(1, 2)
