@@ -12,7 +12,7 @@ __all__ = ['DetLearner', 'ClassThresholds', 'det_learner', 'Recipe', 'recipes', 
            'Interpretation', 'write_atomic']
 
 # %% ../nbs/14_learner.ipynb #1b4aa579
-import math, warnings
+import warnings
 from dataclasses import replace
 from numbers import Number
 import numpy as np, torch
@@ -31,7 +31,8 @@ from .ops.files import write_atomic
 from .training.callbacks import EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints
 from .training.denoise import add_denoising
 from .training.quality import set_scoring
-from .training.minutes import MANY, MaySkip, TimeBudget
+from .training.minutes import (
+    MANY, MaySkip, TimeBudget, budget_by_recipe, updates_of_epoch)
 from .training.optim import Muon
 from .training.processes import Shards, deal, shard
 from .training.recipes import (DetOpt, Group, Recipe, SECTIONS, adamixer_1x, adamixer_3x,
@@ -231,26 +232,10 @@ def fit_published(self:DetLearner,
         _add_average(self, cbs)
         add_denoising(self, cbs)
         set_scoring(self)
-    if minutes: return self.fit(MANY, cbs=[self.budget(minutes), *L(cbs)])
-    n_epoch = self.recipe.epochs_for(self.updates_of_epoch()) if epochs is None else epochs
+    if minutes: return self.fit(MANY, cbs=[budget_by_recipe(self, minutes), *L(cbs)])
+    n_epoch = self.recipe.epochs_for(updates_of_epoch(self)) if epochs is None else epochs
     fitted = self.recipe.updates > 0 or n_epoch != self.recipe.epochs # not the recipe's length
     self.fit(n_epoch, cbs=[Schedule(self.recipe, fitted), *L(cbs)])
-
-@patch
-def updates_of_epoch(self:DetLearner):
-    "Updates in an epoch of this process"
-    batches = math.ceil(len(self.dls.train)/max(1, num_distrib()))
-    return max(1, batches//self.accumulate)
-
-@patch
-def budget(self:DetLearner,
-    minutes, # to train and evaluate
-    **kwargs # for `TimeBudget`
-):           # a `TimeBudget`
-    "The callback that ends a fit by the clock, with the recipe's warm-up and limit"
-    most = self.recipe.most_for(self.updates_of_epoch())*self.accumulate
-    warmup = self.recipe.warmup*self.accumulate
-    return TimeBudget(minutes, warmup_batches=warmup, most=most, **kwargs)
 
 # %% ../nbs/14_learner.ipynb #e81fe9a0
 @patch

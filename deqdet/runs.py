@@ -21,7 +21,7 @@ from .commands.options import (
     feed_of, resumed_options, saved_options, start_detector, with_enough_pixels,
     with_enough_queries, with_epochs)
 from .commands.tracking import trackers
-from .learner import (CSVLog, EMA, MANY, NonFinite, Resume, Stop, TimeBudget, det_learner)
+from .learner import (CSVLog, EMA, MANY, NonFinite, Resume, Stop, det_learner)
 from .ops.errors import CommandError, FILE_FAULTS, blame, make_folder, one_line
 from .ops.files import finite, write_json
 from .ops.machine import duration, machine # `duration` is imported from here
@@ -30,6 +30,7 @@ from .sets.mosaic import Mosaic
 from .sets.sizes import warn_if_crowded, warn_if_tiny
 from .training.callbacks import Patience
 from .training.lines import EpochLines, minutes_passed
+from .training.minutes import budget_by_recipe, updates_of_epoch
 from .training.processes import lost_process
 from .viz import plot_training, read_log, show_predictions
 
@@ -200,7 +201,7 @@ def enough(
     budget # its `TimeBudget`, which made all its batches
 ) -> str:
     "A line about a training that ended before its time"
-    passes = round(budget.made/learn.accumulate/learn.updates_of_epoch())
+    passes = round(budget.made/learn.accumulate/updates_of_epoch(learn))
     images = len(learn.dls.train_ds)
     return (f'ended after {minutes_passed(budget)}: {passes} passes over {images} images '
             'are enough; --epochs sets another number')
@@ -208,7 +209,7 @@ def enough(
 def _fit_once(learn, o, begun):
     "Fit for a number of epochs, or for minutes since `begun`"
     if 'minutes' not in o: return learn.fit_published(epochs=o['epochs'])
-    budget = learn.budget(o['minutes'], reserve=min(8., 6*o['minutes']))
+    budget = budget_by_recipe(learn, o['minutes'], reserve=min(8., 6*o['minutes']))
     budget.begun = begun
     learn.fit(MANY, cbs=[budget])
     if budget.made >= budget.most and FIRST: print(enough(learn, budget), flush=True)

@@ -15,7 +15,8 @@ from deqdet import runs
 from deqdet.learner import EMA, CSVLog, Recipe, Resume, SaveBest, det_learner
 from deqdet.model import Feed
 from deqdet.predict import save_detector
-from deqdet.training.minutes import MaySkip, TimeBudget, clock_factor
+from deqdet.training import minutes
+from deqdet.training.minutes import MaySkip, TimeBudget, budget_by_recipe, clock_factor
 
 
 class Hand:
@@ -187,7 +188,7 @@ def make(path, cbs=(), recipe=Recipe(lr=1e-3)):
 def fit(learn, hand, monkeypatch, evaluations=3, **kwargs):
     "`fit_published(minutes=)` by a clock that moves by hand; a quarter of a minute, a second each batch"
     budget = partial(TimeBudget, evaluations=evaluations, clock=hand)
-    monkeypatch.setattr(deqdet.learner, 'TimeBudget', budget)
+    monkeypatch.setattr(minutes, 'TimeBudget', budget)
     tick = Tick(hand)
     with learn.quiet(): learn.fit_published(minutes=.25, cbs=tick, **kwargs)
     return tick
@@ -260,11 +261,11 @@ def test_finetune_asks_for_updates_within_6_to_30_epochs(n, epochs):
 
 def test_minutes_have_the_limit_of_the_epochs(path, monkeypatch):
     "120 updates of so few images, of two batches each where two are accumulated; recipes that count epochs have none"
-    assert make(path, recipe='finetune').budget(9).most==120
+    assert budget_by_recipe(make(path, recipe='finetune'), 9).most==120
     learn = make(path, recipe='finetune')
     learn.accumulate = 2
-    assert learn.budget(9).most==240
-    assert make(path, recipe='tiny').budget(9).most==math.inf
+    assert budget_by_recipe(learn, 9).most==240
+    assert budget_by_recipe(make(path, recipe='tiny'), 9).most==math.inf
 
 
 def test_a_training_that_ends_before_its_minutes_says_so(path, tmp_path, capsys):
