@@ -61,7 +61,7 @@ def fitted(self:Recipe,
 def epochs_for(self:Recipe,
     n # updates in an epoch of the set
 ) -> int:
-    "Epochs over a set: the recipe's, or those of its updates: 6 to 30, more below 120 updates"
+    "Epochs over a set: the recipe's, or those of its updates: 6 to 15, more below 120 updates"
     if not self.updates: return self.epochs
     n = max(n, 1)
     return min(self.most_for(n)//n, max(6, round(self.updates/n)))
@@ -71,7 +71,7 @@ def most_for(self:Recipe,
     n # updates in an epoch of the set
 ):    # updates, or infinity
     "Updates beyond which a small set would be learned by heart"
-    return max(30*n, 120) if self.updates else math.inf
+    return max(15*n, 120) if self.updates else math.inf
 
 # %% ../../nbs/training/01_recipes.ipynb #708330cc
 _no_decay = 'norm|relative_position_bias_table|absolute_pos_embed' # of a Swin
