@@ -176,13 +176,13 @@ def _when(learn, keep):
 @command
 def deqdet_train(
     data:str,          # folder of a detection set in COCO, VOC, YOLO, HF or CSV layout
-    model:str=None,    # a name of deqdet_models, or a folder; by default deqdet_lite
+    model:str=None,    # a name or a folder; by default deqdet_lite
     out:str=None,      # folder to write; by default runs/ and the name of the set
     minutes:float=None, # time of the whole command, instead of epochs
     epochs:int=None,   # passes over the set; by default the recipe's
     queries:int=None,  # boxes to start from; by default the detector's, or more
     size:str=None,     # pixels of the long side, or 800x1333; by default the detector's, or more
-    bs:int=None,       # images in a batch of each process; by default the recipe's
+    bs:int=None,       # images in a batch of each process; or the recipe's
     accumulate:int=None, # batches in an update
     lr:float=None,     # learning rate, for the recipe's size of a batch
     wd:float=None,     # weight decay; by default the recipe's
@@ -195,11 +195,11 @@ def deqdet_train(
     ema:float=None,    # decay of a moving average of weights, as .998
     patience:int=None, # stop after this many evaluations without a better AP
     mosaic:float=None, # share of batches 0..1 made of mosaics of four images
-    rare:float=None,   # share 0..1: repeat images of classes in fewer images than this
+    rare:float=None,   # repeat images of classes in fewer images than this 0..1
     seed:int=None,     # of weights, order and augmentation; by default 0
     layout:str=None,   # coco, voc, yolo, hf or csv; by default it is recognised
     train:str=None,    # name of the split to train on; by default train
-    valid:str=None,    # name of the split to validate on; by default valid, or val
+    valid:str=None,    # split to validate on; by default valid, or val
     valid_pct:float=None, # share 0..1 to validate on, of an undivided set
     skip_bad:bool=False, # replace an unreadable image by the next
     workers:int=None,  # processes that load; by default 4, small images 0

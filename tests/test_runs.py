@@ -31,8 +31,8 @@ def test_options_of_the_default():
     o = complete_options({})
     assert o == dict(model='deqdet_lite', recipe='finetune', augment='small', bs=4, accumulate=1, seed=0,
                      every=500, pretrained='yes')
-    assert [with_epochs(o, n)['epochs'] for n in (1, 5, 75, 10000)] == [120, 30, 20, 6]
-    assert with_epochs(o | dict(accumulate=2), 100)['epochs'] == 30
+    assert [with_epochs(o, n)['epochs'] for n in (1, 5, 75, 10000)] == [120, 24, 15, 6]
+    assert with_epochs(o | dict(accumulate=2), 100)['epochs'] == 15
     assert 'epochs' not in with_epochs(complete_options(dict(minutes=3.)), 75)
     assert 'epochs' not in complete_options(dict(model='deqdet_tiny', minutes=3.))
     assert complete_options(dict(pretrained='no'))['pretrained'] == 'no'
