@@ -268,15 +268,16 @@ def test_minutes_have_the_limit_of_the_epochs(path, monkeypatch):
     assert budget_by_recipe(make(path, recipe='tiny'), 9).most==math.inf
 
 
-def test_a_training_that_ends_before_its_minutes_says_so(path, tmp_path, capsys):
+def test_a_training_that_ends_before_its_minutes_says_so(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Recipe, 'most_for', lambda self, n: 10)
     model = SMALL.build(vocab=['disc','triangle','square','cross'])
     model.feed = Feed(64, 64)
     save_detector(model, tmp_path/'start')
     o = dict(data=str(path), model=str(tmp_path/'start'), recipe='finetune', size='64', ema=.9)
-    learn = runs.train(o | dict(minutes=5.), tmp_path/'run')
-    assert learn.train_iter==120 and learn.keep.best is not None
+    learn = runs.train(o | dict(minutes=90.), tmp_path/'run')
+    assert learn.train_iter==10 and learn.keep.best is not None
     said = capsys.readouterr().out
-    assert '60 passes over 8 images are enough; --epochs sets another number' in said
+    assert '5 passes over 8 images are enough; --epochs sets another number' in said
 
 
 @pytest.mark.parametrize('n', [1, 10**6])
