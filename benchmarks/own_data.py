@@ -6,8 +6,7 @@ not run again, so the same command goes on where it was stopped:
     export DEQDET_DATA=...   # holds bccd, cards, deeppcb, raccoon
     python benchmarks/own_data.py --all --minutes 3 --out nbs/results/own_data.json
 
-Minutes are processor minutes of training; evaluation is not counted. `--passes 30` ends a training after 30 epochs, as
-`deqdet_train` does, where the minutes allow more. With `--updates N` a training ends after N updates
+Minutes are processor minutes of training; evaluation is not counted. With `--updates N` a training ends after N updates
 instead, which compares ways of teaching whatever else the machine does; `--curve 1,2,5` measures AP after these epochs too, `--at 1,5,20`
 after these refinement steps:
 
@@ -227,8 +226,7 @@ def train(detector, dls, args):
     def part():
         "How much of the training is over"
         if args.updates: return n/args.updates
-        passes = n/len(dls.train)/args.passes if args.passes else 0.
-        return max((time.process_time() - begun)/(60*args.minutes), passes)
+        return (time.process_time() - begun)/(60*args.minutes)
     while part() < 1:
         for images,sizes,target in dls.train:
             now = part()
@@ -272,7 +270,7 @@ def run(args):
 
 # ---- cells
 
-KEY = 'set', 'kind', 'minutes', 'passes', 'updates', 'seed', 'opt', 'class_lr', 'frozen', 'rare', 'size', 'augment'
+KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'class_lr', 'frozen', 'rare', 'size', 'augment'
 def cell(args):
     "What tells one training from another"
     if not args.class_lr: args.class_lr = 4. if 'lite' in args.kind else 1.
@@ -310,7 +308,7 @@ def run_all(args):
 def main(**defaults):
     "Run what the command line says; keywords are other defaults"
     p = parser(__doc__, **dict(set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
-               size=320, augment='', bs=4, passes=0, queries=0, rare=0., seeds=1, curve='', at=','.join(map(str, STEPS)), sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
+               size=320, augment='', bs=4, queries=0, rare=0., seeds=1, curve='', at=','.join(map(str, STEPS)), sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()
     if args.all: return run_all(args)

@@ -39,7 +39,7 @@ from own_data import FPN, KINDS, Ours, Peer, ap, train
 from transformers_peer import RATES
 
 FORMS = 'bf16', 'folded', 'folded bf16', 'compiled', 'onnxruntime'
-TRAINING = dict(seed=0, queries=0, opt='muon', lr=2.5e-3, body_lr=.1, updates=0, passes=0, frozen=3, wd=.1, ema=.99, curve='') # as `own_data.py` has them
+TRAINING = dict(seed=0, queries=0, opt='muon', lr=2.5e-3, body_lr=.1, updates=0, frozen=3, wd=.1, ema=.99, curve='') # as `own_data.py` has them
 
 
 def loaders(args, bs):

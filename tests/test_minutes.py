@@ -259,7 +259,7 @@ def test_finetune_asks_for_updates_within_6_to_15_epochs(n, epochs):
     assert deqdet.learner.recipes['finetune'].epochs_for(n)==epochs
 
 
-def test_minutes_have_the_limit_of_the_epochs(path, monkeypatch):
+def test_minutes_have_the_limit_of_the_epochs(path):
     "120 updates of so few images, of two batches each where two are accumulated; recipes that count epochs have none"
     assert budget_by_recipe(make(path, recipe='finetune'), 9).most==120
     learn = make(path, recipe='finetune')

@@ -61,21 +61,26 @@ class TimeBudget(Callback):
         self.last = 0.   # when the last evaluation ended
         self.evaluation = None # seconds that one takes
 
-    def elapsed(self):
-        "Seconds since the beginning, those of earlier runs included"
-        return self.before + self.clock() - self.begun
+# %% ../../nbs/training/08_minutes.ipynb #5b1ac172
+@patch
+def elapsed(self:TimeBudget):
+    "Seconds since the beginning, those of earlier runs included"
+    return self.before + self.clock() - self.begun
 
-    def needed(self):
-        "Seconds that an evaluation takes"
-        return self.guess() if self.evaluation is None else self.evaluation
+@patch
+def needed(self:TimeBudget):
+    "Seconds that an evaluation takes"
+    return self.guess() if self.evaluation is None else self.evaluation
 
-    def train_seconds(self):
-        "Seconds of training before the last evaluation"
-        return max(self.seconds - self.reserve - 1.1*self.needed(), .05*self.seconds)
+@patch
+def train_seconds(self:TimeBudget):
+    "Seconds of training before the last evaluation"
+    return max(self.seconds - self.reserve - 1.1*self.needed(), .05*self.seconds)
 
-    def part(self):
-        "Part of the training that is over, 0..1"
-        return max(self.elapsed()/self.train_seconds(), self.made/self.most)
+@patch
+def part(self:TimeBudget):
+    "Part of the training that is over, 0..1"
+    return max(self.elapsed()/self.train_seconds(), self.made/self.most)
 
 # %% ../../nbs/training/08_minutes.ipynb #397006af
 @patch
