@@ -5,10 +5,13 @@
         --out deqdet/weights/deqdet_lite.safetensors
     python benchmarks/pretrain.py --minutes 75 --stream 3 --begin yes --overlap .75 --lr 2e-3 --siblings .5 --run runs/third \
         --out deqdet/weights/deqdet_lite.safetensors
+    python benchmarks/pretrain.py --minutes 75 --stream 4 --begin yes --overlap .75 --lr 2e-3 --siblings .5 --denoise 60 \
+        --run runs/fourth --out deqdet/weights/deqdet_lite.safetensors
 
 The first command starts from random weights. The others go on from what the package holds (`--begin`), with other scenes
 (`--stream`) and class targets that grow with the overlap. In the third, half of the scenes show classes that differ only
-in a detail (`--siblings`). Their rows of the class layers are not written: the file names the 60 kinds.
+in a detail (`--siblings`). Their rows of the class layers are not written: the file names the 60 kinds. In the fourth, g and
+f also refine noisy truth, up to 60 states of an image (`--denoise`).
 
 Each scene is drawn once, by a process beside the one that trains. The state is saved every 200 updates in --run, and the
 same command goes on from there. The file holds the moving average of the weights, in half precision, without the body. `--name adamixer_lite` trains the stack instead."""
@@ -25,6 +28,7 @@ from deqdet.loss import SetLoss
 from deqdet.sets.images import Target
 from deqdet.sets.scenes import KIND_NAMES, scene
 from deqdet.sets.siblings import SIBLING_NAMES, sibling_scene
+from deqdet.training.denoise import denoising_loss
 from deqdet.training.optim import Muon
 from deqdet.training.quality import with_overlap
 from deqdet.zoo import create_detector, published
@@ -96,14 +100,13 @@ def object_rows(model, bs, batches=12):
     return rows
 
 
-def predictions(model, images, size):
-    "All supervised predictions; nothing is kept of the frozen body"
+def features(model, images, size):
+    "Those of the neck; nothing is kept of the frozen body"
     pyramid = model.pyramid
     with torch.no_grad():
         x = pyramid.normalize(images, size).contiguous(memory_format=torch.channels_last)
         levels = pyramid.body(x)
-    feats = tuple(f.contiguous(memory_format=model.layout) for f in pyramid.neck(levels))
-    return model.decoder(model.queries(size, feats), feats)
+    return tuple(f.contiguous(memory_format=model.layout) for f in pyramid.neck(levels))
 
 
 @torch.no_grad()
@@ -155,9 +158,17 @@ class Run:
         rise = min(1, (self.n + 1)/WARMUP)
         return self.args.lr*rise*(.02 + .98*(1 + math.cos(math.pi*part))/2)
 
+    def loss_of(self, images, target):
+        "The main loss; with `--denoise`, that of noisy truth on the same features too"
+        model,size = self.model,target.size
+        feats = features(model, images, size)
+        loss = self.loss(model.decoder(model.queries(size, feats), feats), target)
+        if not self.args.denoise: return loss
+        return loss + denoising_loss(model, feats, size, target, loss=self.loss, states=self.args.denoise)
+
     def update(self, images, target):
         for g in self.opt.param_groups: g['lr'] = self.rate()
-        loss = self.loss(predictions(self.model, images, target.size), target)
+        loss = self.loss_of(images, target)
         self.opt.zero_grad()
         loss.backward()
         clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
@@ -185,7 +196,7 @@ class Run:
 
 
 def main():
-    p = parser(__doc__, minutes=85., bs=8, lr=2.5e-3, seed=0, name='deqdet_lite', run='runs/pretrain', body='', begin='', stream=1, overlap=0., siblings=0.)
+    p = parser(__doc__, minutes=85., bs=8, lr=2.5e-3, seed=0, name='deqdet_lite', run='runs/pretrain', body='', begin='', stream=1, overlap=0., siblings=0., denoise=0)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     run = Run(args)
