@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 from deqdet.backbone import create_body
 from deqdet.data import det_dls
@@ -96,11 +97,20 @@ def anchors(levels=5):
     return AnchorGenerator(tuple(sizes[:levels]), ((.5, 1., 2.),)*levels)
 
 
+def retinanet_v2(body, n_classes, **kwargs):
+    "RetinaNet with what torchvision's second version of it has: groups are normalised in its head, boxes learn by GIoU"
+    boxes = anchors()
+    head = RetinaNetHead(body.out_channels, boxes.num_anchors_per_location()[0], n_classes, norm_layer=partial(nn.GroupNorm, 32))
+    head.regression_head._loss_type = 'giou'
+    return RetinaNet(body, n_classes, anchor_generator=boxes, head=head, **kwargs)
+
+
 def peer(kind, n_classes, size, frozen):
     "One of torchvision's detectors on our body"
     common = dict(min_size=size, max_size=size, image_mean=[.5]*3, image_std=[.5]*3, _skip_resize=True)
     if kind=='fcos': return FCOS(FPN(frozen), n_classes, **common)
     if kind=='retinanet': return RetinaNet(FPN(frozen), n_classes, anchor_generator=anchors(), **common)
+    if kind=='retinanet_v2': return retinanet_v2(FPN(frozen), n_classes, **common)
     generator = AnchorGenerator(((32,), (64,), (128,)), ((.5, 1., 2.),)*3)
     roi = dict(box_roi_pool=_pooler())
     return FasterRCNN(FPN(frozen, extra=False), n_classes + 1, rpn_anchor_generator=generator, **roi, **common)
@@ -144,7 +154,7 @@ KINDS = {
     'deqdet_lite_focal': partial(LITE, overlap=False), # class targets of 1
     'deqdet_lite_plain': partial(LITE, denoise=False), # no noisy truth
     'deqdet_lite_base': partial(LITE, denoise=False, overlap=False),
-    'fcos': partial(Peer, 'fcos'), 'retinanet': partial(Peer, 'retinanet'), 'faster_rcnn': partial(Peer, 'faster_rcnn')}
+    'fcos': partial(Peer, 'fcos'), 'retinanet': partial(Peer, 'retinanet'), 'retinanet_v2': partial(Peer, 'retinanet_v2'), 'faster_rcnn': partial(Peer, 'faster_rcnn')}
 
 
 # ---- training
@@ -270,7 +280,7 @@ def run(args):
 
 # ---- cells
 
-KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'class_lr', 'frozen', 'rare', 'size', 'augment'
+KEY = 'set', 'kind', 'minutes', 'updates', 'seed', 'opt', 'lr', 'class_lr', 'frozen', 'rare', 'size', 'augment'
 def cell(args):
     "What tells one training from another"
     if not args.class_lr: args.class_lr = 4. if 'lite' in args.kind else 1.

@@ -159,7 +159,7 @@ def test_thinned():
 
 def test_a_cell_of_before_stands(tmp_path):
     "Entries from before an option was there count as without it"
-    args = SimpleNamespace(set='bccd', kind='fcos', minutes=3., updates=0, seed=0, opt='muon', class_lr=0., frozen=3, rare=0., size=320, augment='')
+    args = SimpleNamespace(set='bccd', kind='fcos', minutes=3., updates=0, seed=0, opt='muon', lr=2.5e-3, class_lr=0., frozen=3, rare=0., size=320, augment='')
     want = own_data.cell(args)
     own_data.write(tmp_path/'a.json', {k: v for k,v in want.items() if k not in ('rare', 'augment')})
     assert own_data.stands(tmp_path/'a.json', want) and not own_data.stands(tmp_path/'a.json', want | dict(rare=.3))
