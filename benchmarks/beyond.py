@@ -231,6 +231,35 @@ def lighten(mixing, rank):
     mixing.out = LowRank(mixing.out, rank)
 
 
+def some_rows(layer, rows):
+    "A linear layer with some of the outputs of another"
+    less = type(layer)(layer.in_features, len(rows))
+    with torch.no_grad():
+        less.weight.copy_(layer.weight[rows])
+        less.bias.copy_(layer.bias[rows])
+    return less
+
+
+def keep_points(step, keep):
+    "Let a step read only some of the points of each group, with the weights that it has for them"
+    G,C,P,O = step.mixing.sizes
+    offsets = torch.arange(3*G*P).view(G, P, 3)
+    mixed,over = torch.arange(G*(C*C + O*P)).view(G, -1).split([C*C, O*P], 1)
+    over = over.view(G, O, P)[..., keep].flatten(1)                # (G,O*k)
+    step.sampler.offsets = some_rows(step.sampler.offsets, offsets[:, keep].flatten())
+    step.mixing.params = some_rows(step.mixing.params, torch.cat([mixed, over], 1).flatten())
+    step.mixing.sizes = G, C, len(keep), O
+
+
+class FewerPoints(Ours):
+    "f reads half of the points of g: every second one of their square, as on a chessboard"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        step = self.net.decoder.step
+        side = math.isqrt(step.mixing.sizes[2])
+        keep_points(step, [side*i + j for i in range(side) for j in range(side) if (i + j)%2==0])
+
+
 class NoInit(Ours):
     "The step makes the first guess too; g is not used"
     def __init__(self, *args, **kwargs):
@@ -290,6 +319,7 @@ IDEAS = {
     **{k: KINDS[k] for k in ('deqdet_lite', 'deqdet_lite_plain', 'deqdet_lite_focal', 'shared_lite', 'adamixer_lite')},
     'rag2': partial(LITE, strategy=replace(STRATEGY, grad=RAG(2))),                   # two applications behind each gradient
     'two_states': partial(LITE, strategy=replace(STRATEGY, supervise=(2, 4))),        # two supervised states of the path
+    'rag4': partial(LITE, strategy=replace(STRATEGY, grad=RAG(4))),
     'three_states': partial(LITE, strategy=replace(STRATEGY, supervise=(1, 2, 4))),   # early states too
     'first_and_last': partial(LITE, strategy=replace(STRATEGY, supervise=(1, 4))),
     'no_noise': partial(LITE, strategy=replace(STRATEGY, perturb=None)),              # without RAP
@@ -314,6 +344,7 @@ IDEAS = {
     'no_init': partial(NoInit, 'deqdet_lite'),
     'no_init_first_boxes': partial(NoInitProposed, 'deqdet_lite'),
     'related': partial(Related, 'deqdet_lite'),
+    'fewer_points': partial(FewerPoints, 'deqdet_lite'),
     'light': partial(Light, 'deqdet_lite')}
 own_data.KINDS = IDEAS
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT/'benchmarks'))
 import families
 import own_data
 from dense import dense_loss
-from beyond import IDEAS, LookTwice, LowRank, Relation, relative, shrunk
+from beyond import IDEAS, LookTwice, LowRank, Relation, keep_points, relative, shrunk
 
 ARGS = SimpleNamespace(frozen=3, queries=0)
 
@@ -33,7 +33,7 @@ def detector(kind):
     torch.manual_seed(0)
     return IDEAS[kind](['a','b'], args=ARGS)
 
-@pytest.mark.parametrize('kind', ['first_boxes', 'look_twice', 'groups', 'light', 'no_init', 'no_init_first_boxes', 'related'])
+@pytest.mark.parametrize('kind', ['first_boxes', 'look_twice', 'groups', 'light', 'no_init', 'no_init_first_boxes', 'related', 'fewer_points', 'rag4'])
 def test_every_part_learns(kind, batch):
     own = detector(kind)
     net = own.net.train()
@@ -164,3 +164,16 @@ def test_a_cell_of_before_stands(tmp_path):
     own_data.write(tmp_path/'a.json', {k: v for k,v in want.items() if k not in ('rare', 'augment')})
     assert own_data.stands(tmp_path/'a.json', want) and not own_data.stands(tmp_path/'a.json', want | dict(rare=.3))
     assert not own_data.stands(tmp_path/'a.json', want | dict(size=544)) and not own_data.stands(tmp_path/'a.json', want | dict(augment='crop'))
+
+def test_fewer_points_are_the_same_points(batch):
+    "Those that stay lie where they lay; all points in another order give the same step"
+    images,sizes,_ = batch
+    net = detector('deqdet_lite').net.eval()
+    z,feats = net.start(images, sizes)
+    step = net.decoder.step
+    before,points = step(z, feats), step.sampler.points(z.content, z.xyzr)
+    keep_points(step, list(reversed(range(16))))
+    torch.testing.assert_close(step(z, feats).content, before.content, atol=1e-4, rtol=1e-4)
+    keep_points(step, [3, 5])
+    torch.testing.assert_close(step.sampler.points(z.content, z.xyzr), points[..., [12, 10], :])
+    assert step.mixing.sizes[2]==2 and torch.isfinite(step(z, feats).content).all()
