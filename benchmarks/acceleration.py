@@ -15,8 +15,9 @@ from torchvision.ops import box_iou
 from common import alternate, report
 from deqdet.boxes import move
 from deqdet.data import det_dls
-from deqdet.decoder import Pred, State, prepared
+from deqdet.decoder import Pred, State, position_embedding, prepared
 from deqdet.loss import SetLoss, decode
+from deqdet.mixer import MixerStep
 from deqdet.model import evaluating, to_original
 from deqdet.predict import load_detector
 from deqdet.evaluate import coco_ap
@@ -426,6 +427,52 @@ def compaction(model, data, dataset, tols, steps, rounds, images=8):
     return dict(rows=rows, ms={k: per(v, 1) for k,v in ms.items()}, ms_by_queries={k: per(v, 1) for k,v in by_count.items()})
 
 
+# ---- attention in some applications
+
+class Remembered:
+    "`talk` of a step that computes its attention in one of `every` applications; the others take the last result"
+    def __init__(self, step, every):
+        self.step,self.every = step,every
+        self.n = 0 # applications so far
+        step.attn.register_forward_hook(self.keep)
+
+    def keep(self, attn, args, found): self.last = found.detach()
+
+    def __call__(self, q, xyzr, boxes):
+        self.n += 1
+        if (self.n - 1)%self.every==0: return MixerStep.talk(self.step, q, xyzr, boxes)
+        x = q + position_embedding(xyzr, q.shape[-1])
+        return self.step.attn_norm(x + self.last)
+
+
+def remembering(step, every):
+    "A copy of a step with `Remembered` attention"
+    other = copy.deepcopy(step)
+    if every > 1: other.talk = Remembered(other, every)
+    return other
+
+
+def apply(step, b, steps):
+    "The states of `run` for another step, whose applications are counted anew"
+    if 'talk' in vars(step): step.talk.n = 0
+    return solve(step, b.z0, (b.feats,), max_iter=max(steps), keep=steps).kept
+
+
+@torch.no_grad()
+def attention(model, data, dataset, length, rounds, every=(1,2,100), steps=(1,2,3,4,5,6,8)):
+    "AP by applications, and milliseconds of an application, where attention is computed in one of some applications"
+    f = model.decoder.step
+    fs = {n: remembering(f, n) for n in every}
+    rows = {}
+    for n,step in fs.items():
+        kept = [apply(step, b, steps) for b in data]
+        rows[n] = {t: average_precision([f.read(k[t]) for k in kept], data, dataset) for t in steps}
+    one = copy.copy(data[0])
+    one.z0,one.feats = take((one.z0, one.feats), torch.arange(1))
+    ms = alternate({n: lambda o=o: apply(o, one, (length,)) for n,o in fs.items()}, rounds, clock=time.process_time)
+    return dict(by_steps=rows, ms={n: dict(ms=1e3*v['median']/length, ratio=v['ratio']) for n,v in ms.items()})
+
+
 # ---- other starts
 
 @torch.no_grad()
@@ -483,6 +530,7 @@ def main():
     p.add_argument('--only-first', action='store_true', help='measure Picard and `First` alone')
     p.add_argument('--only-starts', action='store_true', help='measure f without g, and g applied twice, alone')
     p.add_argument('--only-compaction', action='store_true', help='measure queries that leave the computation alone')
+    p.add_argument('--only-attention', action='store_true', help='measure attention in some applications alone')
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--threads', type=int, default=1)
@@ -496,6 +544,10 @@ def main():
 
     dl = det_dls(args.data, bs=8, size=args.size, val_bs=8, num_workers=0, seed=args.seed).valid
     if args.only_starts: return report(starts(model, dl, args.valid), args.out, valid=min(args.valid, len(dl.dataset)))
+    if args.only_attention:
+        with torch.no_grad(): valid = batches(model, dl, args.valid)
+        result = attention(model, valid, dl.dataset, model.decoder.length(), args.rounds)
+        return report(result, args.out, valid=sum(len(b.sizes) for b in valid))
     if args.only_compaction:
         with torch.no_grad(): valid = batches(model, dl, args.valid)
         result = compaction(model, valid, dl.dataset, (.1, .2, .4), model.decoder.length(), args.rounds)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.transforms.v2.functional import resize
 import own_data
-from acceleration import First
+from acceleration import First, Remembered
 from deqdet.boxes import iof, pairs
 from deqdet.decoder import position_embedding
 from deqdet.equilibrium import RAG, Perturb
@@ -231,6 +231,26 @@ def lighten(mixing, rank):
     mixing.out = LowRank(mixing.out, rank)
 
 
+class SeldomAttention(Ours):
+    "Attention among queries in every second application of f; between them, its last result is used"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        decoder = self.net.decoder
+        self.talk = decoder.step.talk = Remembered(decoder.step, 2)
+        decoder.init.register_forward_hook(self.restart)
+
+    def restart(self, *_): self.talk.n = 0
+
+    def loss(self, images, sizes, target):
+        decoder = self.net.decoder
+        trained = decoder.plan
+        steps = trained.steps - int(torch.randint(2, ()))          # the step with gradient has attention, or has not
+        decoder.plan = replace(trained, steps=steps, supervise=(steps,))
+        loss = super().loss(images, sizes, target)
+        decoder.plan = trained
+        return loss
+
+
 def some_rows(layer, rows):
     "A linear layer with some of the outputs of another"
     less = type(layer)(layer.in_features, len(rows))
@@ -344,6 +364,7 @@ IDEAS = {
     'no_init': partial(NoInit, 'deqdet_lite'),
     'no_init_first_boxes': partial(NoInitProposed, 'deqdet_lite'),
     'related': partial(Related, 'deqdet_lite'),
+    'seldom_attention': partial(SeldomAttention, 'deqdet_lite'),
     'fewer_points': partial(FewerPoints, 'deqdet_lite'),
     'light': partial(Light, 'deqdet_lite')}
 own_data.KINDS = IDEAS

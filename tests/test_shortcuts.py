@@ -9,7 +9,7 @@ from deqdet.sets.images import Target
 from deqdet.solver import Picard, solve, take
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
-from acceleration import Constant, First, Jump, Mix, by_query, calibration_error, compact, fit_stored, fit_unrolled, foreseen, halted, halting, judged, moved, moves
+from acceleration import Constant, First, Jump, Mix, apply, by_query, calibration_error, compact, fit_stored, fit_unrolled, foreseen, halted, halting, judged, moved, moves, remembering
 
 class Slow(nn.Module):
     "Contents and boxes go a part of the way to their place in every application"
@@ -159,3 +159,19 @@ def test_compaction_computes_what_halting_holds():
         for a,b in zip(found, sol.z): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         counted = ((sol.trace.rel.amax(-1) > tol).sum(0) + 1).clamp(max=5).sum().item()
         assert n==counted and (n < 30) == (tol > 0)
+
+@torch.no_grad()
+def test_remembered_attention():
+    "Without change in every application, and at a fixed point of f; elsewhere the states differ from the second on"
+    step,z,feats = mixer()
+    b = SimpleNamespace(z0=z, feats=feats)
+    plain = solve(step, z, (feats,), max_iter=3, keep=(1,2,3)).kept
+    always,seldom = remembering(step, 1),remembering(step, 2)
+    for _ in range(2): # applications are counted anew
+        found = apply(seldom, b, (1,2,3))
+        torch.testing.assert_close(found[1].content, plain[1].content)
+        assert torch.dist(found[2].content, plain[2].content) > 1e-3
+        torch.testing.assert_close(apply(always, b, (1,2,3))[3].content, plain[3].content)
+    assert 'talk' not in vars(step)
+    seldom.talk.n = 0
+    for _ in range(2): torch.testing.assert_close(seldom(z, feats).content, plain[1].content) # the same state twice
