@@ -233,7 +233,7 @@ def train(
     o = complete_options(options, PROCESSES)
     folder = Path(folder)
     learn = make_learner(o, folder, resume)
-    o = learn.options = with_epochs(learn.options, math.ceil(len(learn.dls.train)/PROCESSES))
+    o = learn.options = with_epochs(learn.options, updates_of_epoch(learn))
     make_folder(folder)
     _configure(learn, o, folder, resume)
     with resumable(o, folder) as how: _fit(learn, o, begun)

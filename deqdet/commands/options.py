@@ -80,11 +80,11 @@ def complete_options(
 # %% ../../nbs/commands/01_options.ipynb #a2fc5d9f
 def with_epochs(
     o,      # options, complete
-    batches # in an epoch of each process
+    updates # in an epoch
 ) -> dict:  # options with `epochs` or `minutes`
     "The options, with a number of epochs if neither epochs nor minutes are given"
     if 'epochs' in o or 'minutes' in o: return o
-    return o | dict(epochs=recipes[o['recipe']].epochs_for(batches//o['accumulate']))
+    return o | dict(epochs=recipes[o['recipe']].epochs_for(updates))
 
 # %% ../../nbs/commands/01_options.ipynb #48044262
 MAY_CHANGE = {'data','layout','epochs','minutes','every','workers','device','skip_bad','track'}
