@@ -41,6 +41,13 @@ class RandomSteps(Ours):
         return loss
 
 
+class SometimesEarly(RandomSteps):
+    "In half of the batches, the first or the second state has a loss too"
+    def lengths(self):
+        if torch.rand(()) < .5: return {}
+        return dict(supervise=(int(torch.randint(1, 3, ())), self.net.decoder.plan.steps))
+
+
 class Mosaics(Ours):
     "Half of the batches are mosaics of four images, except in the last 30 % of the training"
     def loss(self, images, sizes, target):
@@ -348,6 +355,7 @@ IDEAS = {
     'random_stretch_half': partial(RandomContracted, 'deqdet_lite', weight=.2, every=2),
     'sized': partial(Sized, 'deqdet_lite'),
     'sized_random': partial(SizedRandom, 'deqdet_lite'),
+    'sometimes_early': partial(SometimesEarly, 'deqdet_lite'),
     'deqdet_lite_base': KINDS['deqdet_lite_base'],
     'damped': partial(Damped, 'deqdet_lite'),
     'undamped': partial(Damped, 'deqdet_lite', learn=False),                          # the same supervision
