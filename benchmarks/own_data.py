@@ -151,6 +151,7 @@ KINDS = {
     'adamixer_lite': partial(Ours, 'adamixer_lite'),
     'shared_lite': partial(Ours, 'shared_lite'),       # gradients through all applications
     'deqdet_lite_scratch': partial(LITE, start=False), # random neck, queries and decoder
+    'deqdet_small': partial(Ours, 'deqdet_small', start=False), # all of it random; --body-lr 1 --frozen 0
     'deqdet_lite_focal': partial(LITE, overlap=False), # class targets of 1
     'deqdet_lite_plain': partial(LITE, denoise=False), # no noisy truth
     'deqdet_lite_base': partial(LITE, denoise=False, overlap=False),
