@@ -5,13 +5,14 @@
         --out deqdet/weights/deqdet_lite.safetensors
     python benchmarks/pretrain.py --minutes 75 --stream 3 --begin yes --overlap .75 --lr 2e-3 --siblings .5 --run runs/third \
         --out deqdet/weights/deqdet_lite.safetensors
-    python benchmarks/pretrain.py --minutes 75 --stream 4 --begin yes --overlap .75 --lr 2e-3 --siblings .5 --denoise 60 \
-        --run runs/fourth --out deqdet/weights/deqdet_lite.safetensors
+    python benchmarks/pretrain.py --minutes 66 --stream 4 --begin yes --overlap .75 --lr 2e-3 --siblings .5 --denoise 60 \
+        --early 2 --run runs/fourth --out deqdet/weights/deqdet_lite.safetensors
 
 The first command starts from random weights. The others go on from what the package holds (`--begin`), with other scenes
 (`--stream`) and class targets that grow with the overlap. In the third, half of the scenes show classes that differ only
 in a detail (`--siblings`). Their rows of the class layers are not written: the file names the 60 kinds. In the fourth, g and
-f also refine noisy truth, up to 60 states of an image (`--denoise`).
+f also refine noisy truth, up to 60 states of an image (`--denoise`), and the loss on the end of the path has one application
+behind it instead of two, for the first or the second state has a loss too (`--early`).
 
 Each scene is drawn once, by a process beside the one that trains. The state is saved every 200 updates in --run, and the
 same command goes on from there. The file holds the moving average of the weights, in half precision, without the body. `--name adamixer_lite` trains the stack instead."""
@@ -117,10 +118,11 @@ def keep_rows(model, file):
         if '.cls.3.' in k: own[k][:len(v)] = v
 
 
-def strategy(name):
-    "The equilibrium is trained with two applications behind each gradient, and one more on the first guess"
-    own = published(name).hyper.strategy
-    return dict(strategy=replace(own, init_steps=1, grad=RAG(2))) if isinstance(own, Settled) else {}
+def strategy(args):
+    "The equilibrium is trained with two applications behind each gradient, or one if early states have a loss; one more on the first guess"
+    own = published(args.name).hyper.strategy
+    grad = RAG(1 if args.early else 2)
+    return dict(strategy=replace(own, init_steps=1, grad=grad)) if isinstance(own, Settled) else {}
 
 
 class Run:
@@ -129,7 +131,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.args = args
         vocab = KIND_NAMES + SIBLING_NAMES if args.siblings else KIND_NAMES
-        self.model = create_detector(args.name, vocab=vocab, pretrained=args.body or True, start=bool(args.begin), **strategy(args.name)).train()
+        self.model = create_detector(args.name, vocab=vocab, pretrained=args.body or True, start=bool(args.begin), **strategy(args)).train()
         if args.begin: keep_rows(self.model, start_file(args.name))
         self.model.pyramid.body.requires_grad_(False)
         self.opt = Muon(groups(self.model, .1), lr=args.lr, weight_decay=.1)
@@ -161,10 +163,17 @@ class Run:
     def loss_of(self, images, target):
         "The main loss; with `--denoise`, that of noisy truth on the same features too"
         model,size = self.model,target.size
+        if self.args.early: self.draw_early()
         feats = features(model, images, size)
         loss = self.loss(model.decoder(model.queries(size, feats), feats), target)
         if not self.args.denoise: return loss
         return loss + denoising_loss(model, feats, size, target, loss=self.loss, states=self.args.denoise)
+
+    def draw_early(self):
+        "Which states have a loss in this update: one of the first `--early`, and the last"
+        decoder = self.model.decoder
+        first = int(torch.randint(1, self.args.early + 1, ()))
+        decoder.plan = replace(decoder.plan, supervise=(first, decoder.plan.steps))
 
     def update(self, images, target):
         for g in self.opt.param_groups: g['lr'] = self.rate()
@@ -196,7 +205,7 @@ class Run:
 
 
 def main():
-    p = parser(__doc__, minutes=85., bs=8, lr=2.5e-3, seed=0, name='deqdet_lite', run='runs/pretrain', body='', begin='', stream=1, overlap=0., siblings=0., denoise=0)
+    p = parser(__doc__, minutes=85., bs=8, lr=2.5e-3, seed=0, name='deqdet_lite', run='runs/pretrain', body='', begin='', stream=1, overlap=0., siblings=0., denoise=0, early=0)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     run = Run(args)
