@@ -36,7 +36,7 @@ from .training.minutes import (
 from .training.optim import Muon
 from .training.processes import Shards, deal, shard
 from .training.recipes import (DetOpt, Group, Recipe, SECTIONS, adamixer_1x, adamixer_3x,
-    deformable, deqdet_1x, deqdet_2x, param_groups, recipes, section_of, section_of as part_of)
+    deformable, deqdet_1x, deqdet_2x, made_for, param_groups, recipes, section_of, section_of as part_of)
 from .training.results import Interpretation, draw_results
 from .training.resume import Resume, Stop
 from .training.watch import CSVLog, NonFinite, Term, TermRecorder, WatchSettling
@@ -125,10 +125,9 @@ def det_learner(
     if accumulate > 1: learn.add_cb(GradientAccumulation(accumulate*dls.train.bs))
     if amp: learn.add_cb(Amp(amp))
     learn.add_cbs(cbs)
-    _add_average(learn)
-    add_denoising(learn, cbs)
     learn.plain_loss = plain
-    set_scoring(learn)
+    learn.of_recipe = [] # callbacks
+    _follow(learn)
     return learn
 
 # %% ../nbs/14_learner.ipynb #cc1e3297
@@ -136,6 +135,15 @@ def _add_average(learn, cbs=None):
     "The average of weights that the recipe asks for, unless there is one"
     averaged = any(isinstance(o, EMA) for o in [*learn.cbs, *L(cbs)])
     if learn.recipe.ema and not averaged: learn.add_cb(EMA(learn.recipe.ema))
+
+def _follow(learn, cbs=None):
+    "Callbacks and class targets of the recipe, in place of those of the one before"
+    learn.remove_cbs(learn.of_recipe)
+    given = list(learn.cbs)
+    _add_average(learn, cbs)
+    add_denoising(learn, cbs)
+    learn.of_recipe = [o for o in learn.cbs if o not in given]
+    set_scoring(learn)
 
 def _check_classes(model, dls):
     "Raise an error if model and data have other numbers of classes; name the model's classes"
@@ -229,13 +237,10 @@ def fit_published(self:DetLearner,
         self.wd = self.recipe.wd
         self.opt = None
         self.gradient_clip.max_norm = self.recipe.clip
-        _add_average(self, cbs)
-        add_denoising(self, cbs)
-        set_scoring(self)
+        _follow(self, cbs)
     if minutes: return self.fit(MANY, cbs=[budget_by_recipe(self, minutes), *L(cbs)])
     n_epoch = self.recipe.epochs_for(updates_of_epoch(self)) if epochs is None else epochs
-    fitted = self.recipe.updates > 0 or n_epoch != self.recipe.epochs # not the recipe's length
-    self.fit(n_epoch, cbs=[Schedule(self.recipe, fitted), *L(cbs)])
+    self.fit(n_epoch, cbs=[Schedule(self.recipe, not made_for(self.recipe, n_epoch)), *L(cbs)])
 
 # %% ../nbs/14_learner.ipynb #e81fe9a0
 @patch

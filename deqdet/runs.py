@@ -26,6 +26,7 @@ from .ops.errors import CommandError, FILE_FAULTS, blame, make_folder, one_line
 from .ops.files import finite, write_json
 from .ops.machine import duration, machine # `duration` is imported from here
 from .predict import detect, load_detector, save_detector, save_figure
+from .sets.images import DataError, load_image
 from .sets.mosaic import Mosaic
 from .sets.sizes import warn_if_crowded, warn_if_tiny
 from .training.callbacks import Patience
@@ -117,6 +118,16 @@ def make_learner(
     return learn.remove_cb(ProgressCallback).add_cb(EpochLines())
 
 # %% ../nbs/19_runs.ipynb #53506cad
+def _readable(ds, n):
+    "The first images that can be read, `n` at most, by id"
+    found = {}
+    for o in ds.coco['images']:
+        if len(found)==n: break
+        size = o.get('height'), o.get('width')
+        try: found[o['id']] = load_image(ds.folder/o['file_name'], size)
+        except DataError: pass
+    return found
+
 def draw_training(
     folder, # of a training
     ds,     # its validation set
@@ -127,9 +138,10 @@ def draw_training(
     evaluated = log['AP'].notna() # with `minutes`, only some epochs are
     if evaluated.any(): log = log[evaluated]
     save_figure(plot_training(log)[0].figure, folder/'curves.png')
-    ids = {ds.folder/o['file_name']: o['id'] for o in ds.coco['images'][:n]}
-    found = detect(load_detector(folder), list(ids))
-    preds = [dict(o.dets, image_id=ids[o.picture]) for o in found if not o.error]
+    images = _readable(ds, n)
+    if not images: return
+    found = detect(load_detector(folder), images.values())
+    preds = [dict(o.dets, image_id=i) for i,o in zip(images, found)]
     save_figure(show_predictions(ds, preds, n=n), folder/'predictions.png')
 
 # %% ../nbs/19_runs.ipynb #f4686a83
@@ -154,13 +166,13 @@ def finish(
     "Write the plots and numbers at the end of a training, and return the numbers"
     keep = learn.keep
     dls = learn.dls
-    draw_training(folder, dls.valid_ds)
     amount = _amount(learn, o)
     m = dict(best=dict(epoch=keep.best, **keep.result), last=dict(epoch=keep.at, **keep.last),
              **amount, seconds=round(keep.seconds, 1), curve=list(keep.curve),
              n_train=len(dls.train_ds), n_valid=len(dls.valid_ds),
              parameters=sum(p.numel() for p in learn.model.parameters()), machine=machine())
     write_json(finite(m), folder/'metrics.json')
+    draw_training(folder, dls.valid_ds)
     return m
 
 # %% ../nbs/19_runs.ipynb #96269ba6
@@ -232,7 +244,8 @@ def train(
         raise CommandError('--epochs and --minutes exclude each other')
     o = complete_options(options, PROCESSES)
     folder = Path(folder)
-    learn = make_learner(o, folder, resume)
+    going_on = resume and (folder/'resume.pt').exists()
+    learn = make_learner(o, folder, going_on)
     o = learn.options = with_epochs(learn.options, updates_of_epoch(learn))
     make_folder(folder)
     _configure(learn, o, folder, resume)

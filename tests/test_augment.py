@@ -205,10 +205,16 @@ def test_the_small_recipe_varies_scale_only_downwards(sample):
     plain = recipe_small(128, least=1, jitter=0)
     assert max(gap(*plain(*sample)) for _ in range(10)) <= .5
 
+@pytest.mark.parametrize('augment', AUGMENT)
+def test_no_augmentation_feeds_more_than_the_input_size(augment):
+    "A square image fits the short side in training too"
+    feed = SimpleNamespace(short=96, long=160)
+    for _ in range(8): assert max(feed_tfm(feed, augment)(*board(200, 200))[1].size.tolist()) <= 96
+
 def test_feed_tfm_is_the_recipe_its_name_says():
     feed = SimpleNamespace(short=96, long=160)
     crop = recipe_2x(True, [58, 61, 65, 69, 73, 77, 81, 84, 88, 92, 96], [48, 60, 72], [46, 72], 160)
-    want = dict(none=recipe_1x(False, 96, 160), flip=recipe_1x(True, 96, 160), crop=crop, small=recipe_small(160))
+    want = dict(none=recipe_1x(False, 96, 160), flip=recipe_1x(True, 96, 160), crop=crop, small=recipe_small(160, short=96))
     assert list(AUGMENT)==list(want)
     for k in AUGMENT:
         assert repr(feed_tfm(feed, k))==repr(want[k])

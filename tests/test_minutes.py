@@ -302,3 +302,5 @@ def test_fit_by_another_recipe_brings_its_average_too(path):
     assert averages(learn)==[.99]
     with learn.quiet(): learn.fit_published('finetune', epochs=1)
     assert averages(learn)==[.99]
+    with learn.quiet(): learn.fit_published('tiny', epochs=1) # has none
+    assert averages(learn)==[] and not hasattr(learn, 'denoise')

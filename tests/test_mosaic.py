@@ -7,6 +7,10 @@ from deqdet.families.adamixer import AdaMixer
 from deqdet.learner import det_learner
 from deqdet.sets.images import Target, collate
 from deqdet.sets.mosaic import Mosaic, four_in_one, mosaic, windowed
+from deqdet.training.minutes import MANY, TimeBudget
+
+SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32,
+                 heads=4, groups=2, points=(4,), out_points=8, hidden=32, strategy=Settled(steps=1, supervise=(1,)))
 
 def sample(h, w, boxes, i=0, value=100):
     "An image of one brightness, bright where its objects are"
@@ -64,9 +68,15 @@ class Looks(Callback):
 
 def test_the_last_part_of_a_training_goes_without(tmp_path):
     path = synth_coco(tmp_path/'shapes', n_train=8, n_valid=2, size=64, seed=0)
-    small = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4, grid=(2,2,.4), width=32,
-                     heads=4, groups=2, points=(4,), out_points=8, hidden=32, strategy=Settled(steps=1, supervise=(1,)))
-    learn = det_learner(det_dls(path, 4, num_workers=0, device='cpu'), small.build(), lr=1e-4, cbs=[Mosaic(1., last=.5), Looks()])
+    learn = det_learner(det_dls(path, 4, num_workers=0, device='cpu'), SMALL.build(), lr=1e-4, cbs=[Mosaic(1., last=.5), Looks()])
     with learn.quiet(): learn.fit(4)
     assert learn.looks.changed == [True]*4 + [False]*4
     assert learn.history.train_loss.notna().all()
+
+def test_a_fit_that_ends_before_its_minutes_goes_without_too(tmp_path):
+    "The budget allows eight batches of an hour"
+    path = synth_coco(tmp_path/'shapes', n_train=8, n_valid=2, size=64, seed=0)
+    budget = TimeBudget(60, most=8)
+    learn = det_learner(det_dls(path, 4, num_workers=0, device='cpu'), SMALL.build(), lr=1e-4, cbs=[Mosaic(1., last=.5), Looks(), budget])
+    with learn.quiet(): learn.fit(MANY)
+    assert learn.looks.changed == [True]*4 + [False]*4

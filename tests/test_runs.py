@@ -3,16 +3,16 @@ import json, re, shutil, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
-from deqdet import cli
+from deqdet import cli, runs
 from deqdet.commands.options import division, feed_of, has_start, with_enough_pixels, with_enough_queries
-from deqdet.data import DataError, synth_coco
+from deqdet.data import DataError, det_dls, synth_coco
 from deqdet.learner import recipes
 from deqdet.families.adamixer import AdaMixer
 from deqdet.model import Feed
 from deqdet.ops import machine
 from deqdet.ops.errors import CommandError
 from deqdet.predict import eval_loader, save_detector
-from deqdet.runs import DIETS, complete_options, duration, loaders, resumed_options, start_detector, with_epochs
+from deqdet.runs import DIETS, _readable, complete_options, duration, loaders, resumed_options, start_detector, train, with_epochs
 from deqdet.sets.formats import divided, read_data
 from deqdet.sets.large import read_sources
 from deqdet.sets.sizes import queries_for, warn_if_crowded, warn_if_tiny
@@ -201,6 +201,29 @@ def test_an_undivided_set_is_divided(tmp_path):
     with pytest.warns(UserWarning, match='2 of 10'): again = loaders(o, Feed(32, 32))
     assert [x['id'] for x in dls.valid_ds.images] == [x['id'] for x in again.valid_ds.images]
     with pytest.raises(DataError, match="no split 'valid'"): loaders(o | dict(valid='valid'), Feed(32, 32))
+    with pytest.warns(UserWarning, match='2 of 10 images validate'): loaders(o | dict(train='train'), Feed(32, 32))
+
+
+@pytest.mark.parametrize('given', [{}, dict(train='train'), dict(train='extra')])
+def test_a_division_leaves_other_splits_alone(tmp_path, given):
+    "Images of `test` are neither trained on nor, with `valid_pct`, validated on; an evaluation finds those that validated"
+    data = synth_coco(tmp_path/'set', n_train=8, n_valid=6, size=32, seed=0)
+    (data/'annotations/instances_valid.json').rename(data/'annotations/instances_test.json')
+    whole = json.loads((data/'annotations/instances_train.json').read_text())
+    few = whole | dict(images=whole['images'][:4], annotations=[a for a in whole['annotations'] if a['image_id'] <= whole['images'][3]['id']])
+    (data/'annotations/instances_extra.json').write_text(json.dumps(few))
+    (tmp_path/'best').mkdir()
+    o = complete_options(dict(data=str(data), model='deqdet_tiny', bs=1, device='cpu', valid_pct=.25) | given)
+    (tmp_path/'config.json').write_text(json.dumps(dict(options=o)))
+    dls = loaders(o, Feed(32, 32))
+    assert (len(dls.train_ds), len(dls.valid_ds)) == ((3, 1) if given.get('train')=='extra' else (6, 2))
+    names = [o['file_name'] for o in [*dls.train_ds.images, *dls.valid_ds.images]]
+    assert all('train' in o for o in names) and len(set(names))==len(names)
+    model = AdaMixer(n_classes=4, body='tiny').build()
+    model.vocab, model.feed = None, Feed(32, 32)
+    judged = eval_loader(data, model, **division(tmp_path)).dataset
+    assert [o['file_name'] for o in judged.images] == [o['file_name'] for o in dls.valid_ds.images]
+    with pytest.raises(DataError): loaders(o | dict(train='nights'), Feed(32, 32))
 
 
 def test_a_check_divides_as_a_training(tmp_path, capsys):
@@ -242,7 +265,7 @@ def test_evaluation_finds_the_images_that_validated(tmp_path, seed, valid_pct):
     o = complete_options(dict(data=str(data), model='deqdet_tiny', bs=1, device='cpu', seed=seed) | ({} if valid_pct is None else dict(valid_pct=valid_pct)))
     (tmp_path/'best').mkdir()
     (tmp_path/'config.json').write_text(json.dumps(dict(options=o)))
-    assert division(tmp_path) == division(tmp_path/'best') == dict(seed=seed, valid_pct=valid_pct or .2)
+    assert division(tmp_path) == division(tmp_path/'best') == division(tmp_path/'last') == dict(seed=seed, valid_pct=valid_pct, train='train')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         validated = loaders(o, Feed(32, 32)).valid_ds
@@ -286,3 +309,32 @@ def test_small_objects(sides, said):
         warnings.simplefilter('always')
         warn_if_tiny(ds, Feed(320, 320))
     assert len(got) == (said is not None) and all(re.search(said, str(o.message)) for o in got)
+
+
+def test_going_on_where_nothing_is_begins_the_same_training(tmp_path, monkeypatch):
+    "`--resume` without a `resume.pt`: as many queries and as large images as without it"
+    data = synth_coco(tmp_path/'set', n_train=2, n_valid=1, size=64, seed=0)
+    file = data/'annotations/instances_train.json'
+    coco = json.loads(file.read_text())
+    one = coco['annotations'][0] | dict(bbox=[3, 3, 3, 3], image_id=coco['images'][0]['id'])
+    coco['annotations'] = [one | dict(id=i) for i in range(120)]
+    file.write_text(json.dumps(coco))
+    for o in '_fit', 'finish': monkeypatch.setattr(runs, o, lambda *_: None)
+    options = dict(data=str(data), model='deqdet_lite', pretrained='no', epochs=1, workers=0, bs=2, device='cpu')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for resume in (False, True): train(options, tmp_path/f'run{resume}', resume)
+    plain,again = (json.loads((tmp_path/f'run{o}/config.json').read_text())['options'] for o in (False, True))
+    assert plain==again and plain['queries'] > 100
+
+
+def test_a_drawing_of_images_that_can_be_read(tmp_path):
+    "Damaged ones are left out; where all are damaged, there is no drawing"
+    data = synth_coco(tmp_path/'set', n_train=2, n_valid=4, size=32, seed=0)
+    ds = det_dls(data, num_workers=0, on_error='skip').valid_ds
+    files = [ds.folder/o['file_name'] for o in ds.images]
+    for f in files[:2]: f.write_bytes(b'no image')
+    assert list(_readable(ds, 6)) == [o['id'] for o in ds.images[2:]]
+    assert list(_readable(ds, 1)) == [ds.images[2]['id']]
+    for f in files: f.write_bytes(b'no image')
+    assert not _readable(ds, 6)

@@ -45,7 +45,9 @@ def test_schedule_sets_the_rates_of_a_recipe(path):
 @pytest.mark.parametrize('recipe,kwargs,risen', [
     (Recipe(epochs=3, drops=(), warmup=4), {}, [.001, .334, .667, 1., 1., 1.]), # its own length: its own warm-up
     (Recipe(epochs=9, drops=(), warmup=4), dict(epochs=3), [1.]*6),
-    (Recipe(updates=6, drops=(), warmup=4), {}, [1.]*12)])
+    (Recipe(updates=6, drops=(), warmup=4), {}, [1.]*12),
+    ('1x', {}, [1.]*16 + [.1]*6 + [.01]*2), # made for COCO's number of updates
+    ('1x', dict(epochs=6), [1.]*8 + [.1]*2 + [.01]*2)])
 def test_a_fit_of_another_length_has_another_warmup(path, recipe, kwargs, risen):
     learn = make(path)
     with learn.quiet(): learn.fit_published(recipe, **kwargs)

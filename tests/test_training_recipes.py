@@ -30,6 +30,10 @@ def test_a_short_fit_gets_a_short_warmup():
     assert replace(r, warmup=0).fitted(80).warmup==0
     assert replace(r.fitted(80), warmup=75)==r
 
+def test_drops_come_at_the_same_parts():
+    assert [Recipe().fitted(10**5, n).drops for n in (3, 6, 12, 36)]==[(2,2), (4,5), (8,11), (24,33)]
+    assert Recipe().fitted(10**5)==Recipe() and recipes['finetune'].fitted(10**5, 99).drops==()
+
 def test_unknown_numbers_are_refused():
     with pytest.raises(TypeError, match='epoch'): Recipe(epoch=3)
 

@@ -23,7 +23,7 @@ from ..ops.errors import CommandError, blame
 from ..predict import load_detector, start_from
 from ..sets.augment import feed_tfm
 from ..sets.sizes import queries_for, size_for
-from ..sets.undivided import VALID_PCT, with_validation
+from ..sets.undivided import with_validation
 from ..zoo import create_detector, published
 
 # %% ../../nbs/commands/01_options.ipynb #9c809db3
@@ -128,8 +128,8 @@ def _sizes(dls): return len(dls.train_ds), len(dls.valid_ds)
 def _read(o, **kwargs):
     "Loaders; where a set has no images to validate on, others take their place"
     read = partial(det_dls, o['data'], o['bs'], **kwargs)
-    named = {'train','valid','valid_pct'} & o.keys()
-    if named: return read(valid_pct=o.get('valid_pct'))
+    named = 'valid' in o or o.get('train', 'train')!='train'
+    if named or 'valid_pct' in o: return read(valid_pct=o.get('valid_pct'))
     return with_validation(read, o['data'], _sizes)
 
 def loaders(
@@ -156,12 +156,13 @@ def loaders(
 # %% ../../nbs/commands/01_options.ipynb #ae581204
 def division(
     folder # of a training, or of a detector
-) -> dict: # share and seed
+) -> dict: # share, None if it was not asked for; seed; split
     "How a training divides a set that is not divided"
     folder = Path(folder)
-    if folder.name=='best': folder = folder.parent
+    if folder.name in ('best','last'): folder = folder.parent
     o = saved_options(folder) if (folder/'best').is_dir() else {}
-    return dict(valid_pct=o.get('valid_pct', VALID_PCT), seed=o.get('seed', 0))
+    return dict(valid_pct=o.get('valid_pct'), seed=o.get('seed', 0),
+                train=o.get('train', 'train'))
 
 # %% ../../nbs/commands/01_options.ipynb #5a0e7c22
 def with_enough_queries(

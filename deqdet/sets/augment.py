@@ -136,12 +136,14 @@ def recipe_small(
     size: int,         # most pixels of the long side
     train: bool=True,  # False: only resize
     least: float=.75,  # smallest scale, as a part of `size`
-    jitter: float=.2   # strength of the changes of brightness, contrast and saturation
+    jitter: float=.2,  # strength of the changes of brightness, contrast and saturation
+    short: int=None    # most pixels of the short side; None: `size`
 ) -> Augment:           # for `DetDataset(..., tfm=)`
     "A light recipe for small sets: resize to `size`, flip, vary scale and colour a little"
-    if not train: return Augment(Fit(size, size))
-    scales = sorted({int(size*(least + (1 - least)*i/4) + .5) for i in range(5)})
-    resize = v2.RandomChoice([Fit(s, s) for s in scales])
+    sides = short or size, size
+    if not train: return Augment(Fit(*sides))
+    scales = {least + (1 - least)*i/4 for i in range(5)}
+    resize = v2.RandomChoice([Fit(*[int(o*s + .5) for o in sides]) for s in sorted(scales)])
     colour = v2.ColorJitter(jitter, jitter, jitter)
     return Augment(v2.RandomHorizontalFlip(), resize, colour, v2.SanitizeBoundingBoxes())
 
@@ -155,7 +157,7 @@ def feed_tfm(
     "The transform to an input size, with the named augmentation"
     if augment not in AUGMENT:
         raise ValueError(f"augment={augment!r}: one of {', '.join(AUGMENT)} was expected")
-    if augment=='small': return recipe_small(feed.long)
+    if augment=='small': return recipe_small(feed.long, short=feed.short)
     if augment!='crop': return recipe_1x(augment=='flip', feed.short, feed.long)
     def scaled(pixels): return [max(1, round(x*feed.short/800)) for x in pixels]
     shorts = scaled(range(480, 801, 32))

@@ -10,6 +10,7 @@ __all__ = ['read_table', 'clean_table', 'clean_source', 'pack', 'with_objects', 
 # %% ../../nbs/sets/19_large.ipynb #015d2e97
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from .arrays import NO_ID, Entries, Table
@@ -17,7 +18,7 @@ from .cache import read_arrays
 from deqdet.sets.check import (KEPT, _annotation, _categories, _fault, _key, _place,
     _unique, clean)
 from .formats import (Problem, _check_fields, _coco_file, divided, find_layout,
-    read_coco, read_data)
+    read_coco, read_data, to_divide)
 from .images import as_data_error, image_size
 from .source import image_folder
 
@@ -233,7 +234,7 @@ def _sources(path, layout, splits, valid_pct, seed):
     "As `read_sources`, with any error that damaged data raises"
     layout = layout or find_layout(path)
     if layout=='coco' and valid_pct is None: return [read_table(path, o) for o in splits]
-    table = read_table(path) if layout=='coco' else None
+    table = to_divide(partial(read_table, path), splits[0]) if layout=='coco' else None
     if not isinstance(table, Table): return read_data(path, layout, splits, valid_pct, seed)
     parts = divided(len(table.images['id']), valid_pct, seed)
     return [_of_images(table, np.array(o, dtype=np.int64)) for o in parts]

@@ -89,7 +89,7 @@ class Mosaic(Callback):
     def done(self):
         "The part of the training that is done, 0..1"
         budget = vars(self.learn).get('time_budget')
-        return budget.elapsed()/budget.seconds if budget else self.pct_train
+        return budget.part() if budget else self.pct_train
 
     def before_batch(self):
         if self.done() >= 1 - self.last or torch.rand(()) >= self.part: return

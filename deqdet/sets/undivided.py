@@ -48,16 +48,19 @@ def read_to_judge(
     path,         # folder of a set
     split=None,   # name; None: all images
     layout=None,  # 'coco', 'voc', 'yolo', 'hf' or 'csv'; by default it is recognised
-    valid_pct=VALID_PCT, # share of an undivided set
-    seed=0        # of its division
+    valid_pct=None, # share of an undivided set that was asked for
+    seed=0,       # of its division
+    train='train' # name of the split that was divided, if it has one
 ): # `Source`
     "One split; for `valid` the images that validated a training"
     layout = layout or find_layout(path)
     def read(splits=('train',split), valid_pct=None):
-        if valid_pct is None: return [LAYOUTS[layout](path, splits[1])]
-        return read_data(path, layout, valid_pct=valid_pct, seed=seed)
+        if not valid_pct: return [LAYOUTS[layout](path, splits[1])]
+        return read_data(path, layout, (train,'valid'), valid_pct, seed)
     if split!='valid': return read()[0]
-    return with_validation(read, path, _images_of, valid_pct)[-1]
+    if valid_pct is None: return with_validation(read, path, _images_of)[-1]
+    try: return read()[0]
+    except NoSplit: return read(valid_pct=valid_pct)[-1]
 
 def _images_of(sources): return [len(o.coco['images']) for o in sources]
 

@@ -97,7 +97,7 @@ class Schedule(Callback):
     run_valid = False
     def __init__(self,
         recipe, # a `Recipe`
-        fitted=False # shorten the warm-up of a short fit, as `Recipe.fitted` does?
+        fitted=False # fit warm-up and drops to the length, as `Recipe.fitted` does?
     ):
         self.recipe = recipe
         self.fitted = fitted
@@ -110,7 +110,7 @@ class Schedule(Callback):
         per_update = self.learn.accumulate
         update = self.train_iter//per_update
         total = self.n_epoch*self.n_iter/per_update
-        recipe = self.recipe.fitted(total) if self.fitted else self.recipe
+        recipe = self.recipe.fitted(total, self.n_epoch) if self.fitted else self.recipe
         part = recipe.factor(update, self.epoch, total)
         self.opt.set_hyper('lr', [lr*part for lr in self.base])
 
