@@ -222,7 +222,10 @@ def test_weights_of_a_body_that_would_not_be_read(world, tmp_path, capsys):
 def test_messages_speak_of_options(world, tmp_path, capsys):
     data, start = str(world/'shapes'), str(world/'start')
     bad(capsys, 'needs --valid_pct', train, world, tmp_path/'out', train='nope')
-    bad(capsys, 'with --train and --valid', train, world, tmp_path/'out', valid_pct=.3)
+    bad(capsys, "no split 'nope'", train, world, tmp_path/'out', train='nope', valid_pct=.3)
+    two = shutil.copytree(world/'shapes', tmp_path/'two')
+    (two/'annotations/instances_train.json').rename(two/'annotations/instances_test.json')
+    bad(capsys, 'with --train and --valid', train, tmp_path, tmp_path/'out', 'two', model=str(world/'start'), valid_pct=.3)
     bad(capsys, "needs --split ''", cli.deqdet_eval, start, data, 'nope')
     bad(capsys, '--layout foo', cli.deqdet_check, data, 'foo')
     bad(capsys, 'deqdet_models has all names', train, world, tmp_path/'out', model='deqdet_r50')
