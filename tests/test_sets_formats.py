@@ -80,6 +80,36 @@ def test_coco_reader(tmp):
     (tmp/'bad.json').write_text('{"images": [{"id": 1}], "categories": []}')
     with pytest.raises(DataError, match=r"images\[0\]: no field 'file_name'"): read_coco(tmp/'bad.json')
 
+def two_splits(path, folders, side=dict(train=8, valid=9)):
+    "A COCO set whose splits have equal file names; images of a split have a width of their own"
+    (path/'annotations').mkdir()
+    for split, folder in folders.items():
+        (path/folder).mkdir(parents=True, exist_ok=True)
+        images = [dict(id=i, file_name=f'{i}.png', width=side[split], height=8) for i in range(4)]
+        for o in images: Image.new('RGB', (side[split], 8)).save(path/folder/o['file_name'])
+        coco = dict(images=images, annotations=[], categories=[])
+        (path/f'annotations/{split}.json').write_text(json.dumps(coco))
+
+@pytest.mark.parametrize('train, valid', [
+    ('images/Train', 'images/Valid'), ('images/img_train', 'images/img_val'), ('Train2017', 'Val2017'), ('training', 'validation'),
+    ('train', 'images/valid'), ('train_images', 'images-VAL')])
+def test_each_split_of_coco_has_its_own_images(tmp_path, train, valid):
+    two_splits(tmp_path, dict(train=train, valid=valid))
+    for o in 'masks', 'train_masks': shutil.copytree(tmp_path/train, tmp_path/o, dirs_exist_ok=True)
+    for o in tmp_path.glob('*masks/*'): Image.new('L', (3, 3)).save(o)
+    (tmp_path/valid/'2.png').unlink() # a missing image is missed, not found among those of the other split
+    assert [o.folder for o in read_data(tmp_path)]==[tmp_path/train, tmp_path/valid]
+
+@pytest.mark.parametrize('read', [read_coco, read_table])
+def test_images_in_two_folders_are_not_guessed(tmp_path, read):
+    two_splits(tmp_path, dict(train='rgb', valid='depth'))
+    for o in 'train', 'valid':
+        with pytest.raises(DataError, match=f"{o}.json: images: .*/depth and .*/rgb hold different files of these names: .* 'images'"): read(tmp_path, o)
+    shutil.copytree(tmp_path/'rgb', tmp_path/'depth', dirs_exist_ok=True)
+    assert read(tmp_path, 'train').folder==tmp_path/'depth' # a copy
+    shutil.copytree(tmp_path/'rgb', tmp_path/'images')
+    assert read(tmp_path, 'train').folder==tmp_path/'images'
+
 def test_voc_reader(tmp):
     src = read_voc(tmp/'voc', 'train')
     assert [o['name'] for o in src.coco['categories']]==['cat','dog']
