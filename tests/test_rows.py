@@ -68,6 +68,33 @@ def test_names_are_found_at_any_depth():
     assert class_names({}) is None and class_names(None) is None
 
 
+def test_a_number_is_a_place_in_names_and_else_a_class():
+    objects = [dict(image='x', objects=[dict(bbox=BOXES[0], category=k)]) for k in (10, 2, 1, 2)]
+    def read(rows, names=None):
+        coco = rows_to_coco(rows, lambda x, i: x, names)
+        found = {o['id']: o['name'] for o in coco['categories']}
+        return list(found.values()), [found[a['category_id']] for a in coco['annotations']]
+    assert read(objects) == read(objects, [1, 2, 10]) == (['1', '2', '10'], ['10', '2', '1', '2'])
+    assert read(objects[1:], ['cat', 'dog', 'cow']) == (['cat', 'dog', 'cow'], ['cow', 'dog', 'cow'])
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_splits_with_numbers_for_classes_have_one_vocabulary(tmp_path, packed):
+    "Also one that lacks a class of the other"
+    for split, classes in dict(train=(1, 2, 10), valid=(2, 10)).items():
+        lines = [dict(file_name=f'{i}.png', objects=dict(bbox=[BOXES[0]], categories=[k])) for i, k in enumerate(classes)]
+        if not packed: jsonl(tmp_path/split, lines)
+        else:
+            pa = pytest.importorskip('pyarrow', reason='pyarrow is not installed (the extra "hf")')
+            rows = [dict(image=dict(bytes=encoded(i)), objects=o['objects']) for i, o in enumerate(lines)]
+            import pyarrow.parquet
+            pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path/f'{split}.parquet')
+    dls = det_dls(tmp_path, bs=1, num_workers=0, device='cpu')
+    assert list(dls.vocab) == ['1', '2', '10']
+    found = [[dls.vocab[t.labels.item()] for _, t in (ds[i] for i in range(len(ds)))] for ds in (dls.train_ds, dls.valid_ds)]
+    assert found == [['1', '2', '10'], ['2', '10']]
+
+
 def jsonl(folder, lines):
     folder.mkdir(parents=True, exist_ok=True)
     for i, _ in enumerate(lines): picture(i).save(folder/f'{i}.png')

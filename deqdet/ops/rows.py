@@ -115,7 +115,8 @@ def rows_to_coco(
             images.append(dict(id=i, file_name=place(row['image'], i)))
             objects += [(i, *o) for o in _objects(row)]
     if names is None: names = sorted({label for _,_,label,_ in objects})
-    number = {o: k for k,o in enumerate(names, 1)} | {k: k+1 for k in range(len(names))}
+    number = {o: k for k,o in enumerate(names, 1)}
+    if all(isinstance(o, str) for o in names): number |= {k: k+1 for k in range(len(names))}
     anns = []
     for i,box,label,more in objects:
         if label not in number:
