@@ -46,6 +46,13 @@ def test_images_of_any_form(tmp_path, image):
     else: np.testing.assert_array_equal(Image.open(file.with_suffix('.png')), picture(0))
 
 
+@pytest.mark.parametrize('form', [np.asarray, Image.fromarray])
+def test_16_bits_are_kept(tmp_path, form):
+    deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    write_rows([dict(image=form(deep), objects=None)], tmp_path/'set')
+    np.testing.assert_array_equal(Image.open(tmp_path/'set/images/train/0000001.png'), deep)
+
+
 def test_paths_are_copied(tmp_path):
     picture().save(tmp_path/'x.webp', lossless=True)
     for x in tmp_path/'x.webp', dict(bytes=None, path=str(tmp_path/'x.webp')):

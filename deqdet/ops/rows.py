@@ -84,7 +84,8 @@ def _save_image(x, stem):
     else:
         file = stem.with_suffix('.png')
         x = x if isinstance(x, Image.Image) else Image.fromarray(np.asarray(x))
-        x.convert('RGB').save(file)
+        deep = x.mode.startswith('I;16') # grey of 16 bits, which PNG holds
+        (x if deep else x.convert('RGB')).save(file)
     return file
 
 def _objects(row):
