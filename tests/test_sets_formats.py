@@ -257,6 +257,31 @@ def test_yolo_without_a_description(tmp_path, labels, images, names):
     with pytest.raises(NoSplit): read_yolo(tmp_path, 'valid')
 
 
+@pytest.mark.parametrize('split', ['', 'train/'])
+def test_yolo_labels_beside_the_images(tmp_path, split):
+    "As labelImg writes them, in a folder `images` or below one; a file in `labels` comes first"
+    for path in tmp_path/'set', tmp_path/'images/cats':
+        folder = path/'images'/split
+        folder.mkdir(parents=True)
+        (path/'images/classes.txt').write_text('cat\ndog\n')
+        for o in 'ab':
+            (folder/f'{o}.txt').write_text('1 .5 .5 .5 .5')
+            Image.new('RGB', (32, 24)).save(folder/f'{o}.png')
+        src = read_yolo(path, 'train')
+        assert [a['at'] for a in src.coco['annotations']] == [(str(folder/f'{o}.txt'), 'line 1') for o in 'ab']
+        assert read_yolo(path/'images').coco['annotations'][0]['bbox'] == [8., 6., 16., 12.]
+        (path/'labels'/split).mkdir(parents=True)
+        (path/'labels'/split/'b.txt').write_text('0 .5 .5 .5 .5')
+        assert [a['category_id'] for a in read_yolo(path).coco['annotations']] == [1, 0]
+
+
+def test_yolo_without_objects_names_a_file_of_labels(tmp_path):
+    (tmp_path/'images').mkdir()
+    (tmp_path/'classes.txt').write_text('cat')
+    Image.new('RGB', (32, 24)).save(tmp_path/'images/a.png')
+    assert read_yolo(tmp_path).file == tmp_path/'labels/a.txt'
+
+
 HEAD = 'filename,width,height,class,xmin,ymin,xmax,ymax'
 @pytest.mark.parametrize('text, boxes', [
     (f'{HEAD}\na.png,32,24,cat,2,3,12,13', [[2, 3, 10, 10]]),
