@@ -237,6 +237,71 @@ def test_each_split_of_voc_has_its_own_image(tmp_path):
     assert [o['file_name'] for o in both.coco['images']] == ['train/pictures/a.png', 'valid/pictures/a.png']
 
 
+def colour(source):
+    "Of each image that a source names"
+    return [Image.open(source.folder/o['file_name']).getpixel((0, 0)) for o in source.coco['images']]
+
+
+@pytest.mark.parametrize('images', ['JPEGImages', 'images', 'photos'])
+@pytest.mark.parametrize('said', ['{d}/0001.png', 'D:\\\\{d}\\\\0001.png', '{d}/0001.jpg', '0001.png', 'old name.png'])
+def test_images_of_one_name_in_folders(tmp_path, images, said):
+    "That which the xml file says, or in the folder that is called as the xml file's folder"
+    colours = dict(a=(250, 0, 0), b=(0, 250, 0), c=(0, 0, 250))
+    for d in 'cab':
+        put_voc(tmp_path/'Annotations'/d, tmp_path/images/d, ['0001'])
+        (tmp_path/'Annotations'/d/'0001.xml').write_text(voc_xml(said.format(d=d)))
+        Image.new('RGB', (32, 24), colours[d]).save(tmp_path/images/d/'0001.png')
+    src = read_voc(tmp_path)
+    assert colour(src) == list(colours.values()) and not src.problems
+    for d in 'ab': shutil.move(tmp_path/f'Annotations/{d}/0001.xml', tmp_path/f'Annotations/0001_{d}.xml')
+    src = read_voc(tmp_path) # the folder does not tell any more
+    if '{d}' in said: assert colour(src) == list(colours.values()) and not src.problems
+    elif said=='0001.png':
+        assert colour(src) == [colours['c']] and [(o.kind, Path(o.file).stem) for o in src.problems] == [('several images', '0001_a'), ('several images', '0001_b')]
+        assert 'a/0001.png' in src.problems[0].detail and 'b/0001.png' in src.problems[0].detail
+
+
+def test_what_tells_images_of_one_name_apart(tmp_path):
+    put_voc(tmp_path/'Annotations', tmp_path/'JPEGImages', ['a'])
+    file = tmp_path/'Annotations/a.xml'
+    for name in ('old/a.png', 'a.jpg'):
+        (tmp_path/'JPEGImages'/name).parent.mkdir(exist_ok=True)
+        Image.new('RGB', (32, 24), 'red').save(tmp_path/'JPEGImages'/name)
+    assert read_voc(tmp_path).coco['images'][0]['file_name'] == 'a.png' # as it says, and in no other folder
+    file.write_text(voc_xml('a.png').replace('<filename>', '<folder>old</folder><filename>'))
+    assert read_voc(tmp_path).folder == tmp_path/'JPEGImages/old'
+    file.write_text(voc_xml('a.gif'))
+    assert [o.kind for o in read_voc(tmp_path).problems] == ['several images'] # .jpg or .png
+    shutil.copy(tmp_path/'JPEGImages/a.png', tmp_path/'JPEGImages/a.jpg')
+    assert not read_voc(tmp_path).problems # copies
+
+
+@pytest.mark.parametrize('line', ['{}', '{} -1', '{}  1', ' {} 0 '])
+def test_names_with_spaces_in_lists(tmp_path, line):
+    stems = ['my photo', 'my photo 1', 'my photo 2', 'b', 'c 0']
+    put_voc(tmp_path/'Annotations', tmp_path/'JPEGImages', stems)
+    (tmp_path/'ImageSets/Main').mkdir(parents=True)
+    (tmp_path/'ImageSets/Main/train.txt').write_text('\n'.join(map(line.format, stems)))
+    src = read_voc(tmp_path, 'train')
+    assert [o['file_name'] for o in src.coco['images']] == [f'{o}.png' for o in stems] and not src.problems
+
+
+def test_a_list_whose_names_are_not_unique(tmp_path):
+    "Annotations lie in Annotations; elsewhere the list has to tell which is meant"
+    for d in ('Annotations', 'Annotations/z'): put_voc(tmp_path/d, tmp_path/'JPEGImages', ['a'])
+    (tmp_path/'ImageSets').mkdir()
+    (tmp_path/'ImageSets/train.txt').write_text('a')
+    def files(): return {Path(o['at'][0]).parent.name for o in read_voc(tmp_path, 'train').coco['annotations']}
+    assert files() == {'Annotations'}
+    (tmp_path/'ImageSets/train.txt').write_text('z/a')
+    assert files() == {'z'}
+    (tmp_path/'Annotations/y').mkdir()
+    shutil.move(tmp_path/'Annotations/a.xml', tmp_path/'Annotations/y/a.xml')
+    assert files() == {'z'}
+    (tmp_path/'ImageSets/train.txt').write_text('a')
+    assert [o.kind for o in read_voc(tmp_path, 'train').problems] == ['unreadable annotation']
+
+
 def test_an_xml_file_without_an_image_keeps_its_name(tmp_path):
     put_voc(tmp_path/'Annotations', tmp_path/'JPEGImages', ['a', 'b'])
     (tmp_path/'JPEGImages/b.png').unlink()

@@ -11,6 +11,7 @@ __all__ = ['SUFFIXES', 'Problem', 'Source', 'files_below', 'split_names', 'in_sp
 # %% ../../nbs/sets/03_source.ipynb #a17c0003
 import filecmp, os, re
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 from ..ops.rows import named_after
@@ -84,13 +85,28 @@ def by_stem(
     for o in files: found.setdefault(o.stem, []).append(o)
     return found
 
+def _alike(a, b):
+    "Number of parts in which two paths end alike"
+    ends = zip(reversed(a.parts), reversed(b.parts))
+    return len(list(takewhile(lambda o: o[0]==o[1], ends)))
+
+def _fit(path, file, said):
+    "How well an image's path suits an annotation file, to compare"
+    near = len(os.path.commonpath([path, file]))
+    as_said = _alike(path.parent/path.stem, said.parent/said.stem)
+    beside = _alike(path.parent, file.parent)
+    return near, as_said, beside, -len(path.parts), path.suffix==said.suffix
+
 def nearest(
-    paths, # of files
-    file   # path
-):         # one of the paths, or None
-    "The path that shares most of its folders with a file"
-    def shared(o): return len(os.path.commonpath([o, file]))
-    return max(paths, key=shared, default=None)
+    paths, # of images
+    file,  # path of an annotation file
+    said=Path() # what it says of its image's place
+) -> list: # one path; several if they fit equally well
+    "The path that shares most of its folders with a file, or is as the file says"
+    if len(paths) < 2: return paths
+    fits = [_fit(o, file, said) for o in paths]
+    best = max(fits)
+    return [o for o,fit in zip(paths, fits) if fit==best]
 
 # %% ../../nbs/sets/03_source.ipynb #a17c0016
 def _folders_near(file):
