@@ -46,6 +46,13 @@ def test_images_of_any_form(tmp_path, image):
     else: np.testing.assert_array_equal(Image.open(file.with_suffix('.png')), picture(0))
 
 
+@pytest.mark.parametrize('form', [np.asarray, Image.fromarray])
+def test_16_bits_are_kept(tmp_path, form):
+    deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    write_rows([dict(image=form(deep), objects=None)], tmp_path/'set')
+    np.testing.assert_array_equal(Image.open(tmp_path/'set/images/train/0000001.png'), deep)
+
+
 def test_paths_are_copied(tmp_path):
     picture().save(tmp_path/'x.webp', lossless=True)
     for x in tmp_path/'x.webp', dict(bytes=None, path=str(tmp_path/'x.webp')):
@@ -66,6 +73,33 @@ def test_names_are_found_at_any_depth():
     for spec in ({'feature': {'names': ['a', 'b'], '_type': 'ClassLabel'}, '_type': 'Sequence'}, {'names': ['a', 'b']}):
         for objects in ({'feature': {'bbox': {}, 'category': spec}}, [{'bbox': {}, 'category': spec}], {'category': spec}): assert class_names(dict(objects=objects)) == ['a', 'b']
     assert class_names({}) is None and class_names(None) is None
+
+
+def test_a_number_is_a_place_in_names_and_else_a_class():
+    objects = [dict(image='x', objects=[dict(bbox=BOXES[0], category=k)]) for k in (10, 2, 1, 2)]
+    def read(rows, names=None):
+        coco = rows_to_coco(rows, lambda x, i: x, names)
+        found = {o['id']: o['name'] for o in coco['categories']}
+        return list(found.values()), [found[a['category_id']] for a in coco['annotations']]
+    assert read(objects) == read(objects, [1, 2, 10]) == (['1', '2', '10'], ['10', '2', '1', '2'])
+    assert read(objects[1:], ['cat', 'dog', 'cow']) == (['cat', 'dog', 'cow'], ['cow', 'dog', 'cow'])
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_splits_with_numbers_for_classes_have_one_vocabulary(tmp_path, packed):
+    "Also one that lacks a class of the other"
+    for split, classes in dict(train=(1, 2, 10), valid=(2, 10)).items():
+        lines = [dict(file_name=f'{i}.png', objects=dict(bbox=[BOXES[0]], categories=[k])) for i, k in enumerate(classes)]
+        if not packed: jsonl(tmp_path/split, lines)
+        else:
+            pa = pytest.importorskip('pyarrow', reason='pyarrow is not installed (the extra "hf")')
+            rows = [dict(image=dict(bytes=encoded(i)), objects=o['objects']) for i, o in enumerate(lines)]
+            import pyarrow.parquet
+            pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path/f'{split}.parquet')
+    dls = det_dls(tmp_path, bs=1, num_workers=0, device='cpu')
+    assert list(dls.vocab) == ['1', '2', '10']
+    found = [[dls.vocab[t.labels.item()] for _, t in (ds[i] for i in range(len(ds)))] for ds in (dls.train_ds, dls.valid_ds)]
+    assert found == [['1', '2', '10'], ['2', '10']]
 
 
 def jsonl(folder, lines):

@@ -36,6 +36,16 @@ def test_every_fault_is_reported_once(spoiled, shapes):
              'missing image', 'truncated image']
     assert verify_data(spoiled).counts==dict.fromkeys(kinds, 1)
 
+@pytest.mark.parametrize('unusable', [False, True])
+def test_a_split_without_objects_is_a_problem(shapes, tmp_path, unusable):
+    path = Path(shutil.copytree(shapes, tmp_path/'none'))
+    f = path/'annotations/instances_valid.json'
+    coco = json.loads(f.read_text())
+    coco['annotations'] = [dict(a, category_id=77) for a in coco['annotations']] if unusable else []
+    f.write_text(json.dumps(coco))
+    last = verify_data(path).problems[-1]
+    assert last==('no objects', str(f), 'annotations', "not one that can be used in the 20 images of 'valid'")
+
 def test_loading_stops_at_an_unreadable_image_or_goes_on(spoiled):
     def seen(on_error):
         dls = det_dls(spoiled, bs=16, num_workers=0, on_error=on_error, device='cpu')

@@ -80,6 +80,36 @@ def test_coco_reader(tmp):
     (tmp/'bad.json').write_text('{"images": [{"id": 1}], "categories": []}')
     with pytest.raises(DataError, match=r"images\[0\]: no field 'file_name'"): read_coco(tmp/'bad.json')
 
+def two_splits(path, folders, side=dict(train=8, valid=9)):
+    "A COCO set whose splits have equal file names; images of a split have a width of their own"
+    (path/'annotations').mkdir()
+    for split, folder in folders.items():
+        (path/folder).mkdir(parents=True, exist_ok=True)
+        images = [dict(id=i, file_name=f'{i}.png', width=side[split], height=8) for i in range(4)]
+        for o in images: Image.new('RGB', (side[split], 8)).save(path/folder/o['file_name'])
+        coco = dict(images=images, annotations=[], categories=[])
+        (path/f'annotations/{split}.json').write_text(json.dumps(coco))
+
+@pytest.mark.parametrize('train, valid', [
+    ('images/Train', 'images/Valid'), ('images/img_train', 'images/img_val'), ('Train2017', 'Val2017'), ('training', 'validation'),
+    ('train', 'images/valid'), ('train_images', 'images-VAL')])
+def test_each_split_of_coco_has_its_own_images(tmp_path, train, valid):
+    two_splits(tmp_path, dict(train=train, valid=valid))
+    for o in 'masks', 'train_masks': shutil.copytree(tmp_path/train, tmp_path/o, dirs_exist_ok=True)
+    for o in tmp_path.glob('*masks/*'): Image.new('L', (3, 3)).save(o)
+    (tmp_path/valid/'2.png').unlink() # a missing image is missed, not found among those of the other split
+    assert [o.folder for o in read_data(tmp_path)]==[tmp_path/train, tmp_path/valid]
+
+@pytest.mark.parametrize('read', [read_coco, read_table])
+def test_images_in_two_folders_are_not_guessed(tmp_path, read):
+    two_splits(tmp_path, dict(train='rgb', valid='depth'))
+    for o in 'train', 'valid':
+        with pytest.raises(DataError, match=f"{o}.json: images: .*/depth and .*/rgb hold different files of these names: .* 'images'"): read(tmp_path, o)
+    shutil.copytree(tmp_path/'rgb', tmp_path/'depth', dirs_exist_ok=True)
+    assert read(tmp_path, 'train').folder==tmp_path/'depth' # a copy
+    shutil.copytree(tmp_path/'rgb', tmp_path/'images')
+    assert read(tmp_path, 'train').folder==tmp_path/'images'
+
 def test_voc_reader(tmp):
     src = read_voc(tmp/'voc', 'train')
     assert [o['name'] for o in src.coco['categories']]==['cat','dog']
@@ -207,6 +237,71 @@ def test_each_split_of_voc_has_its_own_image(tmp_path):
     assert [o['file_name'] for o in both.coco['images']] == ['train/pictures/a.png', 'valid/pictures/a.png']
 
 
+def colour(source):
+    "Of each image that a source names"
+    return [Image.open(source.folder/o['file_name']).getpixel((0, 0)) for o in source.coco['images']]
+
+
+@pytest.mark.parametrize('images', ['JPEGImages', 'images', 'photos'])
+@pytest.mark.parametrize('said', ['{d}/0001.png', 'D:\\\\{d}\\\\0001.png', '{d}/0001.jpg', '0001.png', 'old name.png'])
+def test_images_of_one_name_in_folders(tmp_path, images, said):
+    "That which the xml file says, or in the folder that is called as the xml file's folder"
+    colours = dict(a=(250, 0, 0), b=(0, 250, 0), c=(0, 0, 250))
+    for d in 'cab':
+        put_voc(tmp_path/'Annotations'/d, tmp_path/images/d, ['0001'])
+        (tmp_path/'Annotations'/d/'0001.xml').write_text(voc_xml(said.format(d=d)))
+        Image.new('RGB', (32, 24), colours[d]).save(tmp_path/images/d/'0001.png')
+    src = read_voc(tmp_path)
+    assert colour(src) == list(colours.values()) and not src.problems
+    for d in 'ab': shutil.move(tmp_path/f'Annotations/{d}/0001.xml', tmp_path/f'Annotations/0001_{d}.xml')
+    src = read_voc(tmp_path) # the folder does not tell any more
+    if '{d}' in said: assert colour(src) == list(colours.values()) and not src.problems
+    elif said=='0001.png':
+        assert colour(src) == [colours['c']] and [(o.kind, Path(o.file).stem) for o in src.problems] == [('several images', '0001_a'), ('several images', '0001_b')]
+        assert 'a/0001.png' in src.problems[0].detail and 'b/0001.png' in src.problems[0].detail
+
+
+def test_what_tells_images_of_one_name_apart(tmp_path):
+    put_voc(tmp_path/'Annotations', tmp_path/'JPEGImages', ['a'])
+    file = tmp_path/'Annotations/a.xml'
+    for name in ('old/a.png', 'a.jpg'):
+        (tmp_path/'JPEGImages'/name).parent.mkdir(exist_ok=True)
+        Image.new('RGB', (32, 24), 'red').save(tmp_path/'JPEGImages'/name)
+    assert read_voc(tmp_path).coco['images'][0]['file_name'] == 'a.png' # as it says, and in no other folder
+    file.write_text(voc_xml('a.png').replace('<filename>', '<folder>old</folder><filename>'))
+    assert read_voc(tmp_path).folder == tmp_path/'JPEGImages/old'
+    file.write_text(voc_xml('a.gif'))
+    assert [o.kind for o in read_voc(tmp_path).problems] == ['several images'] # .jpg or .png
+    shutil.copy(tmp_path/'JPEGImages/a.png', tmp_path/'JPEGImages/a.jpg')
+    assert not read_voc(tmp_path).problems # copies
+
+
+@pytest.mark.parametrize('line', ['{}', '{} -1', '{}  1', ' {} 0 '])
+def test_names_with_spaces_in_lists(tmp_path, line):
+    stems = ['my photo', 'my photo 1', 'my photo 2', 'b', 'c 0']
+    put_voc(tmp_path/'Annotations', tmp_path/'JPEGImages', stems)
+    (tmp_path/'ImageSets/Main').mkdir(parents=True)
+    (tmp_path/'ImageSets/Main/train.txt').write_text('\n'.join(map(line.format, stems)))
+    src = read_voc(tmp_path, 'train')
+    assert [o['file_name'] for o in src.coco['images']] == [f'{o}.png' for o in stems] and not src.problems
+
+
+def test_a_list_whose_names_are_not_unique(tmp_path):
+    "Annotations lie in Annotations; elsewhere the list has to tell which is meant"
+    for d in ('Annotations', 'Annotations/z'): put_voc(tmp_path/d, tmp_path/'JPEGImages', ['a'])
+    (tmp_path/'ImageSets').mkdir()
+    (tmp_path/'ImageSets/train.txt').write_text('a')
+    def files(): return {Path(o['at'][0]).parent.name for o in read_voc(tmp_path, 'train').coco['annotations']}
+    assert files() == {'Annotations'}
+    (tmp_path/'ImageSets/train.txt').write_text('z/a')
+    assert files() == {'z'}
+    (tmp_path/'Annotations/y').mkdir()
+    shutil.move(tmp_path/'Annotations/a.xml', tmp_path/'Annotations/y/a.xml')
+    assert files() == {'z'}
+    (tmp_path/'ImageSets/train.txt').write_text('a')
+    assert [o.kind for o in read_voc(tmp_path, 'train').problems] == ['unreadable annotation']
+
+
 def test_an_xml_file_without_an_image_keeps_its_name(tmp_path):
     put_voc(tmp_path/'Annotations', tmp_path/'JPEGImages', ['a', 'b'])
     (tmp_path/'JPEGImages/b.png').unlink()
@@ -225,6 +320,31 @@ def test_yolo_without_a_description(tmp_path, labels, images, names):
     assert [(a['category_id'], a['bbox']) for a in src.coco['annotations']] == [(1, [8., 6., 16., 12.])]
     assert [o['name'] for o in src.coco['categories']] == ['cat', 'dog']
     with pytest.raises(NoSplit): read_yolo(tmp_path, 'valid')
+
+
+@pytest.mark.parametrize('split', ['', 'train/'])
+def test_yolo_labels_beside_the_images(tmp_path, split):
+    "As labelImg writes them, in a folder `images` or below one; a file in `labels` comes first"
+    for path in tmp_path/'set', tmp_path/'images/cats':
+        folder = path/'images'/split
+        folder.mkdir(parents=True)
+        (path/'images/classes.txt').write_text('cat\ndog\n')
+        for o in 'ab':
+            (folder/f'{o}.txt').write_text('1 .5 .5 .5 .5')
+            Image.new('RGB', (32, 24)).save(folder/f'{o}.png')
+        src = read_yolo(path, 'train')
+        assert [a['at'] for a in src.coco['annotations']] == [(str(folder/f'{o}.txt'), 'line 1') for o in 'ab']
+        assert read_yolo(path/'images').coco['annotations'][0]['bbox'] == [8., 6., 16., 12.]
+        (path/'labels'/split).mkdir(parents=True)
+        (path/'labels'/split/'b.txt').write_text('0 .5 .5 .5 .5')
+        assert [a['category_id'] for a in read_yolo(path).coco['annotations']] == [1, 0]
+
+
+def test_yolo_without_objects_names_a_file_of_labels(tmp_path):
+    (tmp_path/'images').mkdir()
+    (tmp_path/'classes.txt').write_text('cat')
+    Image.new('RGB', (32, 24)).save(tmp_path/'images/a.png')
+    assert read_yolo(tmp_path).file == tmp_path/'labels/a.txt'
 
 
 HEAD = 'filename,width,height,class,xmin,ymin,xmax,ymax'

@@ -1,7 +1,7 @@
 "Images, targets and batches: what the page shows without proving it"
 import numpy as np, pytest, torch
 from fastai.torch_core import TensorImage, to_concat
-from PIL import Image
+from PIL import Image, ImageOps
 from deqdet.sets.images import DataError, Target, collate, fill_sizes, image_size, load_image, uncollate
 
 one = dict(boxes=torch.tensor([[10., 10, 40, 30]]), labels=torch.tensor([0]))
@@ -61,6 +61,48 @@ def test_an_image_is_turned_unless_annotated_unturned(turned):
     assert load_image(turned, (40,20)).shape==load_image(turned, (7,9)).shape==(3,40,20)
 
 def test_grey_floats_become_bytes(): assert load_image(np.full((20,40), .5)).unique().tolist()==[128]
+
+DEEP = np.linspace(0, 65535, 48*64).reshape(48, 64).astype(np.uint16)
+
+@pytest.mark.parametrize('kind', ['png', 'tif', 'big endian', 'pillow', 'array', 'tensor'])
+def test_of_16_bits_the_upper_8_are_kept(tmp_path, kind):
+    "In every way in which a grey image may come"
+    big = DEEP.astype('>u2')
+    x = {'array': DEEP, 'tensor': torch.from_numpy(DEEP), 'pillow': Image.fromarray(DEEP)}.get(kind, tmp_path/f'a.{kind}')
+    if kind=='big endian':
+        x = x.with_suffix('.tif')
+        Image.frombytes('I;16B', DEEP.shape[::-1], big.tobytes()).save(x)
+    elif kind in ('png','tif'): Image.fromarray(DEEP).save(x)
+    np.testing.assert_array_equal(load_image(x), np.broadcast_to(DEEP >> 8, (3,48,64)))
+
+@pytest.mark.parametrize('x, says', [
+    (DEEP.astype(np.int32), 'array with values from 0 to 65535'), (np.full((4,4), -1), 'from -1 to -1'),
+    (Image.fromarray(DEEP.astype(np.int32)), 'mode I: values from 0 to 65535'), (Image.fromarray(np.eye(4, dtype=np.float32)), 'mode F: values from 0.0 to 1.0')])
+def test_values_of_an_unknown_range_are_an_error(tmp_path, x, says):
+    "They would be cut or wrap, and the image be white or black"
+    with pytest.raises(DataError, match=says): load_image(x)
+    if isinstance(x, Image.Image):
+        x.save(tmp_path/'a.tif')
+        with pytest.raises(DataError, match=f'a.tif: unreadable image .*{says}'): load_image(tmp_path/'a.tif')
+
+@pytest.mark.parametrize('dtype', ['int32', 'int64', 'float32'])
+def test_values_of_bytes_are_bytes_in_any_type(dtype):
+    x = (DEEP >> 8).astype(dtype)
+    np.testing.assert_array_equal(load_image(x if dtype=='int64' else Image.fromarray(x))[0], DEEP >> 8)
+    assert load_image(np.zeros((2,0), 'int64')).shape==(3,2,0)
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('suffix', ['png', 'webp', 'tif'])
+def test_files_of_every_format_are_turned(tmp_path, suffix, orientation):
+    im = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20,40,3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    im.save(tmp_path/f'a.{suffix}', exif=exif, lossless=True)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path/f'a.{suffix}'))
+    img = load_image(tmp_path/f'a.{suffix}')
+    np.testing.assert_array_equal(img.permute(1,2,0), upright)
+    assert image_size(tmp_path/f'a.{suffix}')==tuple(img.shape[1:])
+    if suffix=='webp': assert load_image(tmp_path/'a.webp', (20,40)).shape==(3,20,40)
 
 def test_errors_name_the_file(turned):
     cut = turned.with_name('cut.jpg')

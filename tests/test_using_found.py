@@ -1,5 +1,6 @@
 "What was found in an image: its dict, its images, and its ways into other programs"
 import copy, json, pickle
+from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deqdet.sets.formats import read_data
@@ -114,6 +115,13 @@ def test_a_set_is_read_back(pictures, tmp_path, layout):
     assert [o[:2] for o in got] == [o[:2] for o in want] and not src.problems
     np.testing.assert_allclose([o[2:] for o in got], [o[2:] for o in want], atol=.02)
 
+
+@pytest.mark.parametrize('layout', ['coco', 'voc', 'yolo'])
+def test_names_with_spaces_are_read_back(pictures, tmp_path, layout):
+    names = ['my photo.png', 'my photo 1.png', 'my photo 2.png']
+    for o in names: Image.open(pictures[0]).save(tmp_path/o)
+    src = read_data(save_as([found(tmp_path/o) for o in names], tmp_path/'set', layout), layout, ('train', 'train'))[0]
+    assert sorted(Path(o['file_name']).name for o in src.coco['images']) == sorted(names) and not src.problems
 
 def test_a_set_without_names_or_with_a_wrong_layout(pictures, tmp_path):
     with pytest.raises(ValueError, match="'pdf': one of coco, voc, yolo"): save_as([found()], tmp_path/'no', 'pdf')

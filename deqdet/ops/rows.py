@@ -84,7 +84,8 @@ def _save_image(x, stem):
     else:
         file = stem.with_suffix('.png')
         x = x if isinstance(x, Image.Image) else Image.fromarray(np.asarray(x))
-        x.convert('RGB').save(file)
+        deep = x.mode.startswith('I;16') # grey of 16 bits, which PNG holds
+        (x if deep else x.convert('RGB')).save(file)
     return file
 
 def _objects(row):
@@ -115,7 +116,8 @@ def rows_to_coco(
             images.append(dict(id=i, file_name=place(row['image'], i)))
             objects += [(i, *o) for o in _objects(row)]
     if names is None: names = sorted({label for _,_,label,_ in objects})
-    number = {o: k for k,o in enumerate(names, 1)} | {k: k+1 for k in range(len(names))}
+    number = {o: k for k,o in enumerate(names, 1)}
+    if all(isinstance(o, str) for o in names): number |= {k: k+1 for k in range(len(names))}
     anns = []
     for i,box,label,more in objects:
         if label not in number:

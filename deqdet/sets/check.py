@@ -202,6 +202,13 @@ class Report:
     def _repr_markdown_(self): return '\n'.join('  '*d + '- ' + s for d,s in self._lines())
 
 # %% ../../nbs/sets/07_check.ipynb #e441fcb3
+def _no_objects(coco, file, split):
+    "A problem, in a list, for a split with images and without objects"
+    n = len(coco['images'])
+    if not n or coco['annotations']: return []
+    detail = f"not one that can be used in the {n} images of '{split}'"
+    return [Problem('no objects', str(file), 'annotations', detail)]
+
 def verify_data(
     path,           # folder of a detection set
     layout=None,    # 'coco', 'voc', 'yolo', 'hf' or 'csv'; by default it is recognised
@@ -224,6 +231,7 @@ def verify_data(
         coco,found = clean(src, vocab)
         if not vocab: vocab = [o['name'] for o in coco['categories']]
         lines[name] = _count(coco)
+        found += _no_objects(coco, src.file, name)
         sizes = {src.folder/o['file_name']: (o.get('height'), o.get('width'))
                  for o in coco['images']}
         with ThreadPoolExecutor(workers) as pool:

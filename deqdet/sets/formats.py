@@ -124,11 +124,17 @@ def _yolo_box(text, hw):
     return k, [v*side for v,side in zip(box, (hw[1], hw[0], hw[1], hw[0]))]
 
 # %% ../../nbs/sets/06_formats.ipynb #9f7f0a40
-def _label_lines(image):
-    "…/images/…/a.jpg -> the label file …/labels/…/a.txt, and its lines by number"
-    parts = list(image.with_suffix('.txt').parts)
+def _label_file(image):
+    "…/images/…/a.jpg -> …/labels/…/a.txt, or the file beside the image if that alone exists"
+    beside = image.with_suffix('.txt')
+    parts = list(beside.parts)
     if 'images' in parts: parts[-1 - parts[::-1].index('images')] = 'labels'
     file = Path(*parts)
+    return beside if os.path.exists(beside) and not os.path.exists(file) else file
+
+def _label_lines(image):
+    "The label file of an image, and its lines by number"
+    file = _label_file(image)
     lines = file.read_text(errors='replace').splitlines() if os.path.exists(file) else []
     return file, [(j,line) for j,line in enumerate(lines, 1) if line.strip()]
 
@@ -156,6 +162,7 @@ def read_yolo(
         name = p.relative_to(path).as_posix() if p.is_relative_to(path) else str(p.absolute())
         images.append(dict(id=i, file_name=name, width=w, height=h))
         if w: objects += _yolo_objects(p, (h,w), i)
+    if images and categories and not objects: file = _label_file(p) # for messages
     anns = [dict(id=i, **o) for i,o in enumerate(objects, 1)]
     return Source(dict(images=images, annotations=anns, categories=categories), path, file)
 

@@ -93,13 +93,24 @@ def as_data_error(
 
 warnings.filterwarnings('ignore', 'The image decoding and encoding capabilities of TorchVision')
 
+def _check_range(im):
+    "An error unless values of 32 bits fit in 8"
+    low,high = im.getextrema()
+    if low==high==0 or (0 <= low and 1 < high <= 255): return
+    raise DataError(f'mode {im.mode}: values from {low} to {high}: 0 to 255 were expected')
+
 def _from_pil(im, turn=True):
     "uint8 (3,h,w) of a PIL image"
     if turn: im = ImageOps.exif_transpose(im)
+    if im.mode in ('I','F'): _check_range(im)
+    if im.mode.startswith('I;16'):
+        im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8)) # Pillow would cut at 255
     return torch.from_numpy(np.array(im.convert('RGB'))).permute(2,0,1)
 
 def _from_bytes(data, turn=True):
     "uint8 (3,h,w) by torchvision where it can, by Pillow for the rest"
+    if data[8:12]==b'WEBP': # torchvision would not turn it
+        return _from_pil(Image.open(io.BytesIO(data)), turn)
     try:
         coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         x = tio.decode_image(coded, tio.ImageReadMode.RGB, turn)
@@ -110,15 +121,25 @@ def _from_bytes(data, turn=True):
     return (x.int() >> 8).to(torch.uint8) # a PNG of 16 bits
 
 # %% ../../nbs/sets/01_images.ipynb #85ec9eb6
+def _to_bytes(x):
+    "uint8 of whole numbers 0..255, of uint16, or of floats in 0..1"
+    if x.dtype==torch.uint8: return x
+    if x.is_floating_point(): return (x*255).round().clamp(0, 255).to(torch.uint8)
+    if x.dtype==torch.uint16: return (x.int() >> 8).to(torch.uint8)
+    x = x.long()
+    if ((x < 0) | (x > 255)).any():
+        span = f'from {x.min()} to {x.max()}'
+        raise DataError(f'array with values {span}: uint8, uint16 or floats 0..1 were expected')
+    return x.to(torch.uint8)
+
 def _from_array(x):
-    "uint8 (3,h,w) from grey (h,w), (h,w,C) or (C,h,w), uint8 or float in 0..1"
+    "uint8 (3,h,w) from grey (h,w), (h,w,C) or (C,h,w), of numbers as `_to_bytes` takes them"
     x = _plain(x)
     if x.ndim==2: x = x[None]
     if x.ndim!=3 or (x.shape[0] not in (1,3,4) and x.shape[2] not in (1,3,4)):
         raise DataError(f'array of shape {tuple(x.shape)}: (h,w), (h,w,3) or (3,h,w) was expected')
     if x.shape[0] not in (1,3,4): x = x.permute(2,0,1)
-    if x.is_floating_point(): x = (x*255).round().clamp(0, 255)
-    return x[:3].to(torch.uint8).expand(3,-1,-1)
+    return _to_bytes(x[:3]).expand(3,-1,-1)
 
 # %% ../../nbs/sets/01_images.ipynb #11adc023
 def _from_file(path, hw):
@@ -130,7 +151,7 @@ def _from_file(path, hw):
     return _from_bytes(data, turn=False) if lies_turned else img
 
 def load_image(
-    x,      # path, PIL image, or array (h,w), (h,w,3) or (3,h,w), uint8 or float in 0..1
+    x,      # path, PIL image, or array (h,w), (h,w,3) or (3,h,w), uint8, uint16 or float in 0..1
     hw=None # height and width that the annotations declare, in pixels
 ) -> Tensor: # (3,h,w) uint8, RGB
     "One image, upright"

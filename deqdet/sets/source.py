@@ -9,8 +9,9 @@ __all__ = ['SUFFIXES', 'Problem', 'Source', 'files_below', 'split_names', 'in_sp
            'image_folder', 'numbered']
 
 # %% ../../nbs/sets/03_source.ipynb #a17c0003
-import os
+import filecmp, os, re
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 from ..ops.rows import named_after
@@ -84,23 +85,56 @@ def by_stem(
     for o in files: found.setdefault(o.stem, []).append(o)
     return found
 
+def _alike(a, b):
+    "Number of parts in which two paths end alike"
+    ends = zip(reversed(a.parts), reversed(b.parts))
+    return len(list(takewhile(lambda o: o[0]==o[1], ends)))
+
+def _fit(path, file, said):
+    "How well an image's path suits an annotation file, to compare"
+    near = len(os.path.commonpath([path, file]))
+    as_said = _alike(path.parent/path.stem, said.parent/said.stem)
+    beside = _alike(path.parent, file.parent)
+    return near, as_said, beside, -len(path.parts), path.suffix==said.suffix
+
 def nearest(
-    paths, # of files
-    file   # path
-):         # one of the paths, or None
-    "The path that shares most of its folders with a file"
-    def shared(o): return len(os.path.commonpath([o, file]))
-    return max(paths, key=shared, default=None)
+    paths, # of images
+    file,  # path of an annotation file
+    said=Path() # what it says of its image's place
+) -> list: # one path; several if they fit equally well
+    "The path that shares most of its folders with a file, or is as the file says"
+    if len(paths) < 2: return paths
+    fits = [_fit(o, file, said) for o in paths]
+    best = max(fits)
+    return [o for o,fit in zip(paths, fits) if fit==best]
 
 # %% ../../nbs/sets/03_source.ipynb #a17c0016
-def _folders_near(file, split):
-    "Folders that may hold the images of an annotation file, the likeliest first"
+def _folders_near(file):
+    "The folder of the set, and folders that may hold the images of an annotation file"
     root = file.parent.parent if file.parent.name=='annotations' else file.parent
-    near = []
+    near = [file.parent]
     for d in filter(Path.is_dir, (root/'images', root)):
         near += [d, *sorted(Path(e) for e in os.scandir(d) if e.is_dir())]
-    named = [o for o in near if split and o.name.startswith(split_names(split))]
-    return [file.parent, *named, *near]
+    return root, list(dict.fromkeys(near))
+
+def _has_word(place, names):
+    "True if a word of a path begins with one of the names: `images/Train`, `img_train`"
+    names = '|'.join(map(re.escape, names))
+    return re.search(rf'(?<![a-z])({names})', place, re.I) is not None
+
+def _rank(folder, file, root, split):
+    "What a folder's name says, to compare: of this split? of images? and nothing else?"
+    place = folder.relative_to(root).as_posix()
+    of_split = split is not None and _has_word(place, split_names(split))
+    of_images = _has_word(place, ('image','img','jpegimage'))
+    words = re.findall(r'[^\W\d_]+', place)
+    return folder==file.parent, of_split, of_images, -len(words)
+
+# %% ../../nbs/sets/03_source.ipynb #a17c00a2
+def _differ(a, b, names):
+    "True if files of two folders have the same name and other contents"
+    both = [(a/o, b/o) for o in names if (a/o).is_file() and (b/o).is_file()]
+    return any(not filecmp.cmp(*o, shallow=False) for o in both)
 
 def image_folder(
     file,   # annotation file
@@ -109,8 +143,18 @@ def image_folder(
 ) -> Path:
     "The folder near an annotation file that holds most of a sample of its images"
     sample = [o['file_name'] for o in images[::max(1, len(images)//20)]]
-    def held(folder): return sum((folder/o).exists() for o in sample)
-    return max(_folders_near(file, split), key=held)
+    root,near = _folders_near(file)
+    def key(folder):
+        rank = _rank(folder, file, root, split)
+        held = sum((folder/o).exists() for o in sample)
+        return rank[1] and 2*held > len(sample), held, rank
+    keys = {o: key(o) for o in near}
+    first,*others = [o for o in near if keys[o]==max(keys.values())]
+    for o in others:
+        if _differ(first, o, sample):
+            raise DataError(f"{file}: images: {first} and {o} hold different files of these "
+                            "names: name the right one after its split, or 'images'")
+    return first
 
 # %% ../../nbs/sets/03_source.ipynb #a17c0019
 def numbered(

@@ -8,7 +8,7 @@ Docs: https://deqdet.github.io/deqdet/sets/voc.html.md"""
 __all__ = ['read_voc']
 
 # %% ../../nbs/sets/04_voc.ipynb #b18d0003
-import math
+import filecmp, math, os, re
 from pathlib import Path
 from xml.etree import ElementTree
 from .images import fill_sizes
@@ -37,11 +37,18 @@ def _image(root, image_id):
 
 # %% ../../nbs/sets/04_voc.ipynb #b18d000c
 def _listed(path, split):
-    "The names that a file of ImageSets lists for a split, or None"
+    "The lines of a file of ImageSets for a split, or None"
     for file in (path/'ImageSets'/o/f'{n}.txt' for n in split_names(split) for o in ('Main','')):
         if not file.is_file(): continue
-        lines = file.read_text().splitlines()
-        return [o.split()[0] for o in lines if o.strip()]
+        return [o.strip() for o in file.read_text().splitlines() if o.strip()]
+
+def _xml_of_line(line, path, known):
+    "The xml file that a line of a list names; names may have spaces"
+    for name in (line, re.sub(r'\s+-?[01]$', '', line)):
+        file = path/f'Annotations/{name}.xml'
+        if os.path.isfile(file): return file
+        if len(known.get(name, [])) == 1: return known[name][0]
+    return file
 
 def _xml_files(path, split):
     "The xml files of a split; of None all"
@@ -49,8 +56,8 @@ def _xml_files(path, split):
     if split is None: return files
     listed = _listed(path, split)
     if listed is not None:
-        known = {o.stem: o for o in files}
-        return [known.get(o, path/f'Annotations/{o}.xml') for o in listed]
+        known = by_stem(files)
+        return [_xml_of_line(o, path, known) for o in listed]
     mine = [o for o in files if in_split(o.relative_to(path).parent, split)]
     if mine: return mine
     raise no_split(path, split, f'ImageSets/Main/{split}.txt or a folder {split} of xml files')
@@ -60,12 +67,19 @@ def _folder_of_images(path):
     "The folder below which the images lie"
     return next((path/o for o in ('JPEGImages','images') if (path/o).is_dir()), path)
 
-def _image_path(file, root, images, folder):
-    "The image of an xml file"
-    said = (root.findtext('filename') or f'{file.stem}.jpg').replace('\\', '/')
-    name = Path(said).name
-    found = images.get(file.stem) or images.get(Path(name).stem) or []
-    return nearest(found, file) or folder/name
+def _said(root, file):
+    "The path of the image that an xml file states"
+    parts = root.findtext('folder') or '', root.findtext('filename') or f'{file.stem}.jpg'
+    return Path(*(o.replace('\\', '/') for o in parts))
+
+def _image_path(file, said, images, folder, problems):
+    "The image of an xml file; None and a problem if several fit that are not copies"
+    found = images.get(file.stem) or images.get(said.stem) or [folder/said.name]
+    first,*others = nearest(found, file, said)
+    others = [o for o in others if not filecmp.cmp(first, o, shallow=False)]
+    if not others: return first
+    detail = f'{first} or {others[0]}: the image is left out'
+    problems.append(Problem('several images', str(file), 'filename', detail))
 
 def _common(files, folder):
     "The folder of all files if they lie in one, else `folder`"
@@ -96,7 +110,9 @@ def read_voc(
     for file in files:
         root = _parsed(file, src.problems)
         if root is None: continue
-        paths.append(_image_path(file, root, known, base))
+        image = _image_path(file, _said(root, file), known, base, src.problems)
+        if image is None: continue
+        paths.append(image)
         images.append(_image(root, len(images)+1))
         objects += _objects(root, file, len(images))
     src.folder = _common(paths, path)
