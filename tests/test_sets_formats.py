@@ -373,3 +373,16 @@ def test_faults_of_a_table_name_their_line(tmp_path):
     assert [(p.kind, Path(p.file).name, p.field) for p in problems] == [('bad box', 'train.csv', 'line 3 bbox')] and len(coco['annotations']) == 2
     (tmp_path/'train.csv').write_bytes(b'\xff\xfe\x00')
     with pytest.raises(DataError, match='train.csv: no readable table'): find_layout(tmp_path)
+
+
+def test_all_images_of_a_yolo_set(tmp_path):
+    "Without a split: those of every field, each once; a division takes those of `train`"
+    for i,(d,n) in enumerate(dict(train=4, val=2, test=1).items()):
+        for j in range(n):
+            file = tmp_path/'images'/d/f'{i}{j}.png'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (8, 8)).save(file)
+    (tmp_path/'data.yaml').write_text('names: [a]\ntrain: images/train\nval: images/val\ntest: [images/test, images/val]\n')
+    assert len(read_yolo(tmp_path).coco['images'])==7
+    assert [len(read_yolo(tmp_path, o).coco['images']) for o in ('train','valid','test')]==[4, 2, 3]
+    assert [len(o.coco['images']) for o in read_data(tmp_path, valid_pct=.25)]==[3, 1]

@@ -94,12 +94,17 @@ def _yolo_entry(file, cfg, split, entry):
     for o in tries:
         if os.path.exists(file.parent/o): return file.parent/o
     name = ' '.join(str(entry).splitlines())
-    raise DataError(f"{file}: field '{split or 'train'}': {name} does not exist")
+    raise DataError(f"{file}: field '{split}': {name} does not exist")
 
 def _yolo_images(file, cfg, split):
-    "Image files of a split"
-    entries = next((cfg[o] for o in split_names(split or 'train') if cfg.get(o)), None)
-    if entries is None: raise no_split(file, split, f"a field '{split or 'train'}'")
+    "Image files of a split, or of all splits"
+    if split is None:
+        there = [o for o in ('train','valid','test') if any(map(cfg.get, split_names(o)))]
+        every = [p for o in there or ['train'] for p in _yolo_images(file, cfg, o)]
+        yield from dict.fromkeys(every)
+        return
+    entries = next((cfg[o] for o in split_names(split) if cfg.get(o)), None)
+    if entries is None: raise no_split(file, split, f"a field '{split}'")
     for o in [entries] if isinstance(entries, str) else entries:
         p = _yolo_entry(file, cfg, split, o)
         if p.is_dir(): yield from files_below(p)
@@ -147,7 +152,7 @@ def _yolo_objects(image, hw, image_id):
 
 def read_yolo(
     path,      # folder with data.yaml or classes.txt
-    split=None # field of data.yaml, or folder; None: 'train'
+    split=None # field of data.yaml, or folder; None: all of them
 ) -> Source:
     "One split in YOLO layout"
     path = Path(path)
