@@ -470,7 +470,19 @@ def attention(model, data, dataset, length, rounds, every=(1,2,100), steps=(1,2,
     one = copy.copy(data[0])
     one.z0,one.feats = take((one.z0, one.feats), torch.arange(1))
     ms = alternate({n: lambda o=o: apply(o, one, (length,)) for n,o in fs.items()}, rounds, clock=time.process_time)
-    return dict(by_steps=rows, ms={n: dict(ms=1e3*v['median']/length, ratio=v['ratio']) for n,v in ms.items()})
+    return dict(by_steps=rows, ms=by_application(ms, length), light=light(f, one, length, rounds))
+
+
+def by_application(times, length): return {n: dict(ms=1e3*v['median']/length, ratio=v['ratio']) for n,v in times.items()}
+
+
+def light(f, b, length, rounds):
+    "Milliseconds of an application of lighter steps, before they are trained"
+    from beyond import half_of_points, lighten
+    fs = {k: copy.deepcopy(f) for k in ('f', 'half of the points', 'rank 32')}
+    half_of_points(fs['half of the points'])
+    lighten(fs['rank 32'].mixing, 32)
+    return by_application(alternate({k: lambda o=o: apply(o, b, (length,)) for k,o in fs.items()}, rounds, clock=time.process_time), length)
 
 
 # ---- other starts

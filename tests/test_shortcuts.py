@@ -175,3 +175,12 @@ def test_remembered_attention():
     assert 'talk' not in vars(step)
     seldom.talk.n = 0
     for _ in range(2): torch.testing.assert_close(seldom(z, feats).content, plain[1].content) # the same state twice
+
+def test_times_of_lighter_steps():
+    "In the order in which they compute less; the step itself stays"
+    from acceleration import light
+    step,z,feats = mixer()
+    before = {k: v.clone() for k,v in step.state_dict().items()}
+    with torch.no_grad(): found = light(step, SimpleNamespace(z0=z, feats=feats), 2, 1)
+    assert list(found)==['f', 'half of the points', 'rank 32'] and all(o['ms'] > 0 for o in found.values())
+    assert before.keys()==step.state_dict().keys() and all(torch.equal(v, before[k]) for k,v in step.state_dict().items())
