@@ -35,8 +35,9 @@ from .training.minutes import (
     MANY, MaySkip, TimeBudget, budget_by_recipe, updates_of_epoch)
 from .training.optim import Muon
 from .training.processes import Shards, deal, shard
-from .training.recipes import (DetOpt, Group, Recipe, SECTIONS, adamixer_1x, adamixer_3x,
-    deformable, deqdet_1x, deqdet_2x, made_for, param_groups, recipes, section_of, section_of as part_of)
+from deqdet.training.recipes import (DetOpt, Group, Recipe, SECTIONS, adamixer_1x, adamixer_3x,
+    deformable, deqdet_1x, deqdet_2x, made_for, param_groups, recipes, section_of,
+    section_of as part_of)
 from .training.results import Interpretation, draw_results
 from .training.resume import Resume, Stop
 from .training.watch import CSVLog, NonFinite, Term, TermRecorder, WatchSettling
