@@ -41,6 +41,11 @@ class RandomSteps(Ours):
         return loss
 
 
+class RandomGrad(RandomSteps):
+    "One to three applications behind each gradient, drawn for each batch"
+    def lengths(self): return dict(grad=RAG(int(torch.randint(1, 4, ()))))
+
+
 class SometimesEarly(RandomSteps):
     "In half of the batches, the first or the second state has a loss too"
     def lengths(self):
@@ -359,6 +364,7 @@ IDEAS = {
     'random_stretch_half': partial(RandomContracted, 'deqdet_lite', weight=.2, every=2),
     'sized': partial(Sized, 'deqdet_lite'),
     'sized_random': partial(SizedRandom, 'deqdet_lite'),
+    'random_k': partial(RandomGrad, 'deqdet_lite'),
     'sometimes_early': partial(SometimesEarly, 'deqdet_lite'),
     'deqdet_lite_base': KINDS['deqdet_lite_base'],
     'damped': partial(Damped, 'deqdet_lite'),

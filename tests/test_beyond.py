@@ -33,7 +33,7 @@ def detector(kind):
     torch.manual_seed(0)
     return IDEAS[kind](['a','b'], args=ARGS)
 
-@pytest.mark.parametrize('kind', ['first_boxes', 'look_twice', 'groups', 'light', 'no_init', 'no_init_first_boxes', 'related', 'fewer_points', 'rag4', 'seldom_attention', 'sometimes_early'])
+@pytest.mark.parametrize('kind', ['first_boxes', 'look_twice', 'groups', 'light', 'no_init', 'no_init_first_boxes', 'related', 'fewer_points', 'rag4', 'seldom_attention', 'sometimes_early', 'random_k'])
 def test_every_part_learns(kind, batch):
     own = detector(kind)
     net = own.net.train()
