@@ -209,6 +209,7 @@ def _no_objects(coco, file, split):
     detail = f"not one that can be used in the {n} images of '{split}'"
     return [Problem('no objects', str(file), 'annotations', detail)]
 
+# %% ../../nbs/sets/07_check.ipynb #e441fcb5
 def verify_data(
     path,           # folder of a detection set
     layout=None,    # 'coco', 'voc', 'yolo', 'hf' or 'csv'; by default it is recognised

@@ -88,6 +88,7 @@ def _yolo_names(path):
     splits = {o.name: str(o.absolute()) for o in folders}
     return file, dict(names=names, **(splits or dict(train=str(path.absolute()))))
 
+# %% ../../nbs/sets/06_formats.ipynb #dacf31e4
 def _yolo_entry(file, cfg, split, entry):
     "The folder or list of images that an entry of a description names"
     tries = [Path(cfg.get('path') or '')/entry, entry, re.sub(r'^(\.\./)+', '', entry)]
@@ -150,6 +151,7 @@ def _yolo_objects(image, hw, image_id):
         k,box = _yolo_box(line, hw)
         yield dict(image_id=image_id, category_id=k, bbox=box, at=(str(file), f'line {j}'))
 
+# %% ../../nbs/sets/06_formats.ipynb #9f7f0a42
 def read_yolo(
     path,      # folder with data.yaml or classes.txt
     split=None # field of data.yaml, or folder; None: all of them

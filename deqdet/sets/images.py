@@ -91,6 +91,7 @@ def as_data_error(
     except (DataError, OSError): raise
     except Exception as e: raise DataError(f'{where}: damaged ({one_line(e)})') from e
 
+# %% ../../nbs/sets/01_images.ipynb #2369a788
 warnings.filterwarnings('ignore', 'The image decoding and encoding capabilities of TorchVision')
 
 def _check_range(im):

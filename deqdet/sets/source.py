@@ -149,7 +149,8 @@ def image_folder(
         held = sum((folder/o).exists() for o in sample)
         return rank[1] and 2*held > len(sample), held, rank
     keys = {o: key(o) for o in near}
-    first,*others = [o for o in near if keys[o]==max(keys.values())]
+    best = max(keys.values())
+    first,*others = [o for o in near if keys[o]==best]
     for o in others:
         if _differ(first, o, sample):
             raise DataError(f"{file}: images: {first} and {o} hold different files of these "
