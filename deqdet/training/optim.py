@@ -10,6 +10,7 @@ __all__ = ['orthogonal', 'is_matrix', 'Muon']
 # %% ../../nbs/training/02_optim.ipynb #b411bab9
 import torch
 from torch import Tensor
+from ..ops.linear import times
 
 # %% ../../nbs/training/02_optim.ipynb #df15ab03
 def orthogonal(
@@ -20,14 +21,14 @@ def orthogonal(
     x = m.flatten(1)
     x = x if len(x) <= x.shape[1] else x.T # (rows, columns), rows <= columns
     x = x/(x.norm() + 1e-7)
-    a = x@x.T                              # (rows, rows)
+    a = times(x, x)                        # (rows, rows), symmetric as `q` and `total`
     total = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for i in range(steps):
-        if i > 0: a = q@a@q                # `a` of what the last step made
-        q = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)
+        if i > 0: a = times(times(q, a), q) # `a` of what the last step made
+        q = times(a, a).mul_(2.0315).sub_(a, alpha=4.775)
         q.diagonal().add_(3.4445)
-        total = q@total
-    x = total@x
+        total = times(q, total)
+    x = times(total, x.T)
     return (x if len(x)==len(m) else x.T).reshape(m.shape)
 
 # %% ../../nbs/training/02_optim.ipynb #7b1686de
