@@ -170,6 +170,7 @@ def test_a_detection_in_a_crowd_is_neither_right_nor_wrong(pred, truth):
     assert coco_ap(sure, truth).AP50 == coco_ap(sure, crowd).AP50 == 1
     assert coco_ap(sure, without).AP50 < .8
     assert coco_ap(sure, crowd).counts['objects'] == 2
+    assert coco_ap(sure, crowd).per_class.objects.sum() == 2
 
 def test_with_one_detection_only_the_surest_counts(pred, truth):
     assert coco_ap([pred], truth, max_dets=(1, 1, 1)).AP50 == pytest.approx(34/101)

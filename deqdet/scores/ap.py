@@ -263,9 +263,9 @@ def coco_ap(
     return Result(numbers, _per_class(e, names, gts, dts), e, counts)
 
 def _count(groups):
-    "Counts by category"
+    "Counts by category, without crowds"
     n = Counter()
-    for (_,c),v in groups.items(): n[c] += len(v)
+    for (_,c),v in groups.items(): n[c] += sum(not o.get('iscrowd') for o in v)
     return n
 
 def _per_class(e, names, gts, dts):

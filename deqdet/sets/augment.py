@@ -6,11 +6,10 @@ Docs: https://deqdet.github.io/deqdet/sets/augment.html.md"""
 
 # %% auto #0
 __all__ = ['AUGMENT', 'resize_long', 'Augment', 'fit_hw', 'Fit', 'recipe_1x', 'RandomSpanCrop', 'recipe_2x', 'recipe_small',
-           'feed_tfm', 'sides_of']
+           'feed_tfm']
 
 # %% ../../nbs/sets/08_augment.ipynb #92c91b7f
 from collections.abc import Sequence
-from functools import partial
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -165,13 +164,3 @@ def feed_tfm(
     before = scaled((400, 500, 600))
     crop = scaled((384, 600))
     return recipe_2x(True, shorts, before, crop, feed.long)
-
-# %% ../../nbs/sets/08_augment.ipynb #b41c07d3
-def sides_of(
-    tfm # of `feed_tfm`, `recipe_1x(False)` or another; None: images keep their size
-):      # short and long side in pixels, or None where they are not known
-    "The largest sides of images after a transform that resizes once"
-    if isinstance(tfm, partial) and tfm.func is resize_long: return (tfm.keywords['size'],)*2
-    tfms = tfm.tfms.transforms if isinstance(tfm, Augment) else ()
-    fits = [o for o in tfms if isinstance(o, Fit)]
-    return (max(fits[0].shorts), fits[0].long) if len(fits)==1 else None

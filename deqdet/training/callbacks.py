@@ -10,6 +10,7 @@ __all__ = ['FitLoop', 'Schedule', 'Amp', 'EMA', 'SaveBest', 'Patience', 'average
 # %% ../../nbs/training/03_callbacks.ipynb #27772f51
 import math
 from contextlib import contextmanager
+from functools import partial
 import pandas as pd, torch
 from torch.amp import GradScaler
 from fastcore.basics import noop, patch
@@ -23,7 +24,7 @@ from ..backbone import read_weights
 from ..data import DetDL
 from ..model import Feed
 from ..ops.files import write_atomic
-from ..sets.augment import sides_of
+from ..sets.augment import Augment, Fit, resize_long
 
 # %% ../../nbs/training/03_callbacks.ipynb #a7e296f5
 class FitLoop(Learner):
@@ -267,6 +268,11 @@ def average_checkpoints(
 def feed_of_images(
     dl # loader of a `DetDataset`
 ):     # `Feed`, or None where its transform does not tell
-    "The input size of a loader's images"
-    sides = sides_of(getattr(dl.dataset, 'tfm', None))
-    return None if sides is None else Feed(*sides)
+    "The input size of a loader's images, for validation"
+    tfm = getattr(dl.dataset, 'tfm', None)
+    if isinstance(tfm, partial) and tfm.func is resize_long:
+        side = tfm.keywords['size']
+        return Feed(side, side)
+    tfms = tfm.tfms.transforms if isinstance(tfm, Augment) else ()
+    fits = [o for o in tfms if isinstance(o, Fit)]
+    return Feed(max(fits[0].shorts), fits[0].long) if len(fits)==1 else None
