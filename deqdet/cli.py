@@ -233,11 +233,11 @@ def _tell_end(done, bad, folder, min_score):
 # %% ../nbs/21_cli.ipynb #f1f78030
 def _drawn(detector, files, folder, draw, **options):
     "Detect in images, print and draw each: results, and the number of unreadable images"
-    from deqdet.commands.pictures import counted, drawing
+    from deqdet.commands.pictures import counted, drawing, images_in
     from deqdet.predict import class_names, detect, draw_detections
     done = []
     bad = 0
-    taken = set()
+    taken = images_in(folder, files)
     for o in detect(detector, files, **options):
         if o.error:
             say(o.error)
@@ -287,7 +287,7 @@ def deqdet_predict(
     from deqdet.using.stream import check_max_dets
     from deqdet.using.video import films_in, predict_films
     look = look_options(tiles, nms)
-    films = films_in(images)
+    films = films_in(images, **look, max_dets=max_dets, layout=layout)
     detector = open_detector(model, size, device)
     check_max_dets(detector, max_dets)
     if not Path(model).is_file(): detector = folded(detector) # takes 0.86 of the time

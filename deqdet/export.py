@@ -20,10 +20,11 @@ from torch.nn.functional import pad
 from zipfile import is_zipfile
 from .decoder import prepared
 from .equilibrium import Equilibrium
-from .loss import decode
+from .loss import Detections, decode
 from .model import Detector, Feed, to_original
 from .ops.errors import CommandError, one_line
 from .predict import is_batch, predict
+from .using.stream import check_max_dets
 
 # %% ../nbs/18_export.ipynb #b09886f4
 def unrolled(
@@ -164,6 +165,7 @@ class Exported:
         self.about = about
         self.vocab = known('classes')
         self.thresholds = known('thresholds')
+        self.max_dets = known('max_dets')
         self.n_classes = known('n_classes') or len(self.vocab or ())
         self.feed = Feed(**known('feed')) if known('feed') else None
 
@@ -185,6 +187,7 @@ class Exported:
 def _in_batch(self:Exported, images, sizes=None, orig=None, scale=None, max_dets=None, min_score=0.,
               steps=None):
     if steps is not None: raise TypeError(f'steps={steps}: an exported file has fixed steps')
+    check_max_dets(self, max_dets)
     if images.is_floating_point(): images = (images*255).round().to(torch.uint8)
     if sizes is None: sizes = torch.tensor([images.shape[-2:]]*len(images))
     missing = [max(0, LEAST - o) for o in images.shape[-2:]] # rows, columns
@@ -192,7 +195,8 @@ def _in_batch(self:Exported, images, sizes=None, orig=None, scale=None, max_dets
     boxes,scores,labels = (o[:, :max_dets] for o in self.run(images, sizes))
     if orig is not None: scale = (sizes/orig).flip(-1) # (B,2) of x and of y
     if scale is not None: boxes = to_original(boxes, scale)
-    rows = zip(boxes, scores, labels, scores >= min_score)
+    keep = Detector._reach(self, Detections(scores, labels, boxes), min_score)
+    rows = zip(boxes, scores, labels, keep)
     return [dict(boxes=b[k], scores=s[k], labels=l[k]) for b,s,l,k in rows]
 
 # %% ../nbs/18_export.ipynb #d5aafe6f

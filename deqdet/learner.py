@@ -28,11 +28,11 @@ from fastai.torch_core import get_model, num_distrib, rank_distrib
 from .evaluate import APCallback, best_thresholds, gather_preds, on_first
 from .loss import SetLoss
 from .ops.files import write_atomic
-from .training.callbacks import EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints
+from .training.callbacks import (
+    EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints, feed_of_images)
 from .training.denoise import add_denoising
 from .training.quality import set_scoring
-from .training.minutes import (
-    MANY, MaySkip, TimeBudget, budget_by_recipe, updates_of_epoch)
+from .training.minutes import MANY, MaySkip, TimeBudget, budget_by_recipe, updates_of_epoch
 from .training.optim import Muon
 from .training.processes import Shards, deal, shard
 from deqdet.training.recipes import (DetOpt, Group, Recipe, SECTIONS, adamixer_1x, adamixer_3x,
@@ -87,15 +87,16 @@ class DetLearner(MaySkip, FitLoop):
 
 # %% ../nbs/14_learner.ipynb #6cf9d50e
 class ClassThresholds(Callback):
-    "Give the detector a score threshold for each class: the one with the best F1"
+    "Give the detector the threshold with the best F1 for each class, and its input size"
     order = APCallback.order+1
     def fits(self): return self.learn.fitting and 'ap' in vars(self.learn) # not in `get_preds`
     def after_pred(self):
         if self.fits() and not self.training: self.preds = self.learn.ap.preds
     def after_validate(self):
         if not self.fits(): return
-        best = on_first(best_thresholds, gather_preds(self.preds), self.dl.dataset)
-        get_model(self.model).thresholds = best
+        model = get_model(self.model)
+        model.thresholds = on_first(best_thresholds, gather_preds(self.preds), self.dl.dataset)
+        model.feed = feed_of_images(self.dl) or model.feed
 
 # %% ../nbs/14_learner.ipynb #62812793
 def det_learner(

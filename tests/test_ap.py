@@ -170,9 +170,23 @@ def test_a_detection_in_a_crowd_is_neither_right_nor_wrong(pred, truth):
     assert coco_ap(sure, truth).AP50 == coco_ap(sure, crowd).AP50 == 1
     assert coco_ap(sure, without).AP50 < .8
     assert coco_ap(sure, crowd).counts['objects'] == 2
+    assert coco_ap(sure, crowd).per_class.objects.sum() == 2
 
 def test_with_one_detection_only_the_surest_counts(pred, truth):
     assert coco_ap([pred], truth, max_dets=(1, 1, 1)).AP50 == pytest.approx(34/101)
 
 def test_the_number_of_detections_names_the_recall(pred, truth):
     assert list(coco_ap([pred], truth, max_dets=300))[6:9] == ['AR1', 'AR10', 'AR300']
+
+
+@pytest.mark.parametrize('most', [1, 2, 5, 10])
+def test_a_small_limit_is_the_limit_of_ap(most):
+    "Not the ten detections of AR10"
+    boxes = torch.tensor([[20.*i, 0, 20.*i + 10, 10] for i in range(12)])
+    found = dict(image_id=1, boxes=boxes, scores=torch.arange(12).flip(0)/12., labels=torch.zeros(12).long())
+    first = dict(found, **{k: found[k][:most] for k in ('boxes', 'scores', 'labels')})
+    few, plain = coco_ap([found], as_coco(boxes), max_dets=most), coco_ap([first], as_coco(boxes))
+    assert few.AP == plain.AP < 1 and few.ARs == few[f'AR{most}'] == plain.AR100 == pytest.approx(most/12)
+    assert few.AR1 == pytest.approx(1/12) and few.eval['max_dets'] == sorted({1, most})
+    row = few.per_class.loc['cat']
+    for k in few: assert row[k] == pytest.approx(few[k], nan_ok=True)

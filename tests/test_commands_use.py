@@ -217,3 +217,19 @@ def test_a_push_that_fails_loses_nothing(world, tmp_path, capsys, logged_in, mon
         bad(capsys, 'the training is complete: --resume --push user/shapes tries again', train, world, tmp_path/'run', epochs=1, push='user/shapes')
     cli.deqdet_train(str(world/'shapes'), out=str(tmp_path/'run'), resume=True, push='user/shapes', device='cpu')
     assert 'model.safetensors' in Hub.repos['user/shapes']
+
+
+def test_drawings_leave_the_images_alone(world, tmp_path):
+    "`--out` may be the folder of the images, or refer to them; no drawing takes the place of an image"
+    pictures = tmp_path/'pictures'
+    pictures.mkdir()
+    for name, shade in (('a.jpg', 90), ('a.png', 150), ('b.png', 210)): Image.new('RGB', (64, 48), (shade,)*3).save(pictures/name)
+    before = {o.name: o.read_bytes() for o in pictures.iterdir()}
+    predict(world, pictures, pictures=pictures, min_score=0.)
+    assert {k: (pictures/k).read_bytes() for k in before} == before
+    assert sorted(o.name for o in pictures.iterdir() if o.name not in before) == ['a_2.png', 'a_3.png', 'b_2.png', 'predictions.json']
+    linked = tmp_path/'linked'
+    linked.mkdir()
+    (linked/'b.png').symlink_to(pictures/'b.png')
+    cli.deqdet_predict(str(world/'start'), [str(pictures/'b.png')], str(linked), device='cpu')
+    assert (pictures/'b.png').read_bytes() == before['b.png']

@@ -16,7 +16,9 @@ from deqdet.learner import (EMA, CSVLog, DetLearner, DetOpt, Interpretation, Non
                             WatchSettling, average_checkpoints, deal, det_learner, draw_results, param_groups,
                             recipes, section_of, shard)
 from deqdet.loss import SetLoss
-from deqdet.model import Detector
+from deqdet.model import Detector, Feed
+from deqdet.predict import predict
+from deqdet.sets.augment import feed_tfm
 from deqdet.families.adamixer import AdaMixer
 from deqdet.zoo import create_detector, published, zoo
 
@@ -405,3 +407,35 @@ def test_losses_of_single_pictures(path):
     inputs,_,target,_,losses = interp[0]
     with torch.no_grad(): loss = learn.loss_func(learn.model.eval()(*inputs), target)
     assert loss.item()==pytest.approx(losses[0].item(), abs=1e-3)
+
+# ---- the input size
+
+@pytest.mark.parametrize('given,feed', [(dict(size=48), Feed(48, 48)), (dict(size=None, tfms=Feed(40, 56)), Feed(40, 56))])
+def test_a_fit_notes_the_input_size(path, tmp_path, given, feed):
+    "That of validation, on which AP and thresholds were found; `predict` and a saved folder then use it too"
+    if 'tfms' in given: given = dict(tfms=(feed_tfm(feed, 'flip'), feed_tfm(feed)))
+    dls = det_dls(path, bs=2, num_workers=0, device='cpu', **given)
+    model = SMALL.build()
+    model.feed = Feed(320, 320) # as with a pretrained start
+    learn = det_learner(dls, model, lr=1e-3, path=path)
+    with learn.quiet():
+        learn.validate()
+        assert model.feed == Feed(320, 320)
+        learn.fit(1)
+    assert model.feed == feed == Detector.from_pretrained(model.save_pretrained(tmp_path/'kept')).feed
+    image = next((path/'images').rglob('*.png'), None) or next(path.rglob('*.jpg'))
+    one, other = learn.predict(image, min_score=0.), predict(model, image, min_score=0.)
+    assert torch.allclose(one['scores'], other.scores, atol=1e-5)
+
+def test_an_unknown_transform_leaves_the_input_size(path):
+    dls = det_dls(path, bs=2, num_workers=0, device='cpu', tfms=(None, lambda img, t: (img, t)))
+    learn = det_learner(dls, SMALL.build(), lr=1e-3, path=path)
+    learn.model.feed = Feed(99, 99)
+    assert fit(learn).model.feed == Feed(99, 99)
+
+def test_the_best_is_saved_in_fits_alone(path, tmp_path):
+    "Other passes have no column AP, and need none"
+    learn = fit(make(path, cbs=[SaveBest(tmp_path/'best.pt')], size=48))
+    with learn.no_bar(): learn.get_preds()
+    with learn.quiet(): learn.lr_find(num_it=2, show_plot=False, suggest_funcs=None)
+    with pytest.raises(ValueError, match="no column 'XY'"): fit(make(path, cbs=[SaveBest(tmp_path/'best.pt', 'XY')], size=48))

@@ -275,3 +275,11 @@ def test_a_loader_refuses_other_classes(model, shapes, tmp_path):
     file = path/'annotations/instances_valid.json'
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(images=[], annotations=[])))
     with pytest.raises(CommandError, match='at least one image'): eval_loader(path, model)
+
+
+def test_a_detector_is_saved_in_the_present_folder(tmp_path, monkeypatch):
+    (tmp_path/'here').mkdir()
+    monkeypatch.chdir(tmp_path/'here')
+    model = create_detector('deqdet_tiny', vocab=['a'])
+    assert str(save_detector(model, '.')) == '.' and load_detector('.', device='cpu').vocab == ['a']
+    assert [o.name for o in tmp_path.iterdir()] == ['here']

@@ -62,6 +62,12 @@ def test_an_image_is_turned_unless_annotated_unturned(turned):
 
 def test_grey_floats_become_bytes(): assert load_image(np.full((20,40), .5)).unique().tolist()==[128]
 
+def test_floats_beyond_the_range_are_an_error():
+    "0..255 would become white, normalised pixels noise; what a resize leaves outside 0..1 is cut"
+    for x in (np.linspace(0, 255, 600, dtype=np.float32).reshape(20, 30), torch.randn(3, 20, 30)*2):
+        with pytest.raises(DataError, match='array with values from .* to .*: uint8, uint16 or floats 0..1'): load_image(x)
+    assert load_image(np.array([[-.1, 0, 1.1]]*2)).unique().tolist()==[0, 255]
+
 DEEP = np.linspace(0, 65535, 48*64).reshape(48, 64).astype(np.uint16)
 
 @pytest.mark.parametrize('kind', ['png', 'tif', 'big endian', 'pillow', 'array', 'tensor'])

@@ -145,3 +145,21 @@ def test_int8_is_smaller_and_near(model, file, exported, tmp_path):
     assert (eight.vocab, eight.feed) == (['a', 'b'], Feed(96, 128))
     a, b = (m.predict(noise(64, 96), min_score=0.) for m in (eight, exported))
     assert 0 < (a.scores - b.scores).abs().max() < .02
+
+
+def test_a_batch_takes_the_scores_that_a_detector_takes(model, file):
+    "None, a number, or one for each class"
+    exported = load_exported(file)
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96), dtype=np.uint8))
+    scores = model.predict(x, steps=STEPS[file.suffix])[0]['scores'].unique()
+    i = scores.diff().argmax()
+    level = float(scores[i:i+2].mean()) # between two scores, far from both
+    for bar in (None, 0., level, [level, 0.], torch.tensor([0., level])):
+        pairs = zip(exported.predict(x, min_score=bar), model.predict(x, min_score=bar, steps=STEPS[file.suffix]), strict=True)
+        assert all(len(a['labels']) == len(b['labels']) and torch.equal(a['labels'].bincount(), b['labels'].bincount()) for a, b in pairs)
+
+
+def test_more_detections_than_a_file_gives_are_an_error(model, file):
+    exported = load_exported(file)
+    with pytest.raises(CommandError, match='max_dets 101: this file gives at most 100'): predict(exported, np.zeros((64, 64, 3), np.uint8), max_dets=101)
+    assert len(predict(exported, np.zeros((64, 64, 3), np.uint8), max_dets=100, min_score=0.).boxes) == 24 # 12 queries, 2 classes

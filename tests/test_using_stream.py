@@ -185,3 +185,50 @@ def test_a_box_for_each_query(tmp_path):
     assert len(predict(folded(wide), noise(48, 64), 0.).scores) == 121
     file = load_exported(wide.export(tmp_path/'wide.pt2', steps=0))
     assert [len(predict(file, noise(48, 64), 0., **o).scores) for o in ({}, dict(max_dets=7))] == [121, 7]
+
+
+class Planted:
+    "A model that finds boxes planted by the width of the view"
+    feed, vocab = Feed(200, 200), None
+    def __init__(self, planted, thresholds=None): self.planted, self.thresholds = planted, thresholds
+    def parameters(self): return iter(())
+    def predict(self, images, sizes, orig, min_score, max_dets=None):
+        out = []
+        for h, w in orig.tolist():
+            rows = [o for o in self.planted.get(w, ()) if o[1] >= min_score]
+            boxes = torch.tensor([o[0] for o in rows], dtype=torch.float).reshape(-1, 4)
+            out.append(dict(boxes=boxes, scores=torch.tensor([o[1] for o in rows]),
+                            labels=torch.tensor([o[2] for o in rows], dtype=torch.long)))
+        return out
+
+
+def test_a_box_below_its_bar_removes_none_above():
+    "The whole image has a poor box of class 1, which is not cut off; a tile has a good one, cut off"
+    box = (150, 0, 200, 50)
+    planted = {300: [(box, .3, 1)], 200: [(box, .9, 1)]} # 300: the whole image, 200: each tile
+    model = Planted(planted, thresholds=[.2, .6])
+    picture = np.zeros((200, 300, 3), np.uint8)
+    same_bar = next(detect(model, [picture], min_score=.6, tiles=(200, 100)))
+    own_bars = next(detect(model, [picture], min_score=None, tiles=(200, 100)))
+    assert len(same_bar.boxes) > 0 and own_bars == same_bar
+
+
+def test_max_dets_counts_the_detections_of_the_image(model):
+    "Of all tiles together, the best ones; without it, tiles add up"
+    picture = noise(200, 200)
+    every = predict(model, picture, min_score=0., tiles=64)
+    few = predict(model, picture, min_score=0., tiles=64, max_dets=7)
+    assert len(few.boxes) == 7 and len(every.boxes) > 100
+    assert (few.scores.diff() <= 0).all() and few.scores[0] == every.scores[0]
+
+
+@pytest.mark.parametrize('size', [(64, 64), (64, 40), (128, 128)])
+def test_a_generator_may_use_one_array_again(model, size):
+    "A camera's buffer: images that wait for their batch keep their pixels"
+    pictures = [noise(*size, seed) for seed in range(3)]
+    buffer = np.zeros((*size, 3), np.uint8)
+    def again():
+        for o in pictures:
+            buffer[:] = o
+            yield buffer
+    for a, b in zip(predict(model, again(), **FLAT), predict(model, pictures, **FLAT), strict=True): assert torch.equal(a.boxes, b.boxes)

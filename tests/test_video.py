@@ -1,10 +1,13 @@
 "Detections in films: warm and cold, written films, bad films, the command"
 import csv, tracemalloc
 import numpy as np, pytest, torch
-from deqdet.model import Feed
+from deqdet import export # gives a `Detector` the method
+from deqdet.model import Detector, Feed
+from deqdet.ops.errors import CommandError
 from deqdet.predict import save_detector
 from deqdet.using import video
 from deqdet.using.frames import FilmReader, FilmWriter
+from deqdet.using.held import Hold
 from deqdet.using.video import Seen, film_names, films_in, predict_video
 from deqdet.zoo import create_detector
 
@@ -140,6 +143,19 @@ def test_a_stack_is_followed_without_numbers(with_av, tmp_path):
     assert video.predict_films(stack, [str(write(tmp_path/'a.mp4', 3))], tmp_path/'b.mp4', min_score=.001) == 0
     assert {o['id'] for o in rows(tmp_path/'b.csv')} == {'-1'}
 
+def test_an_exported_file_detects_in_films(model, with_av, tmp_path, capsys):
+    from deqdet.cli import deqdet_predict
+    film = write(tmp_path/'a.mp4', 3)
+    Detector.export(model, tmp_path/'m.pt2', steps=1)
+    assert deqdet_predict(str(tmp_path/'m.pt2'), [str(film)], out=str(tmp_path/'b.mp4'), min_score=.001) == 0
+    assert 'a.mp4: 3 frames: ' in capsys.readouterr().out and {o['id'] for o in rows(tmp_path/'b.csv')} == {'-1'}
+
+def test_options_of_images_are_refused_for_films():
+    "Until now they were left out without a word"
+    for k in ('tiles','nms','max_dets','layout'):
+        with pytest.raises(CommandError, match=f'--{k} is for images'): films_in(['a.mp4'], **{k: 1})
+    assert films_in(['a.mp4'], tiles=None) == ['a.mp4'] and films_in(['a.jpg'], tiles=64) == []
+
 def test_names():
     assert films_in(['a.jpg', 'b/*.png']) == [] and films_in(['a.MP4', '0']) == ['a.MP4', '0']
     assert [str(o) for o in film_names(['x/a.mp4', 'y/a.mp4', '0'], 'out')] == ['out/a_0.mp4', 'out/a_1.mp4', 'out/camera0_2.mp4']
@@ -148,3 +164,26 @@ def test_a_stack_cannot_track(model):
     from deqdet.ops.errors import CommandError
     with pytest.raises(CommandError, match='needs an equilibrium'):
         predict_video(create_detector('adamixer_tiny', n_classes=2), frames(1))
+
+def test_a_film_is_not_written_over_itself(model, with_av, tmp_path):
+    "Nor over itself under another name"
+    film = write(tmp_path/'film.mp4')
+    before = film.read_bytes()
+    (tmp_path/'link.mp4').symlink_to(film)
+    for out in (film, str(film), tmp_path/'link.mp4'):
+        with pytest.raises(CommandError, match='would be overwritten'): model.predict_film(film, out)
+        assert film.read_bytes() == before
+    assert not (tmp_path/'film.csv').exists()
+    model.predict_film(film, film, drawn=False)
+    assert film.read_bytes() == before and (tmp_path/'film.csv').exists()
+
+def test_a_hold_keeps_its_score(model):
+    "`take` of a given `Hold` counts, unless `min_score` is given"
+    images = frames(4)
+    def n(**kwargs): return sum(len(o.boxes) for o in predict_video(model, images, **kwargs))
+    some = n(min_score=.005)
+    assert some > 0 == n()
+    assert n(hold=Hold(take=.005)) == n(hold=Hold(take=.9), min_score=.005) == some
+    model.thresholds = [.005, .005]
+    try: assert n(hold=Hold(patience=3)) == n() == some and n(hold=Hold(take=.9)) == 0
+    finally: model.thresholds = None

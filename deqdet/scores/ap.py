@@ -239,6 +239,11 @@ def _fast_arrays(gts, dts, images, cats, max_dets):
     return out | dict(max_dets=sorted(max_dets), cat_ids=list(cats))
 
 # %% ../../nbs/scores/01_ap.ipynb #6480a357
+def _kept(max_dets):
+    "Numbers of detections for AR, the last one for AP too"
+    if isinstance(max_dets, tuple): return sorted(max_dets)
+    return [m for m in (1, 10) if m < max_dets] + [max_dets]
+
 def coco_ap(
     preds: list|str|Path,    # predictions as above, a COCO results list, or its json file
     truth,                   # COCO dict, json file, `pycocotools` COCO, dataset with `coco`
@@ -248,7 +253,7 @@ def coco_ap(
     fast: bool=False         # compute by the package hotcoco: the same numbers
 ) -> Result:                 # the twelve numbers; `nan` where undefined
     "COCO's box AP and AR, computed by `pycocotools` or by hotcoco"
-    kept = sorted(max_dets) if isinstance(max_dets, tuple) else [1, 10, max_dets]
+    kept = _kept(max_dets)
     names, ids, gts, dts, n = _prepared(preds, truth, cat_ids, images)
     n_objects = sum(not o['iscrowd'] for objs in gts.values() for o in objs)
     counts = dict(images=len(ids), objects=n_objects, detections=n)
@@ -258,9 +263,9 @@ def coco_ap(
     return Result(numbers, _per_class(e, names, gts, dts), e, counts)
 
 def _count(groups):
-    "Counts by category"
+    "Counts by category, without crowds"
     n = Counter()
-    for (_,c),v in groups.items(): n[c] += len(v)
+    for (_,c),v in groups.items(): n[c] += sum(not o.get('iscrowd') for o in v)
     return n
 
 def _per_class(e, names, gts, dts):

@@ -125,13 +125,14 @@ def _from_bytes(data, turn=True):
 def _to_bytes(x):
     "uint8 of whole numbers 0..255, of uint16, or of floats in 0..1"
     if x.dtype==torch.uint8: return x
-    if x.is_floating_point(): return (x*255).round().clamp(0, 255).to(torch.uint8)
     if x.dtype==torch.uint16: return (x.int() >> 8).to(torch.uint8)
-    x = x.long()
-    if ((x < 0) | (x > 255)).any():
-        span = f'from {x.min()} to {x.max()}'
+    real = x.is_floating_point()
+    x = x if real else x.long()
+    low,high = (-1,2) if real else (0,255) # floats that a resize made may be a little outside 0..1
+    if ((x < low) | (x > high)).any():
+        span = f'from {x.min():g} to {x.max():g}'
         raise DataError(f'array with values {span}: uint8, uint16 or floats 0..1 were expected')
-    return x.to(torch.uint8)
+    return ((x*255).round().clamp(0, 255) if real else x).to(torch.uint8)
 
 def _from_array(x):
     "uint8 (3,h,w) from grey (h,w), (h,w,C) or (C,h,w), of numbers as `_to_bytes` takes them"

@@ -23,7 +23,8 @@ def save_detector(
 ):         # the folder
     "Write a detector's folder, one complete file after the other; returns the folder"
     folder = Path(folder)
-    new = folder.with_name(f'.{folder.name}.new')
+    whole = folder.absolute() # '.' has no name
+    new = whole.with_name(f'.{whole.name}.new')
     shutil.rmtree(new, ignore_errors=True)
     try:
         with blame(folder, OSError, SafetensorError):

@@ -77,8 +77,9 @@ class _View:
         hw = torch.tensor([h, w])
         nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), hw, torch.tensor(0))
         self.window = window
-        self.sample = tfm(img[:, y:y+h, x:x+w], nothing)
-        self.shape = tuple(math.ceil(o/32) for o in self.sample[0].shape[1:]) # padded, in cells
+        small,target = tfm(img[:, y:y+h, x:x+w], nothing)
+        self.sample = small.clone(), target # without the pixels of `img`, which may change
+        self.shape = tuple(math.ceil(o/32) for o in small.shape[1:]) # padded, in cells
         self.dets = None
 
 class _Opened:
@@ -130,6 +131,9 @@ def check_max_dets(
     max_dets=None # detections in an image, or None
 ):
     "An error if `max_dets` is over 100 and over the number that the detector can give"
+    given = getattr(model, 'max_dets', None) # of an exported file
+    if given and (max_dets or 0) > max(100, given):
+        raise CommandError(f'max_dets {max_dets}: this file gives at most {given} detections')
     hyper = getattr(model, 'hyper', None)
     if hyper is None or max_dets is None: return
     n = hyper.n_queries
@@ -148,13 +152,18 @@ def _run(views, model, **kwargs):
         view.dets = {k: v.cpu() for k,v in d.items()}
         view.sample = None
 
-def _answer(opened, bar, nms, vocab):
+def _reached(dets, bar):
+    "The detections that reach the lowest score, of all classes or of their own"
+    kept = dets['scores'] >= (bar[dets['labels']] if bar.ndim else bar)
+    return {k: v[kept] for k,v in dets.items()}
+
+def _answer(opened, bar, nms, vocab, max_dets=None):
     "The `Found` of an image, from the detections of its views"
     if opened.error: return Found(opened.picture, None, None, opened.error, vocab)
-    dets = join_views([(o.window, o.dets) for o in opened.views], opened.hw)
-    reached = dets['scores'] >= (bar[dets['labels']] if bar.ndim else bar)
-    dets = suppress({k: v[reached] for k,v in dets.items()}, nms)
-    return Found(opened.picture, opened.hw, dets, None, vocab)
+    views = [(o.window, _reached(o.dets, bar)) for o in opened.views]
+    dets = suppress(join_views(views, opened.hw), nms)
+    best = {k: v[:max_dets] for k,v in dets.items()}
+    return Found(opened.picture, opened.hw, best, None, vocab)
 
 # %% ../../nbs/using/04_stream.ipynb #89d31b48
 def detect(
@@ -164,7 +173,7 @@ def detect(
     min_score=0., # leave out detections below; None: the detector's threshold for each class, or .3
     tiles=None, # side of tiles, or (side, overlap), in pixels of the images
     nms=None,   # remove what overlaps a better one of its class by this IoU
-    max_dets=None, # detections in an image; None: 100, or a box per query if these are more
+    max_dets=None, # detections in an image; None: 100 in a view, or a box per query if more
     **kwargs  # for `Detector.predict`: `steps`, `tol`
 ):            # yields `Found`, in the order of the images
     "Detections in images, batch by batch"
@@ -174,7 +183,7 @@ def detect(
     if tiles is not None: tile_size(tiles)
     tfm = feed_tfm(model.feed or Feed())
     waiting = _Waiting(partial(_run, model=model, min_score=float(bar.min()), **kwargs), bs)
-    answer = partial(_answer, bar=bar, nms=nms, vocab=model.vocab)
+    answer = partial(_answer, bar=bar, nms=nms, vocab=model.vocab, max_dets=max_dets)
     opened = deque()
     for picture in pictures:
         opened.append(_Opened(picture, tfm, tiles))

@@ -134,20 +134,27 @@ def _apart(model, shots, **kwargs):
         none = torch.full((len(found.labels),), -1)
         yield Seen(found.picture, found.dets | dict(ids=none), times.pop(0), i, model.vocab)
 
+def _with_bar(hold, model, min_score):
+    "`Hold` with the score from which an object counts; a given one keeps its own"
+    if hold is None: hold = Hold()
+    elif min_score is None and hold.take is not Hold.take: return hold
+    return replace(hold, take=score_bars(model, min_score))
+
 def predict_video(
     model,        # `Detector`
     source,       # path of a film, number of a camera, or an iterable of images
-    min_score=None, # score from which an object counts; None: a threshold for each class, or .3
+    min_score=None, # score of an object; None: that of `hold`, or of each class, or .3
     track=True,   # objects keep their numbers, by a warm start; False: each frame on its own
     steps=None,   # applications of f in a frame; None: 2 with `track`, else the detector's
-    hold=None,    # `Hold`: thresholds to take objects and to give them up
+    hold=None,    # `Hold`: thresholds to take objects and to give them up, with `track`
     bs=8,         # frames in a batch, without `track`
     **kwargs      # for the solver with `track`, else for `Detector.predict`
 ):                # yields a `Seen` for each frame
     "Detections in a film, frame by frame"
     shots = each_shot(source)
-    hold = replace(hold or Hold(), take=score_bars(model, min_score))
-    if track: return _tracked(Follower(model, steps, hold, **kwargs), shots)
+    if track:
+        hold = _with_bar(hold, model, min_score)
+        return _tracked(Follower(model, steps, hold, **kwargs), shots)
     if steps is not None: kwargs = dict(steps=steps) | kwargs
     return _apart(model, shots, min_score=min_score, bs=bs, **kwargs)
 
@@ -193,6 +200,11 @@ def _write(seens, table, film, objects):
     return n
 
 # %% ../../nbs/using/08_video.ipynb #046bb53f
+def _check_source(source, out):
+    "Raise an error if a film would be written over itself"
+    if out.exists() and Path(str(source)).exists() and out.samefile(str(source)):
+        raise CommandError(f'{source}: it would be overwritten; another file was expected')
+
 @patch
 def predict_film(self:Detector,
     source,         # path of a film, or number of a camera
@@ -204,6 +216,7 @@ def predict_film(self:Detector,
     "Detections in a film; with `out`, written as a film and a table"
     if out is None: return predict_video(self, source, **kwargs)
     out = Path(out)
+    if drawn: _check_source(source, out)
     table = out.with_suffix('.csv')
     check_writable(table)
     with FilmReader(source) as reader:
@@ -218,13 +231,16 @@ def predict_film(self:Detector,
 
 # %% ../../nbs/using/08_video.ipynb #8d1a36d5
 def films_in(
-    items # arguments of a command
-) -> list: # films and cameras; [] if there is none
-    "The films among the arguments; an error if images are there too"
+    items,   # arguments of a command
+    **images # options that only images have
+) -> list:   # films and cameras; [] if there is none
+    "The films among the arguments; an error if images are there too, or their options"
     films = [o for o in items if is_camera(o) or Path(o).suffix.lower() in FILMS]
     if films and len(films) < len(items):
         other = next(o for o in items if o not in films)
         raise CommandError(f'{other}: films and images need commands of their own')
+    given = [k for k,v in images.items() if v is not None]
+    if films and given: raise CommandError(f'--{given[0]} is for images, not for films')
     return films
 
 def film_names(
@@ -249,10 +265,10 @@ def predict_films(
 ) -> int:    # 2 if a film ended badly, else 0
     "Detect in films and print a line on each; returns the exit status"
     status = 0
-    track = isinstance(model.decoder, Equilibrium)
+    decoder = getattr(model, 'decoder', None) # an exported file has none
+    track = isinstance(decoder, Equilibrium)
     for film,name in zip(films, film_names(films, out)):
-        if Path(film).exists() and name.exists() and name.samefile(film):
-            raise CommandError(f'{film}: it would be overwritten; --out names another file')
+        _check_source(film, name)
         fault = _one_film(model, film, name, track=track, **kwargs)
         if fault: say(fault)
         status = 2 if fault else status
@@ -260,7 +276,8 @@ def predict_films(
 
 def _one_film(model, film, name, **kwargs):
     "Detect in one film and print a line; returns its fault, or None"
-    try: result = model.predict_film(film, name, progress=sys.stdout.isatty(), **kwargs)
+    shown = sys.stdout.isatty()
+    try: result = Detector.predict_film(model, film, name, progress=shown, **kwargs)
     except CommandError as e: return str(e)
     print(f'{result} in {result.film or result.table}')
     return result.fault
