@@ -27,11 +27,11 @@ from ..solver import solve
 class Hold:
     "Thresholds: when a query takes, keeps and gives up an object"
     take: float=.4     # score from which a query takes a new object; or (K,) for each class
-    keep: float=.5     # share of that score from which it still sees its object
+    keep: float=.8     # share of that score from which it still sees its object
     double: float=.6   # IoU from which two boxes of a class are the same object
-    regain: float=.3   # IoU of a new box with the expected box of a lost object
-    patience: int=25   # frames after which a lost object is given up
-    inertia: float=.6  # share of the old velocity in the new one, 0..1
+    regain: float=.15  # IoU of a new box with the expected box of a lost object
+    patience: int=50   # frames after which a lost object is given up
+    inertia: float=.5  # share of the old velocity in the new one, 0..1
     refresh: int=3     # frames between fresh starts of the queries without an object
 
     def bar(self, labels):
