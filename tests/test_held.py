@@ -137,7 +137,7 @@ def slots_of(boxes, ids, labels):
 A,B = [10, 10, 30, 30],[60, 60, 80, 80]
 def test_held_wins_over_fresh_with_a_better_score():
     slots = slots_of([A, B], [0, -1], [0, -1])
-    look = Look(torch.tensor([.3, .9]), torch.tensor([0, 0]), torch.tensor([A, A], dtype=torch.float))
+    look = Look(torch.tensor([.35, .9]), torch.tensor([0, 0]), torch.tensor([A, A], dtype=torch.float))
     seen,double = single(look, slots, slots.state.boxes, Hold())
     assert seen.tolist() == [True, False] and double.tolist() == [False, True]
 
