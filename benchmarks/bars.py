@@ -1,10 +1,10 @@
 """The figure of results on the home page: AP on four real sets after ten processor minutes, as an SVG.
 
-`python benchmarks/bars.py nbs/images/own_data.svg` draws it from nbs/results/own_data.json. Its colours stand on white and on black."""
+`python benchmarks/bars.py nbs/images/own_data.svg` draws it from nbs/results/own_data_present.json. Its colours stand on white and on black."""
 import argparse, json
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parents[1]/'nbs/results/own_data.json'
+RESULTS = Path(__file__).resolve().parents[1]/'nbs/results/own_data_present.json'
 KINDS = {'deqdet_lite': ('deqdet_lite', '#c8741f'), 'fcos': ('FCOS', '#6b8096')}
 SETS = dict(bccd='blood cells', cards='playing cards', deeppcb='circuit boards', raccoon='raccoons')
 WIDTH,LEFT,RIGHT,BAR,GAP,TOP = 640,258,60,26,6,8 # pixels
