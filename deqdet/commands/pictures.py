@@ -37,6 +37,7 @@ def drawing(
     taken.add(name)
     return folder/name
 
+# %% ../../nbs/commands/02_pictures.ipynb #02f1c002
 def images_in(
     folder, # to write into
     files   # of the images
@@ -45,6 +46,7 @@ def images_in(
     images = {Path(o).resolve() for o in files}
     return {o.name for o in folder.iterdir() if o.resolve() in images}
 
+# %% ../../nbs/commands/02_pictures.ipynb #02f1c004
 def counted(
     names # of the classes of detections
 ) -> str:

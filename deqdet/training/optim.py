@@ -27,7 +27,7 @@ def orthogonal(
         if i > 0: a = times(times(q, a), q) # `a` of what the last step made
         q = times(a, a).mul_(2.0315).sub_(a, alpha=4.775)
         q.diagonal().add_(3.4445)
-        total = times(q, total)
+        total = times(q, total) if i > 0 else q
     x = times(total, x.T)
     return (x if len(x)==len(m) else x.T).reshape(m.shape)
 

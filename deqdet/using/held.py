@@ -26,7 +26,7 @@ from ..solver import solve
 @dataclass(frozen=True)
 class Hold:
     "Thresholds: when a query takes, keeps and gives up an object"
-    take: float=.4     # score from which a query takes a new object; or (K,) for each class
+    take: object=None  # score from which a query takes an object; or (K,), by class; None: .4
     keep: float=.8     # share of that score from which it still sees its object
     double: float=.6   # IoU from which two boxes of a class are the same object
     regain: float=.15  # IoU of a new box with the expected box of a lost object
@@ -36,7 +36,8 @@ class Hold:
 
     def bar(self, labels):
         "Score from which a query takes a new object, for each label"
-        take = torch.as_tensor(self.take, device=labels.device)
+        take = .4 if self.take is None else self.take
+        take = torch.as_tensor(take, device=labels.device)
         return take[labels] if take.ndim else take
 
 # %% ../../nbs/using/07_held.ipynb #6305d335

@@ -137,7 +137,7 @@ def _apart(model, shots, **kwargs):
 def _with_bar(hold, model, min_score):
     "`Hold` with the score from which an object counts; a given one keeps its own"
     if hold is None: hold = Hold()
-    elif min_score is None and hold.take is not Hold.take: return hold
+    elif min_score is None and hold.take is not None: return hold
     return replace(hold, take=score_bars(model, min_score))
 
 def predict_video(
