@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .ops.bags import weighted_sums
 from .ops.linear import Linear
 
 # %% ../nbs/04_mixing.ipynb #7c0f9a54
@@ -128,7 +129,7 @@ def gather(
     table = tokens.reshape(-1, D//G)              # (BSG,D//G): a cell of a group is a row
     weight = weight.flatten(0,-2)                 # (BNG...,K)
     if _exporting(): read = (table[rows.long()]*weight[..., None]).sum(1)
-    else: read = F.embedding_bag(rows, table, per_sample_weights=weight.to(table.dtype), mode='sum')
+    else: read = weighted_sums(rows, table, weight.to(table.dtype))
     return read.view(*cells.shape[:-1], -1)
 
 # %% ../nbs/04_mixing.ipynb #c0f7694c
