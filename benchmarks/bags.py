@@ -5,6 +5,7 @@
 Numbers are ratios: the time by rows over PyTorch's, median over rounds in which both take turns. `sums` is forward and
 backward pass of the reads of `deqdet_lite` (four images of 320 pixels, 100 queries), `published` of DEQDet's (one image
 of 800 x 1216). `update` is a training update of `deqdet_lite` on random images."""
+from time import process_time
 import torch
 import torch.nn.functional as F
 from common import alternate, parser, report
@@ -47,7 +48,7 @@ def both(given):
 
 def update():
     "A callable by either: loss and gradients of a batch"
-    model = create_detector('deqdet_lite', vocab=list('abcdef'), start=False).train()
+    model = create_detector('deqdet_lite', vocab=list('abcdef'), pretrained=True).train()
     images = torch.randint(256, (4, 3, 320, 320), dtype=torch.uint8)
     sizes = torch.full((4, 2), 320)
     boxes = torch.tensor([40., 40, 200, 200]).repeat(4, 3, 1)
@@ -66,8 +67,8 @@ def main():
     args = parser(__doc__.splitlines()[0], rounds=15).parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    found = {k: alternate(both(reads(*o)), args.rounds) for k,o in SHAPES.items()}
-    found['update'] = alternate(update(), args.rounds)
+    found = {k: alternate(both(reads(*o)), args.rounds, clock=process_time) for k,o in SHAPES.items()}
+    found['update'] = alternate(update(), args.rounds, clock=process_time)
     report({k: t['rows']['ratio'] for k,t in found.items()}, args.out)
 
 
