@@ -29,7 +29,7 @@ from .evaluate import APCallback, best_thresholds, gather_preds, on_first
 from .loss import SetLoss
 from .ops.files import write_atomic
 from .training.callbacks import (
-    EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints, feed_of_images)
+    EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints, feed_of_images, superseded)
 from .training.denoise import add_denoising
 from .training.quality import set_scoring
 from .training.minutes import MANY, MaySkip, TimeBudget, budget_by_recipe, updates_of_epoch
@@ -64,6 +64,7 @@ class DetLearner(MaySkip, FitLoop):
         self.given = given or {}
         self.accumulate = accumulate
         self.described = None # what was last said about an update
+        self.of_recipe = [] # callbacks
         self.learns = {n for n,p in model.named_parameters() if p.requires_grad}
         self.recipe = self.as_recipe(recipe)
         super().__init__(dls, model, opt_func=opt_func, lr=self.recipe.lr, wd=self.recipe.wd,
@@ -128,7 +129,6 @@ def det_learner(
     if amp: learn.add_cb(Amp(amp))
     learn.add_cbs(cbs)
     learn.plain_loss = plain
-    learn.of_recipe = [] # callbacks
     _follow(learn)
     return learn
 
@@ -213,7 +213,8 @@ def fit(self:DetLearner,
         f'an update takes {self.accumulate} batches, and there are {n} in all: '
         'nothing would be learned')
     if not self.is_search(cbs) and not rank_distrib(): self._announce(lr, cbs)
-    FitLoop.fit(self, n_epoch, lr, wd, cbs, **kwargs)
+    with self.removed_cbs(superseded(self.of_recipe, cbs)):
+        FitLoop.fit(self, n_epoch, lr, wd, cbs, **kwargs)
 
 @patch
 def _announce(self:DetLearner, lr, cbs):
