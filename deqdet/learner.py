@@ -27,6 +27,7 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from .evaluate import APCallback, best_thresholds, gather_preds, on_first
 from .loss import SetLoss
+from .ops.errors import check_classes
 from .ops.files import write_atomic
 from .training.callbacks import (
     EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints, feed_of_images, superseded)
@@ -98,6 +99,11 @@ class ClassThresholds(Callback):
         model = get_model(self.model)
         model.thresholds = on_first(best_thresholds, gather_preds(self.preds), self.dl.dataset)
         model.feed = feed_of_images(self.dl) or model.feed
+    def state_dict(self): return dict(thresholds=get_model(self.model).thresholds)
+    def load_state_dict(self, s):
+        model = get_model(self.model)
+        model.thresholds = s['thresholds']
+        model.feed = feed_of_images(self.dls.valid) or model.feed
 
 # %% ../nbs/14_learner.ipynb #62812793
 def det_learner(
@@ -116,7 +122,8 @@ def det_learner(
     **kwargs          # for `Learner`: `path`, `model_dir`, `opt_func`, …
 ) -> DetLearner:
     "A learner that is ready to fit"
-    _check_classes(model, dls)
+    check_classes(model, dls.vocab)
+    if getattr(model, 'vocab', None) is None: model.vocab = list(dls.vocab)
     given = {k: v for k,v in dict(lr=lr, wd=wd, clip=clip).items() if v is not None}
     if recipe is None: recipe = getattr(model, 'recipe', None) or '1x'
     plain = None if loss_func else getattr(getattr(model, 'hyper', None), 'loss', SetLoss)()
@@ -146,13 +153,6 @@ def _follow(learn, cbs=None):
     add_denoising(learn, cbs)
     learn.of_recipe = [o for o in learn.cbs if o not in given]
     set_scoring(learn)
-
-def _check_classes(model, dls):
-    "Raise an error if model and data have other numbers of classes; name the model's classes"
-    n = getattr(getattr(model, 'hyper', None), 'n_classes', None)
-    if n not in (None, len(dls.vocab)): raise ValueError(
-        f'the model has {n} classes, the data has {len(dls.vocab)}: {list(dls.vocab)[:5]}')
-    if getattr(model, 'vocab', None) is None: model.vocab = list(dls.vocab)
 
 # %% ../nbs/14_learner.ipynb #2536e00a
 @patch

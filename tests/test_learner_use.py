@@ -10,7 +10,7 @@ from deqdet.data import DetDataset, det_dls, synth_coco
 from deqdet.decoder import Stacked
 from deqdet.equilibrium import Perturb, Settled
 from deqdet.families.adamixer import AdaMixer
-from deqdet.learner import EMA, average_checkpoints, det_learner
+from deqdet.learner import EMA, Resume, average_checkpoints, det_learner
 from deqdet.loss import SetLoss
 from deqdet.predict import eval_loader
 from deqdet.training.contraction import Contract, jacobian
@@ -188,6 +188,22 @@ def test_a_loss_without_terms(path):
 
 def test_a_term_that_a_loss_lacks_is_an_error(path):
     with pytest.raises(Exception, match='nothing'): fit(make(path, metrics=['nothing'], loss_func=SetLoss()))
+
+def test_classes_in_another_order_are_refused(path):
+    "The detector would be saved with wrong names"
+    dls = det_dls(path, bs=2, num_workers=0)
+    names = list(dls.vocab)
+    for other,advice in ((names[::-1], 'vocab=model.vocab'), (['a','b','c','d'], 'start_from')):
+        with pytest.raises(ValueError, match=advice): det_learner(dls, SMALL.build(vocab=other))
+    theirs = det_dls(path, bs=2, num_workers=0, vocab=names[::-1])
+    assert det_learner(theirs, SMALL.build(vocab=names[::-1])).model.vocab==names[::-1]
+    assert det_learner(dls, SMALL.build()).model.vocab==names
+
+def test_thresholds_of_a_finished_training_that_is_resumed(path, tmp_path):
+    first = fit(make(path, cbs=Resume(tmp_path/'run.pt')))
+    first.model.thresholds = None # what is saved does not change with the model
+    again = fit(make(path, cbs=Resume(tmp_path/'run.pt', resume=True)))
+    assert len(again.model.thresholds)==4 and all(0 <= o <= 1 for o in again.model.thresholds)
 
 @pytest.mark.parametrize('n', [20, 30, 300])
 def test_any_number_of_queries(n):
