@@ -140,17 +140,17 @@ def det_learner(
     return learn
 
 # %% ../nbs/14_learner.ipynb #cc1e3297
-def _add_average(learn, cbs=None):
+def _add_average(learn):
     "The average of weights that the recipe asks for, unless there is one"
-    averaged = any(isinstance(o, EMA) for o in [*learn.cbs, *L(cbs)])
+    averaged = any(isinstance(o, EMA) for o in learn.cbs)
     if learn.recipe.ema and not averaged: learn.add_cb(EMA(learn.recipe.ema))
 
-def _follow(learn, cbs=None):
+def _follow(learn):
     "Callbacks and class targets of the recipe, in place of those of the one before"
     learn.remove_cbs(learn.of_recipe)
     given = list(learn.cbs)
-    _add_average(learn, cbs)
-    add_denoising(learn, cbs)
+    _add_average(learn)
+    add_denoising(learn)
     learn.of_recipe = [o for o in learn.cbs if o not in given]
     set_scoring(learn)
 
@@ -240,8 +240,8 @@ def fit_published(self:DetLearner,
         self.wd = self.recipe.wd
         self.opt = None
         self.gradient_clip.max_norm = self.recipe.clip
-        _follow(self, cbs)
-    if minutes: return self.fit(MANY, cbs=[budget_by_recipe(self, minutes), *L(cbs)])
+        _follow(self)
+    if minutes is not None: return self.fit(MANY, cbs=[budget_by_recipe(self, minutes), *L(cbs)])
     n_epoch = self.recipe.epochs_for(updates_of_epoch(self)) if epochs is None else epochs
     self.fit(n_epoch, cbs=[Schedule(self.recipe, not made_for(self.recipe, n_epoch)), *L(cbs)])
 

@@ -129,6 +129,17 @@ def test_an_average_given_to_a_fit_takes_the_place_of_the_recipes(path):
     fit(make(path, 'finetune'), 2, cbs=[EMA(.9), moved])
     assert moved.most==0
 
+@pytest.mark.parametrize('own', [EMA(.9), Denoise(2)])
+def test_a_callback_given_to_a_fit_by_another_recipe_is_for_that_fit(path, own):
+    learn = make(path)
+    with warnings.catch_warnings(), learn.quiet():
+        warnings.simplefilter('ignore')
+        learn.fit_published('finetune', epochs=1, cbs=[own])
+    kinds = [type(o) for o in learn.cbs]
+    assert kinds.count(EMA)==kinds.count(Denoise)==1 and own not in learn.cbs
+    assert hasattr(own, 'n' if isinstance(own, EMA) else 'hook') # it was the one that worked
+    fit(learn)
+
 def test_two_averages_are_refused(path):
     learn = make(path, 'finetune')
     learn.add_cb(EMA(.9))
@@ -175,6 +186,11 @@ def test_rows_of_the_log_have_all_columns(path):
     learn = by_clock(path)
     assert {len(o) for o in learn.recorder.values}=={len(learn.recorder.metric_names) - 1}
     learn.recorder.plot_loss()
+
+@pytest.mark.parametrize('minutes', [0, -1, math.nan])
+def test_minutes_are_more_than_none(path, minutes):
+    "None trained by epochs, and fewer never ended"
+    with pytest.raises(ValueError, match='more than 0'): make(path).fit_published(minutes=minutes)
 
 # ---- what is given to a learner
 

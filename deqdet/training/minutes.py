@@ -49,6 +49,7 @@ class TimeBudget(Callback):
         warmup_batches=None, # until the full learning rate, at most
         most=math.inf  # batches at most, those of earlier runs included
     ):
+        if not minutes > 0: raise ValueError(f'minutes={minutes}: more than 0 were expected')
         self.seconds = 60*minutes
         self.evaluations = evaluations
         self.warmup = warmup
