@@ -179,6 +179,7 @@ class Stack(nn.Module):
         feats = prepared(self.steps[0], feats)
         last = len(self.steps) - 1
         if steps is None: steps = len(self.steps)
+        if steps < 1: raise ValueError(f'steps={steps}: a stack applies at least one step')
         path = []
         for i in range(steps):
             step = self.steps[min(i, last)]

@@ -106,6 +106,7 @@ class APCallback(Callback):
     def _value(self, k): return self.result.get(k, math.nan)
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        self.after_fit() # after an interrupted fit the columns are still there
         if self.run: self.learn.metrics = self.learn.metrics + self.cols
     def before_validate(self): self.preds = []
     def after_pred(self):

@@ -27,9 +27,10 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from .evaluate import APCallback, best_thresholds, gather_preds, on_first
 from .loss import SetLoss
+from .ops.errors import check_classes
 from .ops.files import write_atomic
 from .training.callbacks import (
-    EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints, feed_of_images)
+    EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints, feed_of_images, superseded)
 from .training.denoise import add_denoising
 from .training.quality import set_scoring
 from .training.minutes import MANY, MaySkip, TimeBudget, budget_by_recipe, updates_of_epoch
@@ -64,6 +65,7 @@ class DetLearner(MaySkip, FitLoop):
         self.given = given or {}
         self.accumulate = accumulate
         self.described = None # what was last said about an update
+        self.of_recipe = [] # callbacks
         self.learns = {n for n,p in model.named_parameters() if p.requires_grad}
         self.recipe = self.as_recipe(recipe)
         super().__init__(dls, model, opt_func=opt_func, lr=self.recipe.lr, wd=self.recipe.wd,
@@ -97,6 +99,11 @@ class ClassThresholds(Callback):
         model = get_model(self.model)
         model.thresholds = on_first(best_thresholds, gather_preds(self.preds), self.dl.dataset)
         model.feed = feed_of_images(self.dl) or model.feed
+    def state_dict(self): return dict(thresholds=get_model(self.model).thresholds)
+    def load_state_dict(self, s):
+        model = get_model(self.model)
+        model.thresholds = s['thresholds']
+        model.feed = feed_of_images(self.dls.valid) or model.feed
 
 # %% ../nbs/14_learner.ipynb #62812793
 def det_learner(
@@ -115,7 +122,8 @@ def det_learner(
     **kwargs          # for `Learner`: `path`, `model_dir`, `opt_func`, …
 ) -> DetLearner:
     "A learner that is ready to fit"
-    _check_classes(model, dls)
+    check_classes(model, dls.vocab)
+    if getattr(model, 'vocab', None) is None: model.vocab = list(dls.vocab)
     given = {k: v for k,v in dict(lr=lr, wd=wd, clip=clip).items() if v is not None}
     if recipe is None: recipe = getattr(model, 'recipe', None) or '1x'
     plain = None if loss_func else getattr(getattr(model, 'hyper', None), 'loss', SetLoss)()
@@ -128,31 +136,23 @@ def det_learner(
     if amp: learn.add_cb(Amp(amp))
     learn.add_cbs(cbs)
     learn.plain_loss = plain
-    learn.of_recipe = [] # callbacks
     _follow(learn)
     return learn
 
 # %% ../nbs/14_learner.ipynb #cc1e3297
-def _add_average(learn, cbs=None):
+def _add_average(learn):
     "The average of weights that the recipe asks for, unless there is one"
-    averaged = any(isinstance(o, EMA) for o in [*learn.cbs, *L(cbs)])
+    averaged = any(isinstance(o, EMA) for o in learn.cbs)
     if learn.recipe.ema and not averaged: learn.add_cb(EMA(learn.recipe.ema))
 
-def _follow(learn, cbs=None):
+def _follow(learn):
     "Callbacks and class targets of the recipe, in place of those of the one before"
     learn.remove_cbs(learn.of_recipe)
     given = list(learn.cbs)
-    _add_average(learn, cbs)
-    add_denoising(learn, cbs)
+    _add_average(learn)
+    add_denoising(learn)
     learn.of_recipe = [o for o in learn.cbs if o not in given]
     set_scoring(learn)
-
-def _check_classes(model, dls):
-    "Raise an error if model and data have other numbers of classes; name the model's classes"
-    n = getattr(getattr(model, 'hyper', None), 'n_classes', None)
-    if n not in (None, len(dls.vocab)): raise ValueError(
-        f'the model has {n} classes, the data has {len(dls.vocab)}: {list(dls.vocab)[:5]}')
-    if getattr(model, 'vocab', None) is None: model.vocab = list(dls.vocab)
 
 # %% ../nbs/14_learner.ipynb #2536e00a
 @patch
@@ -213,7 +213,8 @@ def fit(self:DetLearner,
         f'an update takes {self.accumulate} batches, and there are {n} in all: '
         'nothing would be learned')
     if not self.is_search(cbs) and not rank_distrib(): self._announce(lr, cbs)
-    FitLoop.fit(self, n_epoch, lr, wd, cbs, **kwargs)
+    with self.removed_cbs(superseded(self.of_recipe, cbs)):
+        FitLoop.fit(self, n_epoch, lr, wd, cbs, **kwargs)
 
 @patch
 def _announce(self:DetLearner, lr, cbs):
@@ -239,8 +240,8 @@ def fit_published(self:DetLearner,
         self.wd = self.recipe.wd
         self.opt = None
         self.gradient_clip.max_norm = self.recipe.clip
-        _follow(self, cbs)
-    if minutes: return self.fit(MANY, cbs=[budget_by_recipe(self, minutes), *L(cbs)])
+        _follow(self)
+    if minutes is not None: return self.fit(MANY, cbs=[budget_by_recipe(self, minutes), *L(cbs)])
     n_epoch = self.recipe.epochs_for(updates_of_epoch(self)) if epochs is None else epochs
     self.fit(n_epoch, cbs=[Schedule(self.recipe, not made_for(self.recipe, n_epoch)), *L(cbs)])
 

@@ -20,7 +20,7 @@ from .backbone import Pyramid, create_body, tiny_body
 from .decoder import Queries, grid_boxes
 from .equilibrium import Settled, measure_boxes
 from .loss import SetLoss, decode
-from .ops.errors import blame
+from .ops.errors import blame, refuse_half
 from .solver import Residual
 
 # %% ../nbs/10_model.ipynb #164d08ea
@@ -89,9 +89,9 @@ def start(self:Detector,
     sizes=None # (B,2) height and width without padding; None: no padding
 ): # state, features
     "First state, and features that every step can read row by row"
+    refuse_half(self)
     if sizes is None:
-        whole = torch.tensor(images.shape[-2:], device=images.device) # (2,)
-        sizes = whole.expand(len(images), 2)
+        sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
     feats = tuple(self._turned(f) for f in self.pyramid(images, sizes))
     return self.queries(sizes, feats),feats
 

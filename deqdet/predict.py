@@ -11,6 +11,7 @@ __all__ = ['batch_predict', 'COCO', 'is_batch', 'class_names', 'count_classes', 
 
 # %% ../nbs/16_predict.ipynb #dc667e21
 import json
+import warnings
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from pathlib import Path
@@ -124,6 +125,9 @@ def _check_names(source, model):
     if vocab is not None and not set(vocab) & set(theirs):
         raise CommandError(f'{source.file}: categories {theirs[:4]}: '
                            f'not one is a class of the detector: {list(vocab)[:4]}')
+    strange = [o for o in theirs if vocab is not None and o not in vocab]
+    if strange: warnings.warn(f'{source.file}: {len(strange)} of {len(theirs)} classes are not the '
+                              f"detector's, so their objects do not count: {strange[:9]}")
 
 # %% ../nbs/16_predict.ipynb #ab6e1d06
 def eval_loader(

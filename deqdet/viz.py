@@ -52,7 +52,8 @@ def _fields(x):
 
 def _grid(n, ncols, size, images):
     "A figure and its `n` axes, in rows as high as the highest image"
-    nrows = math.ceil(n/ncols)
+    ncols = max(1, ncols)
+    nrows = max(1, math.ceil(n/ncols))
     ratio = max((x.shape[1]/x.shape[2] for x in images), default=1) # height over width
     height = size*(min(2, max(.2, ratio)) + .07) # of a row, in inches
     fig,axs = plt.subplots(nrows, ncols, figsize=(size*ncols, height*nrows), squeeze=False,
@@ -191,8 +192,7 @@ def _frame(image, t, q, vocab, size, title):
     high = size + .25 # inches, the title included
     fig = plt.figure(figsize=(size, high), dpi=100)
     ax = show_image(image, fig.add_axes((0, 0, 1, size/high)), title)
-    is_last = t==len(q[0])-1
-    _draw_state(ax, t, *q, vocab, names=is_last)
+    _draw_state(ax, t, *q, vocab, names=t==len(q[0])-1)
     fig.canvas.draw()
     rgb = np.asarray(fig.canvas.buffer_rgba())[..., :3].copy() # (h,w,3)
     plt.close(fig)

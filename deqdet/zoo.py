@@ -22,6 +22,7 @@ from .decoder import Stacked
 from .families.deformable import DeformableDETR
 from .equilibrium import RAG, Settled, Perturb
 from .families.adamixer import AdaMixer
+from .families.adopt import with_queries
 from .families.shared import Shared
 from .families.start import load_start, start_file
 from .families.sparse_rcnn import SparseRCNN
@@ -164,12 +165,15 @@ def create_detector(
     pretrained=False, # weights of the body: True downloads ImageNet's, a path reads a file
     vocab=None,       # names of the classes; their number is then `n_classes`
     start=True,       # with `pretrained`: neck, queries and decoder too, where the package has them
-    **overrides       # fields of the record, such as `n_queries=300`
+    **overrides       # fields of the record, such as `n_queries=300`: a grid may have a few more
 ): # a `Detector`; its `recipe` is the name of the schedule that `det_learner` takes
     "A detector by name"
     if vocab is not None: n_classes = len(vocab)
     entry = published(name)
-    hyper = replace(entry.hyper, n_classes=n_classes, **overrides)
+    hyper = entry.hyper
+    if 'n_queries' in overrides and 'grid' not in overrides:
+        hyper = with_queries(hyper, overrides.pop('n_queries'))
+    hyper = replace(hyper, n_classes=n_classes, **overrides)
     model = hyper.build(pretrained, vocab)
     model.recipe = entry.recipe
     model.feed = entry.feed

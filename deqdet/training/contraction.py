@@ -15,6 +15,8 @@ from fastai.callback.training import GradientClip
 from fastai.torch_core import get_model
 from torch import Tensor
 from ..ops.states import by_differences, jac_penalty, part_norms, parts, rebuild, units
+from ..ops.states import widened
+from .callbacks import add_loss
 from .denoise import steps_of
 
 # %% ../../nbs/training/13_contraction.ipynb #b4f95c76
@@ -63,10 +65,9 @@ class Contract(Callback):
     def after_pred(self): self.used = self.call # further losses may apply the step again
     def after_loss(self):
         if self.used is None: return
-        z,feats,fz = self.used
+        z,feats,fz = widened(self.used) # half precision ends before
         extra = self.penalty(lambda z: self.step(z, feats), z, fz)
-        self.learn.loss_grad = self.learn.loss_grad + self.weight*extra
-        self.learn.loss = self.learn.loss_grad.clone()
+        add_loss(self.learn, self.weight*extra)
     def leave_batch(self):
         if self.training: self.hook.remove()
         self.call = self.used = None

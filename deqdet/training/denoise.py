@@ -16,6 +16,8 @@ from fastcore.foundation import L
 from torch import Tensor
 from ..decoder import prepared
 from ..loss import SetLoss
+from ..ops.states import widened
+from .callbacks import add_loss
 
 # %% ../../nbs/training/10_denoise.ipynb #58f099ee
 def noisy_boxes(
@@ -119,23 +121,21 @@ class Denoise(Callback):
     ):
         self.groups = groups
         self.weight = weight
-    def before_fit(self):
+    def before_batch(self):
         pyramid = get_model(self.model).pyramid
         self.hook = pyramid.register_forward_hook(self.keep)
     def keep(self, module, args, feats): self.feats = feats if module.training else None
     def after_loss(self):
-        if not self.training: return
         sizes = self.xb[1]
         target = self.yb[0]
         loss = self.loss_func if isinstance(self.loss_func, SetLoss) else None
         model = get_model(self.model)
-        extra = denoising_loss(model, self.feats, sizes, target, self.groups, loss)
-        self.learn.loss_grad = self.learn.loss_grad + self.weight*extra
-        self.learn.loss = self.learn.loss_grad.clone()
-    def after_batch(self): self.feats = None
-    def after_fit(self):
+        feats = widened(self.feats) # half precision ends before
+        extra = denoising_loss(model, feats, sizes, target, self.groups, loss)
+        add_loss(self.learn, self.weight*extra)
+    def leave_batch(self):
+        if self.training: self.hook.remove()
         self.feats = None
-        self.hook.remove()
 
 # %% ../../nbs/training/10_denoise.ipynb #1f343041
 def add_denoising(

@@ -13,6 +13,7 @@ import time
 from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import num_distrib
 from .resume import anyone
 
@@ -48,6 +49,7 @@ class TimeBudget(Callback):
         warmup_batches=None, # until the full learning rate, at most
         most=math.inf  # batches at most, those of earlier runs included
     ):
+        if not minutes > 0: raise ValueError(f'minutes={minutes}: more than 0 were expected')
         self.seconds = 60*minutes
         self.evaluations = evaluations
         self.warmup = warmup
@@ -142,6 +144,18 @@ def after_train(self:TimeBudget):
     due = since >= 1/self.evaluations
     early = self.elapsed() + self.needed() < self.train_seconds() # training will follow
     self.learn.validate_now = self.done or self.everyone_stops(due and early)
+    self.skip(not self.learn.validate_now)
+
+@patch
+def skip(self:TimeBudget,
+    skipped # True: this epoch is not evaluated
+):
+    "Fill the log's row of an epoch without evaluation, of which trackers take no notice"
+    rec = self.recorder
+    for o in self.learn.cbs:
+        if isinstance(o, TrackerCallback): o.run = not skipped
+    width = len(rec.metric_names) - rec.add_time
+    if skipped: rec.log += [math.nan]*(width - len(rec.log))
 
 @patch
 def before_validate(self:TimeBudget):

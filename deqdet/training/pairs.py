@@ -17,7 +17,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from ..decoder import prepared
 from ..model import evaluating
+from ..ops.states import widened
 from ..solver import solve
+from .callbacks import add_loss
 
 # %% ../../nbs/training/14_pairs.ipynb #4efc52af
 def _copied(
@@ -117,13 +119,13 @@ class Pairs(Callback):
     def after_loss(self):
         loss = copy(self.loss_func) # which keeps its own `terms`
         extra = loss([self.pred_on(*self.xb, self.yb[0])], self.yb[0])
-        self.learn.loss_grad = self.learn.loss_grad + self.weight*extra
-        self.learn.loss = self.learn.loss_grad.clone()
+        add_loss(self.learn, self.weight*extra)
     def pred_on(self, images, sizes, target):
         "`Pred` on the images, after a warm start"
         renew = bool(torch.rand(()) < .5)
         frames = self.make(images, sizes, target)
-        return warm_pred(get_model(self.model), self.feats, frames, sizes, self.steps, renew)
+        feats = widened(self.feats) # half precision ends before
+        return warm_pred(get_model(self.model), feats, frames, sizes, self.steps, renew)
     def leave_batch(self):
         if self.training: self.hook.remove()
         self.feats = None

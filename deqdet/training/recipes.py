@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from numbers import Number
 from typing import NamedTuple
 from fastai.optimizer import OptimWrapper
+from torch.optim import Optimizer
 
 # %% ../../nbs/training/01_recipes.ipynb #2d59b702
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ class DetOpt(OptimWrapper):
         **kwargs # for it
     ):
         super().__init__([g.params for g in groups], opt=opt, **kwargs)
+        if not isinstance(self.opt, Optimizer): raise TypeError(
+            f'opt_func: an optimiser of PyTorch was expected, not {type(self.opt).__module__}')
         self.sections = [g.section for g in groups]
         self.mults = dict(lr=[g.lr for g in groups], wd=[g.wd for g in groups])
 

@@ -28,8 +28,8 @@ def draw_results(
     figsize=None  # of the figure, in inches
 ): # axes
     "Detections in colours over truth in dashed white"
-    nrows = math.ceil(len(samples)/ncols)
-    ncols = min(ncols, len(samples))
+    nrows = max(1, math.ceil(len(samples)/ncols))
+    ncols = max(1, min(ncols, len(samples)))
     figsize = figsize or (2.4*ncols, 2.4*nrows)
     axs = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False)[1]
     for ax in axs.flat: ax.axis('off')

@@ -30,8 +30,10 @@ class Term(Metric):
         self.total = 0.
         self.count = 0
     def accumulate(self, learn):
+        terms = getattr(learn.loss_func, 'terms', None)
+        if terms is None: return # a loss without terms has empty columns
         n = find_bs(learn.yb)
-        term = torch.as_tensor(learn.loss_func.terms[self.term], device=learn.loss.device)
+        term = torch.as_tensor(terms[self.term], device=learn.loss.device)
         self.total += learn.to_detach(term)*n
         self.count += n
     @property
