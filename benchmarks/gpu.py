@@ -107,6 +107,11 @@ def peak(f, device):
     return out, (module.max_memory_allocated() - before)/1e6
 
 
+def dense(tree):
+    "Tensors of a nesting that have a storage; sparse ones, of the sampler's gradient on a CPU, have none"
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.layout is torch.strided]
+
+
 class Operations(TorchDispatchMode):
     "FLOPs and bytes of each operator: its inputs read once, its results written once"
     def __init__(self):
@@ -115,8 +120,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        new = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        given,new = (dense(o) for o in ((args, kwargs), out))
         held = {t.untyped_storage()._cdata for t in given}
         is_view = all(t.untyped_storage()._cdata in held for t in new)
         if is_view and not func._schema.is_mutable: return out
