@@ -52,7 +52,7 @@ def test_no_sums_and_rows_that_nobody_reads():
     assert weight_grad(torch.ones(3, 6), rows, torch.ones(9, 6)).tolist() == [[6., 6.]]*3
 
 @pytest.mark.parametrize('kind', [torch.float16, torch.bfloat16])
-def test_half_precision_and_compiled_code_take_pytorchs_gradients(kind):
+def test_half_precision_takes_pytorchs_gradients(kind):
     rows, table, weight = given(kind)
     theirs = F.embedding_bag(rows, table, per_sample_weights=weight, mode='sum')
     assert torch.equal(weighted_sums(rows, table, weight), theirs)

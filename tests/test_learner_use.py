@@ -8,8 +8,6 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.optimizer import Adam
 from deqdet.data import DetDataset, det_dls, synth_coco
 from deqdet.decoder import Stacked
-from deqdet.equilibrium import Perturb, Settled
-from deqdet.families.adamixer import AdaMixer
 from deqdet.learner import EMA, Resume, average_checkpoints, det_learner
 from deqdet.loss import SetLoss
 from deqdet.predict import eval_loader
@@ -20,10 +18,7 @@ from deqdet.training.pairs import Pairs
 from deqdet.training.results import draw_results
 from deqdet.viz import show_pairs, show_predictions
 from deqdet.zoo import create_detector
-
-SMALL = AdaMixer(n_classes=4, body='tiny', frozen_stages=-1, feat_width=32, norm_groups=8, n_queries=4,
-                 grid=(2,2,.4), width=32, heads=4, groups=2, points=(4,), out_points=8, hidden=32,
-                 strategy=Settled(steps=2, supervise=(2,), perturb=Perturb(position=3.)))
+from test_learner import SMALL
 
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):

@@ -187,22 +187,30 @@ class EMA(Callback):
         decay = min(self.decay, (1 + self.n)/(10 + self.n))
         torch._foreach_lerp_(self.avg, self.weights(), 1 - decay)
 
-    def swap(self):
-        "Exchange the model's weights and the average"
-        for a,b in zip(self.avg, self.weights()):
-            kept = a.clone()
-            a.copy_(b)
-            b.copy_(kept)
-        self.swapped = not self.swapped
-    def before_validate(self): self.swap()
-    def after_validate(self): self.swap()
-    def after_fit(self):
-        if not self.swapped: self.swap()
-
     def state_dict(self): return dict(n=self.n, avg=self.avg)
     def load_state_dict(self, s):
         self.n = s['n']
         self.avg = [a.copy_(b) for a,b in zip(self.avg, s['avg'])]
+
+# %% ../../nbs/training/03_callbacks.ipynb #00bc71b2
+@patch
+def swap(self:EMA):
+    "Exchange the model's weights and the average"
+    for a,b in zip(self.avg, self.weights()):
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
+    self.swapped = not self.swapped
+
+@patch
+def before_validate(self:EMA): self.swap()
+
+@patch
+def after_validate(self:EMA): self.swap()
+
+@patch
+def after_fit(self:EMA):
+    if not self.swapped: self.swap()
 
 # %% ../../nbs/training/03_callbacks.ipynb #43160c78
 def superseded(

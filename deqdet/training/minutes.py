@@ -146,6 +146,7 @@ def after_train(self:TimeBudget):
     self.learn.validate_now = self.done or self.everyone_stops(due and early)
     self.skip(not self.learn.validate_now)
 
+# %% ../../nbs/training/08_minutes.ipynb #1d2013be
 @patch
 def skip(self:TimeBudget,
     skipped # True: this epoch is not evaluated
@@ -157,6 +158,7 @@ def skip(self:TimeBudget,
     width = len(rec.metric_names) - rec.add_time
     if skipped: rec.log += [math.nan]*(width - len(rec.log))
 
+# %% ../../nbs/training/08_minutes.ipynb #1d2013c0
 @patch
 def before_validate(self:TimeBudget):
     "Note when an evaluation begins"

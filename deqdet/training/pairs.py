@@ -46,6 +46,7 @@ def _changed(image, boxes, hw, change):
         elif torch.rand(()) < change: _copied(image, (x1, y1, w, h), place)
     return image
 
+# %% ../../nbs/training/14_pairs.ipynb #4efc52b1
 def earlier(
     images,    # (B,3,H,W) uint8
     sizes,     # (B,2) height and width without padding
