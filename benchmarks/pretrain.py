@@ -7,12 +7,15 @@
         --out deqdet/weights/deqdet_lite.safetensors
     python benchmarks/pretrain.py --minutes 66 --stream 4 --begin yes --overlap .75 --lr 2e-3 --siblings .5 --denoise 60 \
         --early 2 --run runs/fourth --out deqdet/weights/deqdet_lite.safetensors
+    python benchmarks/pretrain.py --minutes 85 --stream 5 --begin yes --overlap .75 --lr 2e-3 --siblings .5 --denoise 60 \
+        --early 2 --late .25 --run runs/fifth --out deqdet/weights/deqdet_lite.safetensors
 
 The first command starts from random weights. The others go on from what the package holds (`--begin`), with other scenes
 (`--stream`) and class targets that grow with the overlap. In the third, half of the scenes show classes that differ only
 in a detail (`--siblings`). Their rows of the class layers are not written: the file names the 60 kinds. In the fourth, g and
 f also refine noisy truth, up to 60 states of an image (`--denoise`), and the loss on the end of the path has one application
-behind it instead of two, for the first or the second state has a loss too (`--early`).
+behind it instead of two, for the first or the second state has a loss too (`--early`). In the fifth, a quarter of the paths
+go on to a state between the 8th and the 20th, which has a loss too (`--late`).
 
 Each scene is drawn once, by a process beside the one that trains. The state is saved every 200 updates in --run, and the
 same command goes on from there. The file holds the moving average of the weights, in half precision, without the body. `--name adamixer_lite` trains the stack instead."""
@@ -29,6 +32,7 @@ from deqdet.loss import SetLoss
 from deqdet.sets.images import Target
 from deqdet.sets.scenes import KIND_NAMES, scene
 from deqdet.sets.siblings import SIBLING_NAMES, sibling_scene
+from deqdet.training.contraction import prolonged
 from deqdet.training.denoise import denoising_loss
 from deqdet.training.optim import Muon
 from deqdet.training.quality import with_overlap
@@ -37,6 +41,7 @@ from common import commit, machine, parser
 
 SIDES = 192, 224, 256, 256, 288, 320
 WARMUP = 100 # updates
+LATE = 8, 21 # applications of a path that goes on
 
 
 def drawn(rng, height, side, siblings):
@@ -132,6 +137,7 @@ class Run:
         self.args = args
         vocab = KIND_NAMES + SIBLING_NAMES if args.siblings else KIND_NAMES
         self.model = create_detector(args.name, vocab=vocab, pretrained=args.body or True, start=bool(args.begin), **strategy(args)).train()
+        self.plan = self.model.decoder.plan
         if args.begin: keep_rows(self.model, start_file(args.name))
         self.model.pyramid.body.requires_grad_(False)
         self.opt = Muon(groups(self.model, .1), lr=args.lr, weight_decay=.1)
@@ -163,17 +169,19 @@ class Run:
     def loss_of(self, images, target):
         "The main loss; with `--denoise`, that of noisy truth on the same features too"
         model,size = self.model,target.size
-        if self.args.early: self.draw_early()
+        if self.args.early: self.draw_lengths()
         feats = features(model, images, size)
         loss = self.loss(model.decoder(model.queries(size, feats), feats), target)
         if not self.args.denoise: return loss
         return loss + denoising_loss(model, feats, size, target, loss=self.loss, states=self.args.denoise)
 
-    def draw_early(self):
-        "Which states have a loss in this update: one of the first `--early`, and the last"
-        decoder = self.model.decoder
-        first = int(torch.randint(1, self.args.early + 1, ()))
-        decoder.plan = replace(decoder.plan, supervise=(first, decoder.plan.steps))
+    def draw_lengths(self):
+        "Which states have a loss in this update: one of the first `--early`, the last, and in a part `--late` a later one"
+        args, decoder = self.args, self.model.decoder
+        first = int(torch.randint(1, args.early + 1, ()))
+        plan = replace(self.plan, supervise=(first, self.plan.steps))
+        is_late = torch.rand(()) < args.late
+        decoder.plan = prolonged(plan, int(torch.randint(*LATE, ()))) if is_late else plan
 
     def update(self, images, target):
         for g in self.opt.param_groups: g['lr'] = self.rate()
@@ -205,7 +213,7 @@ class Run:
 
 
 def main():
-    p = parser(__doc__, minutes=85., bs=8, lr=2.5e-3, seed=0, name='deqdet_lite', run='runs/pretrain', body='', begin='', stream=1, overlap=0., siblings=0., denoise=0, early=0)
+    p = parser(__doc__, minutes=85., bs=8, lr=2.5e-3, seed=0, name='deqdet_lite', run='runs/pretrain', body='', begin='', stream=1, overlap=0., siblings=0., denoise=0, early=0, late=0.)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     run = Run(args)
