@@ -8,7 +8,7 @@ not run again, so the same command goes on where it was stopped:
 
 Minutes are processor minutes of training; evaluation is not counted. With `--updates N` a training ends after N updates
 instead, which compares ways of teaching whatever else the machine does; `--curve 1,2,5` measures AP after these epochs too, `--at 1,5,20`
-after these refinement steps, `--nms .7` that without doubles:
+after these refinement steps, `--nms .7` that without doubles, `--mean 3` that with the mean of the states after three applications:
 
     python benchmarks/own_data.py --all --updates 120 --seeds 2 --sets bccd,cards --out nbs/results/own_data.json \
         --kinds deqdet_lite,deqdet_lite_focal,deqdet_lite_plain,deqdet_lite_base,deqdet_lite_scratch
@@ -32,6 +32,7 @@ from deqdet.evaluate import coco_ap
 from deqdet.families.adopt import with_queries
 from deqdet.loss import SetLoss
 from deqdet.model import Feed
+from deqdet.ops.averaging import Averaged
 from deqdet.ops.files import finite
 from deqdet.sets.augment import feed_tfm
 from deqdet.sets.sizes import fed_sides, queries_for
@@ -215,8 +216,8 @@ def ap(detector, dls, **kwargs):
 
 
 @torch.no_grad()
-def measure(detector, dls, average, steps=STEPS, nms=None):
-    "AP of the average; of our detectors also by the number of refinement steps, and with suppression of doubles"
+def measure(detector, dls, average, steps=STEPS, nms=None, mean=None):
+    "AP of the average; of our detectors also by the number of refinement steps, and with suppression of doubles, or of the mean of late states"
     average.swap()
     detector.net.eval()
     at_once = result(detector, dls)
@@ -224,6 +225,7 @@ def measure(detector, dls, average, steps=STEPS, nms=None):
     if steps and isinstance(detector, Ours):
         found['by_steps'] = {t: ap(detector, dls, steps=t)['AP'] for t in steps}
         if nms: found['by_steps_nms'] = {t: ap(detector, dls, steps=t, nms=nms)['AP'] for t in (*steps, None)}
+        if mean: found['by_steps_mean'] = {t: ap(detector, dls, steps=t, method=Averaged(mean))['AP'] for t in steps if t > mean}
     detector.net.train()
     average.swap()
     return found
@@ -275,7 +277,7 @@ def run(args):
     detector = KINDS[args.kind](list(dls.vocab), args=args)
     n, average = train(detector, dls, args)
     entry = dict(cell(args), updates_made=n, epochs=n/len(dls.train), lr=args.lr, size=args.size, bs=args.bs)
-    entry |= measure(detector, dls, average, steps=[int(t) for t in args.at.split(',')], nms=args.nms or None)
+    entry |= measure(detector, dls, average, steps=[int(t) for t in args.at.split(',')], nms=args.nms or None, mean=args.mean or None)
     if average.curve: entry['by_epochs'] = average.curve
     if isinstance(detector, Ours):
         hyper = detector.net.hyper
@@ -324,7 +326,7 @@ def run_all(args):
 def main(**defaults):
     "Run what the command line says; keywords are other defaults"
     p = parser(__doc__, **dict(set='bccd', kind='deqdet_lite', minutes=3., seed=0, opt='muon', lr=2.5e-3, body_lr=.1, class_lr=0., updates=0, frozen=3, wd=.1, ema=.99,
-               size=320, augment='', bs=4, queries=0, rare=0., nms=0., seeds=1, curve='', at=','.join(map(str, STEPS)), sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
+               size=320, augment='', bs=4, queries=0, rare=0., nms=0., mean=0, seeds=1, curve='', at=','.join(map(str, STEPS)), sets=','.join(SETS), kinds=','.join(KINDS)) | defaults)
     p.add_argument('--all', action='store_true', help='every set and every detector')
     args = p.parse_args()
     if args.all: return run_all(args)

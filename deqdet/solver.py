@@ -6,7 +6,7 @@ Docs: https://deqdet.github.io/deqdet/solver.html.md"""
 
 # %% auto #0
 __all__ = ['picard', 'Residual', 'per_part', 'per_image', 'Status', 'Solution', 'Picard', 'solve', 'per_query', 'Anderson',
-           'Broyden', 'by_autograd', 'by_differences', 'jac_penalty', 'parts', 'pullback', 'put', 'rebuild',
+           'Averaged', 'Broyden', 'by_autograd', 'by_differences', 'jac_penalty', 'parts', 'pullback', 'put', 'rebuild',
            'spectral_radius', 'take']
 
 # %% ../nbs/07_solver.ipynb #c5f7419e
@@ -17,12 +17,13 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .ops.acceleration import Anderson, Broyden, anderson, broyden
+from .ops.averaging import Averaged
 from .ops.states import by_autograd, by_differences, finite_images, flat, jac_penalty
 from .ops.states import part_norms, parts, pullback, put, rebuild, spectral_radius, take
 
 # %% ../nbs/07_solver.ipynb #2a8a9750
-_all_ = ['Anderson', 'Broyden', 'by_autograd', 'by_differences', 'jac_penalty', 'parts', 'pullback',
-         'put', 'rebuild', 'spectral_radius', 'take']
+_all_ = ['Anderson', 'Averaged', 'Broyden', 'by_autograd', 'by_differences', 'jac_penalty',
+         'parts', 'pullback', 'put', 'rebuild', 'spectral_radius', 'take']
 
 # %% ../nbs/07_solver.ipynb #67184d52
 class Residual(NamedTuple):

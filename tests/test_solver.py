@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from torch import Tensor
 from torch.testing import assert_close
 from deqdet.boxes import Record
-from deqdet.solver import (Anderson, Broyden, Picard, Residual, Status, by_autograd, by_differences, jac_penalty, parts,
+from deqdet.solver import (Anderson, Averaged, Broyden, Picard, Residual, Status, by_autograd, by_differences, jac_penalty, parts,
                            per_image, per_query, pullback, rebuild, solve, spectral_radius, take)
 
 class Two(NamedTuple):
@@ -194,7 +194,7 @@ def test_bad_input():
     z = torch.zeros(3,8)
     for bad in (dict(tolerance=1), dict(solver='anderson'), dict(eps=1e-3)):
         with pytest.raises(TypeError): solve(lin, z, (A,b), **bad)
-    for make in (Picard, Anderson, Broyden):
+    for make in (Picard, Anderson, Broyden, Averaged):
         with pytest.raises(TypeError): make(alpha=1)
         with pytest.raises(Exception): make().m = 3
     with pytest.raises(ValueError, match='3 images'): solve(lin, z, (A,b[:2]))
@@ -244,6 +244,41 @@ def test_former_names_are_the_same_classes():
 def test_misspelt_options_are_named():
     for make,option in ((Picard, 'dampen'), (Anderson, 'lambda_'), (Broyden, 'betta')):
         with pytest.raises(TypeError, match=option): make(**{option: 0.5})
+
+# ---------------------------------------------------------------- the mean of late states
+
+@pytest.mark.parametrize('kind', [Two, Rec])
+@pytest.mark.parametrize('after', [0, 2])
+def test_state_is_the_mean_of_late_results(kind, after):
+    f,z,args = two(kind), kind(torch.randn(3,3,4), torch.randn(3,3,2)), tuple(o/3 for o in family(3, 1.2, dims=6))
+    kept = solve(f, z, args, method=Averaged(after), max_iter=8, keep=range(9)).kept
+    for n in range(after, 8):
+        late = [torch.stack(same).mean(0) for same in zip(*[parts(kept[i]) for i in range(after+1, n+1)])]
+        before = rebuild(z, late) if n > after else kept[n]
+        for a,b in zip(parts(f(before, *args)), parts(kept[n+1])): assert_close(a, b)
+
+def test_mean_begins_after_plain_repetition():
+    A,b = family(4, 1.1)
+    z = torch.zeros_like(b)
+    for after in (0, 3):
+        plain,mean = [solve(lin, z, (A,b), method=m, max_iter=12, keep=range(13)).kept for m in (Picard(), Averaged(after))]
+        for n in range(after + 3): assert torch.equal(plain[n], mean[n])
+        assert not torch.allclose(plain[after+3], mean[after+3])
+
+def test_mean_of_one_image_is_that_of_its_batch():
+    args = tame_to_steep()
+    kw = dict(method=Averaged(2), tol=1e-3, max_iter=60)
+    sol = solve(tanh, torch.zeros(5,12), args, **kw)
+    assert sol.n.unique().numel() > 1
+    for i in range(5):
+        one = solve(tanh, torch.zeros(1,12), take(args, torch.tensor([i])), **kw)
+        assert one.n[0]==sol.n[i]
+        assert_close(one.z[0], sol.z[i])
+
+def test_rotation_settles_in_the_mean():
+    def turn(z): return torch.stack([3-z[...,1], z[...,0]-1], -1)
+    far = [(solve(turn, torch.tensor([[3.,0.]]), method=m, max_iter=100).z - torch.tensor([2.,1.])).norm() for m in (Picard(), Averaged())]
+    assert far[0] > 1.4 and far[1] < .05
 
 def test_infinite_norm_is_no_convergence():
     "In single precision the norm of a far state overflows before the state does"
