@@ -231,6 +231,7 @@ def fit_published(self:DetLearner,
     minutes=None # instead of epochs: train and evaluate within so many minutes
 ):
     "Train by a recipe; numbers that `det_learner` was given replace the recipe's"
+    if None not in (epochs, minutes): raise ValueError('epochs and minutes exclude each other')
     if recipe is not None:
         self.recipe = self.as_recipe(recipe)
         self.lr = self.recipe.lr

@@ -188,6 +188,14 @@ def test_minutes_are_more_than_none(path, minutes):
     "None trained by epochs, and fewer never ended"
     with pytest.raises(ValueError, match='more than 0'): make(path).fit_published(minutes=minutes)
 
+@pytest.mark.parametrize('epochs', [0, 2])
+def test_minutes_or_epochs(path, epochs):
+    "Epochs were left out without a word, where `deqdet_train` refuses both"
+    learn = make(path)
+    with pytest.raises(ValueError, match='^epochs and minutes exclude each other$'):
+        learn.fit_published('finetune', epochs, minutes=1)
+    assert learn.recipe.epochs==recipes['1x'].epochs and not hasattr(learn, 'denoise')
+
 # ---- callbacks of fastai
 
 class Screen(Callback):
