@@ -9,10 +9,12 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.optimizer import Adam
 from deqdet.data import DetDataset, det_dls, synth_coco
 from deqdet.decoder import Stacked
-from deqdet.learner import EMA, Resume, average_checkpoints, det_learner, recipes
+from deqdet.learner import EMA, Resume, WatchSettling, average_checkpoints, det_learner, recipes
+from deqdet.families.shared import Shared
 from deqdet.loss import SetLoss
+from deqdet.ops.errors import one_line
 from deqdet.predict import eval_loader
-from deqdet.training.contraction import Contract, jacobian
+from deqdet.training.contraction import Contract, Later, RandomSteps, jacobian
 from deqdet.training.denoise import Denoise
 from deqdet.training.minutes import TimeBudget
 from deqdet.training.pairs import Pairs
@@ -152,6 +154,18 @@ def test_checkpoints_of_different_models_have_no_average(path, tmp_path):
     with pytest.raises(ValueError, match='at least one'): average_checkpoints([])
     mean = average_checkpoints([folders['a'], folders['a']/'model.safetensors']) # a folder and a file
     SMALL.build().load_state_dict(mean)
+
+NEEDY = [Pairs, RandomSteps, Later, WatchSettling]
+
+@pytest.mark.parametrize('strategy', [Stacked(2), Shared(2)], ids=['stack', 'shared'])
+@pytest.mark.parametrize('kind', NEEDY)
+def test_callbacks_for_an_equilibrium(path, kind, strategy):
+    "On a stack they were an AttributeError in the middle of a batch"
+    learn = make(path, hyper=replace(SMALL, strategy=strategy))
+    with pytest.raises(TypeError, match='needs an equilibrium; the decoder is a') as e: fit(learn, cbs=kind())
+    assert one_line(e.value).startswith(f'{kind.__name__}() needs')
+    assert kind.__name__ not in map(str, learn.cbs)
+    fit(learn)
 
 # ---- fits by the clock
 
