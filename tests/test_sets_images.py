@@ -62,6 +62,18 @@ def test_an_image_is_turned_unless_annotated_unturned(turned):
 
 def test_grey_floats_become_bytes(): assert load_image(np.full((20,40), .5)).unique().tolist()==[128]
 
+@pytest.mark.parametrize('shape, numpy, tensor', [
+    ((3,40,4), (3,3,40), (3,40,4)), ((1,40,3), (3,1,40), (3,40,3)), ((4,1,1), (3,4,1), (3,1,1)), ((3,3,3), (3,3,3), (3,3,3)),
+    ((20,40,3), (3,20,40), (3,20,40)), ((3,20,40), (3,20,40), (3,20,40)), ((1,4), (3,1,4), (3,1,4)), ((4,3), (3,4,3), (3,4,3))])
+def test_arrays_have_their_channels_last_and_tensors_first(shape, numpy, tensor):
+    "An image of 1, 3 or 4 rows was read as channels, and 3 of its columns as the image"
+    x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    one, two = load_image(x), load_image(torch.from_numpy(x))
+    assert one.shape==numpy and two.shape==tensor
+    if len(shape)==3 and shape[2] < 5: # each pixel stays together
+        np.testing.assert_array_equal(one.permute(1,2,0)[..., :1], x[..., :1])
+    if len(shape)==3 and shape[0] < 5: np.testing.assert_array_equal(two[0], x[0])
+
 def test_floats_beyond_the_range_are_an_error():
     "0..255 would become white, normalised pixels noise; what a resize leaves outside 0..1 is cut"
     for x in (np.linspace(0, 255, 600, dtype=np.float32).reshape(20, 30), torch.randn(3, 20, 30)*2):

@@ -134,13 +134,19 @@ def _to_bytes(x):
         raise DataError(f'array with values {span}: uint8, uint16 or floats 0..1 were expected')
     return ((x*255).round().clamp(0, 255) if real else x).to(torch.uint8)
 
+def _channel_axis(shape, last):
+    "The axis of 1, 3 or 4 channels: the last or the first, if both fit, as `last` says"
+    axes = (2,0) if last else (0,2)
+    fits = [d for d in axes if len(shape)==3 and shape[d] in (1,3,4)]
+    if fits: return fits[0]
+    raise DataError(f'array of shape {tuple(shape)}: (h,w), (h,w,3) or (3,h,w) was expected')
+
 def _from_array(x):
     "uint8 (3,h,w) from grey (h,w), (h,w,C) or (C,h,w), of numbers as `_to_bytes` takes them"
+    last = isinstance(x, np.ndarray)
     x = _plain(x)
-    if x.ndim==2: x = x[None]
-    if x.ndim!=3 or (x.shape[0] not in (1,3,4) and x.shape[2] not in (1,3,4)):
-        raise DataError(f'array of shape {tuple(x.shape)}: (h,w), (h,w,3) or (3,h,w) was expected')
-    if x.shape[0] not in (1,3,4): x = x.permute(2,0,1)
+    if x.ndim==2: return _to_bytes(x[None]).expand(3,-1,-1)
+    x = x.movedim(_channel_axis(x.shape, last), 0)
     return _to_bytes(x[:3]).expand(3,-1,-1)
 
 # %% ../../nbs/sets/01_images.ipynb #11adc023
