@@ -82,16 +82,24 @@ def test_floats_beyond_the_range_are_an_error():
 
 DEEP = np.linspace(0, 65535, 48*64).reshape(48, 64).astype(np.uint16)
 
+@pytest.mark.parametrize('bits', [16, 12])
 @pytest.mark.parametrize('kind', ['png', 'tif', 'big endian', 'pillow', 'array', 'tensor'])
-def test_of_16_bits_the_upper_8_are_kept(tmp_path, kind):
-    "In every way in which a grey image may come"
-    big = DEEP.astype('>u2')
-    x = {'array': DEEP, 'tensor': torch.from_numpy(DEEP), 'pillow': Image.fromarray(DEEP)}.get(kind, tmp_path/f'a.{kind}')
+def test_of_16_or_12_bits_the_upper_8_are_kept(tmp_path, kind, bits):
+    "In every way in which a grey image may come; 12 bits, as cameras write them, had 16 grey values"
+    deep = DEEP >> (16 - bits)
+    big = deep.astype('>u2')
+    x = {'array': deep, 'tensor': torch.from_numpy(deep), 'pillow': Image.fromarray(deep)}.get(kind, tmp_path/f'a.{kind}')
     if kind=='big endian':
         x = x.with_suffix('.tif')
-        Image.frombytes('I;16B', DEEP.shape[::-1], big.tobytes()).save(x)
-    elif kind in ('png','tif'): Image.fromarray(DEEP).save(x)
+        Image.frombytes('I;16B', deep.shape[::-1], big.tobytes()).save(x)
+    elif kind in ('png','tif'): Image.fromarray(deep).save(x)
     np.testing.assert_array_equal(load_image(x), np.broadcast_to(DEEP >> 8, (3,48,64)))
+
+@pytest.mark.parametrize('top, white', [(4095, 255), (4096, 16), (1023, 63), (16383, 63), (65535, 255), (0, 0)])
+def test_the_largest_value_tells_12_bits_from_16(top, white):
+    "A dark image of 12 bits is scaled as a bright one; other depths stay dark"
+    assert load_image(np.array([[0, top]], np.uint16))[0].tolist()==[[0, white]]
+    assert load_image(np.zeros((2,0), np.uint16)).shape==(3,2,0)
 
 @pytest.mark.parametrize('x, says', [
     (DEEP.astype(np.int32), 'array with values from 0 to 65535'), (np.full((4,4), -1), 'from -1 to -1'),

@@ -94,6 +94,12 @@ def as_data_error(
 # %% ../../nbs/sets/01_images.ipynb #2369a788
 warnings.filterwarnings('ignore', 'The image decoding and encoding capabilities of TorchVision')
 
+def _upper_bits(x):
+    "uint8 of 16 bits, or of 12 where no value needs more"
+    x = x.int()
+    unused = 8 if (x >= 4096).any() else 4
+    return (x >> unused).to(torch.uint8)
+
 def _check_range(im):
     "An error unless values of 32 bits fit in 8"
     low,high = im.getextrema()
@@ -105,7 +111,8 @@ def _from_pil(im, turn=True):
     if turn: im = ImageOps.exif_transpose(im)
     if im.mode in ('I','F'): _check_range(im)
     if im.mode.startswith('I;16'):
-        im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8)) # Pillow would cut at 255
+        deep = torch.from_numpy(np.array(im, np.int32))
+        im = Image.fromarray(_upper_bits(deep).numpy()) # Pillow would cut at 255
     return torch.from_numpy(np.array(im.convert('RGB'))).permute(2,0,1)
 
 def _from_bytes(data, turn=True):
@@ -119,13 +126,13 @@ def _from_bytes(data, turn=True):
         return _from_pil(Image.open(io.BytesIO(data)), turn)
     if x.ndim==4: x = x[0] # the first frame of a GIF
     if x.dtype==torch.uint8: return x
-    return (x.int() >> 8).to(torch.uint8) # a PNG of 16 bits
+    return _upper_bits(x) # a PNG of 16 bits
 
 # %% ../../nbs/sets/01_images.ipynb #85ec9eb6
 def _to_bytes(x):
     "uint8 of whole numbers 0..255, of uint16, or of floats in 0..1"
     if x.dtype==torch.uint8: return x
-    if x.dtype==torch.uint16: return (x.int() >> 8).to(torch.uint8)
+    if x.dtype==torch.uint16: return _upper_bits(x)
     real = x.is_floating_point()
     x = x if real else x.long()
     low,high = (-1,2) if real else (0,255) # floats that a resize made may be a little outside 0..1
