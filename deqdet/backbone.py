@@ -118,6 +118,8 @@ class Body(nn.Module):
         x: Tensor # (B,3,H,W) normalised images
     ) -> list[Tensor]: # four of (B,C_l,H/s_l,W/s_l), sides rounded up
         "The four levels"
+        if self.channels_last and not len(x): # timm's Swin takes no empty batch
+            return [f[:0] for f in self(x.new_zeros(1, *x.shape[1:]))]
         feats = self.net(x)
         return [self.level(feats[i], norm) for i,norm in zip(self.levels, self.norms)]
 

@@ -20,7 +20,7 @@ from timm.models.swin_transformer import get_relative_position_index
 from .checkpoints.dialects import (
     DIALECTS, deformable_keys, dialect_of, infer_deformable, load_deformable, publish_deformable)
 from deqdet.checkpoints.layouts import (
-    COUNTERS, Layout, infer_resnet, is_merge, layout_of, merge_to_published, merge_to_timm,
+    COUNTERS, Layout, fill, infer_resnet, is_merge, layout_of, merge_to_published, merge_to_timm,
     original_sparse)
 from .decoder import Stacked
 from .equilibrium import Settled
@@ -154,7 +154,7 @@ def from_official(
     model, # the detector that it should fill
     layout # published names
 ) -> dict: # our key -> tensor
-    "Every tensor under our name; keys that do not match are an error that lists them"
+    "Every tensor under our name; keys that do not match are an error that names some"
     own = model.state_dict()
     names = {k: layout.key(k) for k in own}
     theirs = set(names.values())
@@ -162,8 +162,8 @@ def from_official(
     dropped = [k for k in sd if any(re.search(pattern, k) for pattern in layout.drop)]
     unknown = [k for k in sd if k not in theirs.union(dropped)]
     if missing or unknown: raise KeyError(
-        f'checkpoint and model do not match; missing in the checkpoint: {missing[:8]} '
-        f'({len(missing)}), unknown in it: {unknown[:8]} ({len(unknown)})')
+        f'checkpoint and model do not match: {len(missing)} tensors are missing in the checkpoint, '
+        f'such as {missing[:1]}, and {len(unknown)} are unknown, such as {unknown[:1]}')
     return {k: merge_to_timm(sd[v]) if is_merge(v) else sd.get(v, own[k])
             for k,v in names.items()}
 
@@ -171,8 +171,7 @@ def read_mixer(sd, **overrides):
     "A DEQDet or AdaMixer detector with the weights of `sd`"
     hyper = replace(infer(sd), **overrides)
     model = hyper.build()
-    model.load_state_dict(from_official(sd, model, layout_of(hyper)))
-    return model
+    return fill(model, from_official(sd, model, layout_of(hyper)))
 
 # %% ../nbs/17_convert.ipynb #e85c245c
 class SparseNames(NamedTuple):
@@ -251,8 +250,7 @@ def read_sparse(sd, **overrides):
     hyper = replace(infer_sparse(sd), **overrides)
     model = hyper.build()
     layout = layout_of(hyper) if MMDET.boxes in sd else original_sparse(hyper)
-    model.load_state_dict(from_official(sd, model, layout))
-    return model
+    return fill(model, from_official(sd, model, layout))
 
 # %% ../nbs/17_convert.ipynb #314df188
 def is_mixer(sd):

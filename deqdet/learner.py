@@ -32,6 +32,7 @@ from .ops.files import write_atomic
 from .training.callbacks import (
     EMA, Amp, FitLoop, SaveBest, Schedule, average_checkpoints, feed_of_images, superseded)
 from .training.denoise import add_denoising
+from .training.fastai_callbacks import TakesCallbacks
 from .training.quality import set_scoring
 from .training.minutes import MANY, MaySkip, TimeBudget, budget_by_recipe, updates_of_epoch
 from .training.optim import Muon
@@ -51,7 +52,7 @@ _all_ = ['Recipe', 'recipes', 'deqdet_1x', 'deqdet_2x', 'adamixer_1x', 'adamixer
          'draw_results', 'Interpretation', 'write_atomic']
 
 # %% ../nbs/14_learner.ipynb #60fec6cb
-class DetLearner(MaySkip, FitLoop):
+class DetLearner(TakesCallbacks, MaySkip, FitLoop):
     "A fastai Learner for detectors; made by `det_learner`"
     def __init__(self,
         dls,          # loaders, from `det_dls`
@@ -140,16 +141,12 @@ def det_learner(
     return learn
 
 # %% ../nbs/14_learner.ipynb #cc1e3297
-def _add_average(learn):
-    "The average of weights that the recipe asks for, unless there is one"
-    averaged = any(isinstance(o, EMA) for o in learn.cbs)
-    if learn.recipe.ema and not averaged: learn.add_cb(EMA(learn.recipe.ema))
-
 def _follow(learn):
     "Callbacks and class targets of the recipe, in place of those of the one before"
     learn.remove_cbs(learn.of_recipe)
     given = list(learn.cbs)
-    _add_average(learn)
+    averaged = any(isinstance(o, EMA) for o in given)
+    if learn.recipe.ema and not averaged: learn.add_cb(EMA(learn.recipe.ema))
     add_denoising(learn)
     learn.of_recipe = [o for o in learn.cbs if o not in given]
     set_scoring(learn)
@@ -234,6 +231,7 @@ def fit_published(self:DetLearner,
     minutes=None # instead of epochs: train and evaluate within so many minutes
 ):
     "Train by a recipe; numbers that `det_learner` was given replace the recipe's"
+    if None not in (epochs, minutes): raise ValueError('epochs and minutes exclude each other')
     if recipe is not None:
         self.recipe = self.as_recipe(recipe)
         self.lr = self.recipe.lr

@@ -130,7 +130,7 @@ def gather(
     weight = weight.flatten(0,-2)                 # (BNG...,K)
     if _exporting(): read = (table[rows.long()]*weight[..., None]).sum(1)
     else: read = weighted_sums(rows, table, weight.to(table.dtype))
-    return read.view(*cells.shape[:-1], -1)
+    return read.view(*cells.shape[:-1], D//G)
 
 # %% ../nbs/04_mixing.ipynb #c0f7694c
 def per_picture(
@@ -138,7 +138,8 @@ def per_picture(
     B: int     # images
 ) -> Tensor:   # (B,rN,...)
     "The same tensor with all sets of queries of an image in one row"
-    return x.unflatten(0, (B, -1)).flatten(1, 2)
+    sets = x.shape[0]//B if B else 1 # r
+    return x.unflatten(0, (B, sets)).flatten(1, 2)
 
 # %% ../nbs/04_mixing.ipynb #14018489
 def sample(

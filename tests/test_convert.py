@@ -3,6 +3,7 @@ import pytest
 import torch
 from deqdet.convert import infer, infer_sparse, load_official, original_sparse, read_checkpoint, to_official
 from deqdet.decoder import Stacked
+from deqdet.ops.errors import CommandError
 from deqdet.zoo import create_detector, published
 
 MIXER = dict(n_classes=5, body='', channels=(4, 6, 8, 10), feat_width=32, width=48, points=(16, 9), groups=4)
@@ -62,7 +63,27 @@ def test_sparse_rcnn_of_both_code_bases(name, layout, steps):
 
 
 def test_a_tensor_of_another_shape_is_an_error(sd):
-    with pytest.raises(RuntimeError, match='size mismatch'): load_official(sd | {'neck.gn_out.weight': torch.zeros(7)})
+    with pytest.raises(ValueError, match=r'^1 tensors differ, such as pyramid.neck.norm.weight: \(7,\) in the checkpoint, \(32,\) in the'):
+        load_official(sd | {'neck.gn_out.weight': torch.zeros(7)})
+
+
+@pytest.mark.parametrize('name', ['deqdet_tiny', 'sparse_rcnn_tiny', 'deformable_detr_tiny'])
+@pytest.mark.parametrize('change, said', [
+    (dict(n_classes=2), r'cls\S*: \(3, \d+\) in the checkpoint, \(2, \d+\) in the model; deqdet.predict.start_from'),
+    (dict(hidden=24), r'ffn\S*: \(\d+, \d+\) in the checkpoint, \(24, \d+\) in the model$')])
+def test_fields_that_do_not_fit_are_an_error_of_one_line(name, change, said, tmp_path):
+    "PyTorch lists each tensor: three classes for eighty took nine thousand letters"
+    model = create_detector(name, n_classes=3, body='', channels=(4, 6, 8, 10))
+    known = {k: getattr(model.hyper, k) for k in ('norm_groups', 'heads', 'encoder_heads') if hasattr(model.hyper, k)}
+    torch.save(to_official(model), tmp_path/'a.pth')
+    for source, kind in ((to_official(model), ValueError), (tmp_path/'a.pth', CommandError)):
+        with pytest.raises(kind, match=said) as e: load_official(source, **known | change)
+        assert len(str(e.value)) < 300 and len(str(e.value).splitlines()) == 1
+
+
+def test_keys_that_do_not_fit_are_an_error_of_one_line(sd):
+    with pytest.raises(KeyError, match='0 tensors are missing .* and 1 are unknown') as e: load_official(sd | {'a.mystery': torch.zeros(1)})
+    assert 'a.mystery' in str(e.value) and len(str(e.value)) < 300
 
 
 def test_what_a_parent_class_left_over_is_dropped(sd):

@@ -2,16 +2,19 @@
 import copy, math, warnings
 from dataclasses import replace
 import matplotlib.pyplot as plt, pytest, torch
-from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.optimizer import Adam
 from deqdet.data import DetDataset, det_dls, synth_coco
 from deqdet.decoder import Stacked
-from deqdet.learner import EMA, Resume, average_checkpoints, det_learner
+from deqdet.learner import EMA, Resume, WatchSettling, average_checkpoints, det_learner, recipes
+from deqdet.families.shared import Shared
 from deqdet.loss import SetLoss
+from deqdet.ops.errors import one_line
 from deqdet.predict import eval_loader
-from deqdet.training.contraction import Contract, jacobian
+from deqdet.training.contraction import Contract, Later, RandomSteps, jacobian
 from deqdet.training.denoise import Denoise
 from deqdet.training.minutes import TimeBudget
 from deqdet.training.pairs import Pairs
@@ -152,6 +155,18 @@ def test_checkpoints_of_different_models_have_no_average(path, tmp_path):
     mean = average_checkpoints([folders['a'], folders['a']/'model.safetensors']) # a folder and a file
     SMALL.build().load_state_dict(mean)
 
+NEEDY = [Pairs, RandomSteps, Later, WatchSettling]
+
+@pytest.mark.parametrize('strategy', [Stacked(2), Shared(2)], ids=['stack', 'shared'])
+@pytest.mark.parametrize('kind', NEEDY)
+def test_callbacks_for_an_equilibrium(path, kind, strategy):
+    "On a stack they were an AttributeError in the middle of a batch"
+    learn = make(path, hyper=replace(SMALL, strategy=strategy))
+    with pytest.raises(TypeError, match='needs an equilibrium; the decoder is a') as e: fit(learn, cbs=kind())
+    assert one_line(e.value).startswith(f'{kind.__name__}() needs')
+    assert kind.__name__ not in map(str, learn.cbs)
+    fit(learn)
+
 # ---- fits by the clock
 
 class Hand:
@@ -186,6 +201,76 @@ def test_rows_of_the_log_have_all_columns(path):
 def test_minutes_are_more_than_none(path, minutes):
     "None trained by epochs, and fewer never ended"
     with pytest.raises(ValueError, match='more than 0'): make(path).fit_published(minutes=minutes)
+
+@pytest.mark.parametrize('epochs', [0, 2])
+def test_minutes_or_epochs(path, epochs):
+    "Epochs were left out without a word, where `deqdet_train` refuses both"
+    learn = make(path)
+    with pytest.raises(ValueError, match='^epochs and minutes exclude each other$'):
+        learn.fit_published('finetune', epochs, minutes=1)
+    assert learn.recipe.epochs==recipes['1x'].epochs and not hasattr(learn, 'denoise')
+
+# ---- callbacks of fastai
+
+class Screen(Callback):
+    "Stands for fastai's bars, and keeps all graphs"
+    name = 'progress'
+    def before_fit(self): self.graphs = []
+    @property
+    def mbar(self): return self
+    def update_graph(self, *graph): self.graphs.append(graph)
+
+def test_a_graph_of_the_losses(path):
+    screen = Screen()
+    learn = fit(make(path, cbs=ShowGraphCallback()), 4, cbs=screen)
+    assert len(screen.graphs)==4
+    (training, validation), (left, right), (low, high) = screen.graphs[1]
+    assert validation[0]==(3, 6) and list(validation[1])==learn.history.valid_loss[:2].tolist()
+    assert (*training[0],)==(*range(6),) and training[1]==[float(o) for o in learn.recorder.losses[:6]]
+    assert (left, right, low)==(0, 12, 0) and high==max(*training[1], *validation[1])
+
+def test_a_graph_of_minutes(path):
+    "fastai's ended after the last of 100,000 epochs, and was redrawn in epochs without evaluation"
+    screen = Screen()
+    learn = by_clock(path, screen, ShowGraphCallback)
+    losses = learn.history.valid_loss
+    assert 1 < losses.notna().sum()==len(screen.graphs) < len(losses)
+    (training, validation), (left, right), _ = screen.graphs[-1]
+    assert list(validation[1])==losses.dropna().tolist()
+    assert (left, right)==(0, len(training[1]))==(0, len(learn.recorder.losses))
+
+def test_a_graph_of_a_resumed_training(path, tmp_path):
+    whole,rest = Screen(),Screen()
+    fit(make(path), 4, cbs=[whole, ShowGraphCallback()])
+    fit(make(path), 4, cbs=[Resume(tmp_path/'r.pt'), Until(2)])
+    fit(make(path), 4, cbs=[Resume(tmp_path/'r.pt', resume=True), rest, ShowGraphCallback()])
+    assert len(rest.graphs)==2
+    for a,b in zip(whole.graphs[2:], rest.graphs):
+        assert a[1:]==b[1:] and a[0][0]==b[0][0] and [o[-1] for o in a[0][1]]==[o[-1] for o in b[0][1]]
+
+class Until(Callback):
+    "Ends a fit after some epochs"
+    def __init__(self, n): self.n = n
+    def before_epoch(self):
+        if self.epoch==self.n: raise CancelFitException
+
+def test_without_bars_there_is_no_graph(path):
+    "It was an IndexError about a tuple"
+    learn = fit(make(path, cbs=ShowGraphCallback()))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert len(learn.history)==1
+    learn.get_preds()
+    learn.validate()
+
+@pytest.mark.parametrize('kind', [MixUp, CutMix])
+def test_callbacks_that_blend_are_refused(path, kind):
+    "MixUp was an error about an attribute of a tuple"
+    learn = make(path)
+    for add in (lambda: make(path, cbs=kind()), lambda: learn.add_cb(kind), lambda: learn.fit(1, cbs=[kind()]),
+                lambda: learn.fit_published(epochs=1, cbs=kind())):
+        with pytest.raises(ValueError, match=f'^{kind.__name__} blends .*Mosaic') as e: add()
+        assert len(str(e.value).splitlines())==1
+    fit(learn)
 
 # ---- what is given to a learner
 

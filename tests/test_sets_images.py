@@ -62,6 +62,18 @@ def test_an_image_is_turned_unless_annotated_unturned(turned):
 
 def test_grey_floats_become_bytes(): assert load_image(np.full((20,40), .5)).unique().tolist()==[128]
 
+@pytest.mark.parametrize('shape, numpy, tensor', [
+    ((3,40,4), (3,3,40), (3,40,4)), ((1,40,3), (3,1,40), (3,40,3)), ((4,1,1), (3,4,1), (3,1,1)), ((3,3,3), (3,3,3), (3,3,3)),
+    ((20,40,3), (3,20,40), (3,20,40)), ((3,20,40), (3,20,40), (3,20,40)), ((1,4), (3,1,4), (3,1,4)), ((4,3), (3,4,3), (3,4,3))])
+def test_arrays_have_their_channels_last_and_tensors_first(shape, numpy, tensor):
+    "An image of 1, 3 or 4 rows was read as channels, and 3 of its columns as the image"
+    x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    one, two = load_image(x), load_image(torch.from_numpy(x))
+    assert one.shape==numpy and two.shape==tensor
+    if len(shape)==3 and shape[2] < 5: # each pixel stays together
+        np.testing.assert_array_equal(one.permute(1,2,0)[..., :1], x[..., :1])
+    if len(shape)==3 and shape[0] < 5: np.testing.assert_array_equal(two[0], x[0])
+
 def test_floats_beyond_the_range_are_an_error():
     "0..255 would become white, normalised pixels noise; what a resize leaves outside 0..1 is cut"
     for x in (np.linspace(0, 255, 600, dtype=np.float32).reshape(20, 30), torch.randn(3, 20, 30)*2):
@@ -70,16 +82,24 @@ def test_floats_beyond_the_range_are_an_error():
 
 DEEP = np.linspace(0, 65535, 48*64).reshape(48, 64).astype(np.uint16)
 
+@pytest.mark.parametrize('bits', [16, 12])
 @pytest.mark.parametrize('kind', ['png', 'tif', 'big endian', 'pillow', 'array', 'tensor'])
-def test_of_16_bits_the_upper_8_are_kept(tmp_path, kind):
-    "In every way in which a grey image may come"
-    big = DEEP.astype('>u2')
-    x = {'array': DEEP, 'tensor': torch.from_numpy(DEEP), 'pillow': Image.fromarray(DEEP)}.get(kind, tmp_path/f'a.{kind}')
+def test_of_16_or_12_bits_the_upper_8_are_kept(tmp_path, kind, bits):
+    "In every way in which a grey image may come; 12 bits, as cameras write them, had 16 grey values"
+    deep = DEEP >> (16 - bits)
+    big = deep.astype('>u2')
+    x = {'array': deep, 'tensor': torch.from_numpy(deep), 'pillow': Image.fromarray(deep)}.get(kind, tmp_path/f'a.{kind}')
     if kind=='big endian':
         x = x.with_suffix('.tif')
-        Image.frombytes('I;16B', DEEP.shape[::-1], big.tobytes()).save(x)
-    elif kind in ('png','tif'): Image.fromarray(DEEP).save(x)
+        Image.frombytes('I;16B', deep.shape[::-1], big.tobytes()).save(x)
+    elif kind in ('png','tif'): Image.fromarray(deep).save(x)
     np.testing.assert_array_equal(load_image(x), np.broadcast_to(DEEP >> 8, (3,48,64)))
+
+@pytest.mark.parametrize('top, white', [(4095, 255), (4096, 16), (1023, 63), (16383, 63), (65535, 255), (0, 0)])
+def test_the_largest_value_tells_12_bits_from_16(top, white):
+    "A dark image of 12 bits is scaled as a bright one; other depths stay dark"
+    assert load_image(np.array([[0, top]], np.uint16))[0].tolist()==[[0, white]]
+    assert load_image(np.zeros((2,0), np.uint16)).shape==(3,2,0)
 
 @pytest.mark.parametrize('x, says', [
     (DEEP.astype(np.int32), 'array with values from 0 to 65535'), (np.full((4,4), -1), 'from -1 to -1'),

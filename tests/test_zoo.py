@@ -1,7 +1,10 @@
 "Names and sizes of the zoo beside the published figures"
+from dataclasses import replace
+from functools import partial
 import pytest
 import torch
-from deqdet.zoo import create_detector, list_detectors, zoo
+from deqdet.backbone import Pyramid, create_body
+from deqdet.zoo import create_detector, deformable_tiny, list_detectors, zoo
 
 
 def test_names_by_pattern(): assert list_detectors('deqdet_r*') == ['deqdet_r50_1x', 'deqdet_r50_2x', 'deqdet_r101_2x']
@@ -34,3 +37,30 @@ def test_every_parameter_gets_a_gradient(name):
     model = create_detector(name, n_classes=3)
     sum((p.logits**2).sum() + p.boxes.sum() for p in model(torch.rand(2, 3, 64, 64))).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def a_two_stage(): return replace(deformable_tiny, two_stage=True).build()
+
+
+def a_swin():
+    net = create_body('swin_tiny_patch4_window7_224', frozen_stages=-1)
+    model = create_detector('deqdet_tiny')
+    model.pyramid = Pyramid(net, model.hyper.neck(net.channels))
+    return model
+
+
+EMPTY = {n: partial(create_detector, n) for n in list_detectors('*_tiny')} | dict(two_stage=a_two_stage, swin=a_swin)
+
+
+@pytest.mark.parametrize('make', EMPTY.values(), ids=EMPTY)
+def test_an_empty_batch_gives_empty_results(make):
+    "torchvision's detectors accept an empty list"
+    model = make()
+    images = torch.zeros(0, 3, 64, 64, dtype=torch.uint8)
+    buffers = {k: v.clone() for k, v in model.named_buffers()}
+    preds = model(images)
+    assert {tuple(p.boxes.shape) for p in preds} <= {(0, 12, 4), (0, 85, 4)} # the second of proposals
+    sum((p.logits**2).sum() + p.boxes.sum() for p in preds).backward()
+    assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers() if 'num_batches' not in k)
+    assert model.predict(images, torch.zeros(0, 2, dtype=torch.long), orig=torch.zeros(0, 2)) == []
+    assert model.trajectory(images)[-1][1].boxes.shape == (0, 12, 4)

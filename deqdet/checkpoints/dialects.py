@@ -10,7 +10,7 @@ __all__ = ['DIALECTS', 'deformable_keys', 'load_deformable', 'publish_deformable
 # %% ../../nbs/checkpoints/02_dialects.ipynb #8cc19ec9
 import re, torch
 from torch import nn
-from .layouts import infer_resnet, rename
+from .layouts import fill, infer_resnet, rename
 from ..decoder import Stacked
 from ..families.deformable import DeformableDETR
 
@@ -143,8 +143,7 @@ def load_deformable(
         f"no weights of this model in dialect '{dialect}': {len(unknown)} unknown names, "
         f"such as {unknown[:1]}, and {len(missing)} parameters without weights, "
         f"such as {missing[:1]}")
-    model.load_state_dict(state, strict=False)
-    return model
+    return fill(model, state)
 
 # %% ../../nbs/checkpoints/02_dialects.ipynb #81ec5ad7
 def _under_our_names(sd, names):

@@ -8,7 +8,7 @@ Docs: https://deqdet.github.io/deqdet/checkpoints/layouts.html.md"""
 __all__ = ['STEP_NAMES', 'DECODER_NAMES', 'RESNET_NAMES', 'SWIN_NAMES', 'POSITIONS', 'LEFTOVER', 'COUNTERS', 'deqdet_layout',
            'adamixer_layout', 'SHARED_HEAD', 'DETECTRON2_EXTRAS', 'rename', 'infer_resnet', 'Layout', 'with_body',
            'merge_to_timm', 'merge_to_published', 'is_merge', 'mmdet_names', 'detectron2_names', 'layout_of',
-           'original_sparse']
+           'original_sparse', 'fill']
 
 # %% ../../nbs/checkpoints/01_layouts.ipynb #1dd28239
 import re
@@ -204,3 +204,22 @@ def original_sparse(hyper):
     "The layout of the original repository of Sparse R-CNN"
     names = detectron2_names(hyper.cls_layers, hyper.reg_layers)
     return Layout(names, (COUNTERS, DETECTRON2_EXTRAS))
+
+# %% ../../nbs/checkpoints/01_layouts.ipynb #f1110002
+def fill(
+    model, # a `Detector`, filled in place
+    state  # our key -> tensor
+):         # the model
+    "The model with these weights; other shapes are an error of one line"
+    own = model.state_dict()
+    odd = [k for k,v in state.items() if v.shape!=own[k].shape]
+    if odd: raise ValueError(_misfit(odd, state[odd[0]], own[odd[0]]))
+    model.load_state_dict(state, strict=False)
+    return model
+
+def _misfit(names, theirs, ours):
+    "What differs, in one line"
+    heads = all('.cls.' in k for k in names)
+    advice = '; deqdet.predict.start_from(model, names) changes the classes' if heads else ''
+    return (f'{len(names)} tensors differ, such as {names[0]}: {tuple(theirs.shape)} in the '
+            f'checkpoint, {tuple(ours.shape)} in the model{advice}')

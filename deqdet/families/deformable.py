@@ -166,7 +166,7 @@ class Proposals(nn.Module):
     def anchors(self, masks):
         "Boxes of the cells (B,S,4) as fractions of the image, and which of them propose (B,S,1)"
         xy = centres(masks)                                                # (B,S,2)
-        side = [xy.new_full((m[0].numel(),1), .05*2**l) for l,m in enumerate(masks)]
+        side = [xy.new_full((m.shape[1:].numel(),1), .05*2**l) for l,m in enumerate(masks)]
         box = torch.cat([xy, torch.cat(side).expand(*xy.shape)], -1)       # (B,S,4)
         shown = torch.cat([m.flatten(1) for m in masks], 1)                # (B,S)
         inside = ((box > .01) & (box < .99)).all(-1)                       # (B,S)

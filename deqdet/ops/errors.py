@@ -6,7 +6,7 @@ Docs: https://deqdet.github.io/deqdet/ops/errors.html.md"""
 
 # %% auto #0
 __all__ = ['FILE_FAULTS', 'CommandError', 'is_out_of_memory', 'one_line', 'blame', 'make_folder', 'check_writable', 'refuse_half',
-           'check_classes']
+           'check_classes', 'check_equilibrium']
 
 # %% ../../nbs/ops/03_errors.ipynb #bd8ec9a1
 import errno, os, re
@@ -109,3 +109,13 @@ def check_classes(
     advice = ('det_dls(…, vocab=model.vocab) takes its order' if set(mine)==set(theirs) else
               'deqdet.predict.start_from(model, dls.vocab) makes a model for these')
     raise ValueError(f"the model's classes are {list(mine)[:5]}, the data's {theirs[:5]}: {advice}")
+
+# %% ../../nbs/ops/03_errors.ipynb #45010ea1
+def check_equilibrium(
+    model, # a detector
+    asker  # what needs it: 'Pairs()'
+):
+    "Raise an error unless the decoder of a detector is an equilibrium"
+    kind = type(model.decoder).__name__
+    if not hasattr(model.decoder, 'solve'):
+        raise TypeError(f'{asker} needs an equilibrium; the decoder is a {kind}')

@@ -94,6 +94,12 @@ def as_data_error(
 # %% ../../nbs/sets/01_images.ipynb #2369a788
 warnings.filterwarnings('ignore', 'The image decoding and encoding capabilities of TorchVision')
 
+def _upper_bits(x):
+    "uint8 of 16 bits, or of 12 where no value needs more"
+    x = x.int()
+    unused = 8 if (x >= 4096).any() else 4
+    return (x >> unused).to(torch.uint8)
+
 def _check_range(im):
     "An error unless values of 32 bits fit in 8"
     low,high = im.getextrema()
@@ -105,7 +111,8 @@ def _from_pil(im, turn=True):
     if turn: im = ImageOps.exif_transpose(im)
     if im.mode in ('I','F'): _check_range(im)
     if im.mode.startswith('I;16'):
-        im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8)) # Pillow would cut at 255
+        deep = torch.from_numpy(np.array(im, np.int32))
+        im = Image.fromarray(_upper_bits(deep).numpy()) # Pillow would cut at 255
     return torch.from_numpy(np.array(im.convert('RGB'))).permute(2,0,1)
 
 def _from_bytes(data, turn=True):
@@ -119,13 +126,13 @@ def _from_bytes(data, turn=True):
         return _from_pil(Image.open(io.BytesIO(data)), turn)
     if x.ndim==4: x = x[0] # the first frame of a GIF
     if x.dtype==torch.uint8: return x
-    return (x.int() >> 8).to(torch.uint8) # a PNG of 16 bits
+    return _upper_bits(x) # a PNG of 16 bits
 
 # %% ../../nbs/sets/01_images.ipynb #85ec9eb6
 def _to_bytes(x):
     "uint8 of whole numbers 0..255, of uint16, or of floats in 0..1"
     if x.dtype==torch.uint8: return x
-    if x.dtype==torch.uint16: return (x.int() >> 8).to(torch.uint8)
+    if x.dtype==torch.uint16: return _upper_bits(x)
     real = x.is_floating_point()
     x = x if real else x.long()
     low,high = (-1,2) if real else (0,255) # floats that a resize made may be a little outside 0..1
@@ -134,13 +141,19 @@ def _to_bytes(x):
         raise DataError(f'array with values {span}: uint8, uint16 or floats 0..1 were expected')
     return ((x*255).round().clamp(0, 255) if real else x).to(torch.uint8)
 
+def _channel_axis(shape, last):
+    "The axis of 1, 3 or 4 channels: the last or the first, if both fit, as `last` says"
+    axes = (2,0) if last else (0,2)
+    fits = [d for d in axes if len(shape)==3 and shape[d] in (1,3,4)]
+    if fits: return fits[0]
+    raise DataError(f'array of shape {tuple(shape)}: (h,w), (h,w,3) or (3,h,w) was expected')
+
 def _from_array(x):
     "uint8 (3,h,w) from grey (h,w), (h,w,C) or (C,h,w), of numbers as `_to_bytes` takes them"
+    last = isinstance(x, np.ndarray)
     x = _plain(x)
-    if x.ndim==2: x = x[None]
-    if x.ndim!=3 or (x.shape[0] not in (1,3,4) and x.shape[2] not in (1,3,4)):
-        raise DataError(f'array of shape {tuple(x.shape)}: (h,w), (h,w,3) or (3,h,w) was expected')
-    if x.shape[0] not in (1,3,4): x = x.permute(2,0,1)
+    if x.ndim==2: return _to_bytes(x[None]).expand(3,-1,-1)
+    x = x.movedim(_channel_axis(x.shape, last), 0)
     return _to_bytes(x[:3]).expand(3,-1,-1)
 
 # %% ../../nbs/sets/01_images.ipynb #11adc023

@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.torch_core import get_model
 from torch import Tensor
+from ..ops.errors import check_equilibrium
 from ..ops.states import by_differences, jac_penalty, part_norms, parts, rebuild, units
 from ..ops.states import widened
 from .callbacks import add_loss
@@ -92,6 +93,7 @@ class RandomSteps(Callback):
         self.span = first, last
         self.part = part
     def before_fit(self):
+        check_equilibrium(get_model(self.model), f'{self}()')
         self.equilibrium = get_model(self.model).decoder
         self.plan = self.equilibrium.plan
     def before_batch(self):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from ..decoder import prepared
 from ..model import evaluating
+from ..ops.errors import check_equilibrium
 from ..ops.states import widened
 from ..solver import solve
 from .callbacks import add_loss
@@ -112,6 +113,7 @@ class Pairs(Callback):
         self.weight = weight
         self.steps = steps
         self.make = make
+    def before_fit(self): check_equilibrium(get_model(self.model), 'Pairs()')
     def before_batch(self):
         pyramid = get_model(self.model).pyramid
         self.hook = pyramid.register_forward_hook(self.keep)

@@ -15,6 +15,7 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Metric, Recorder
 from fastai.torch_core import find_bs, get_model, rank_distrib
+from ..ops.errors import check_equilibrium
 from ..ops.files import write_atomic
 from ..ops.states import finite_images
 from .callbacks import EMA
@@ -121,6 +122,7 @@ class WatchSettling(Callback):
     ): self.steps = steps
 
     def before_fit(self):
+        check_equilibrium(get_model(self.model), 'WatchSettling()')
         self.traces = [] # for each epoch (applications, 2): contents, boxes
         self.batch = self.dls.valid.one_batch()[:2]
 
