@@ -96,7 +96,7 @@ def deqdet_convert(
     model = _published(checkpoint)
     model.feed = feed
     n = model.hyper.n_classes
-    if vocab and len(vocab)!=n:
+    if vocab is not None and len(vocab)!=n:
         raise CommandError(f'{names}: {len(vocab)} names, {checkpoint} has {n} classes')
     model.vocab = vocab or (COCO if n==80 else None)
     print(f'{save_detector(model, out)}: {describe(model)}')

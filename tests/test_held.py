@@ -177,3 +177,16 @@ def test_thresholds_of_each_class():
 
 def test_a_stack_has_no_warm_start():
     with pytest.raises(CommandError, match='needs an equilibrium'): Follower(create_detector('adamixer_tiny', n_classes=2))
+
+
+def test_a_query_that_went_astray_does_not_hide_doubles():
+    slots = slots_of([A, B, A], [-1, -1, -1], [-1, -1, -1])
+    far = [0., 0, 1e20, 1e20]
+    look = Look(torch.tensor([.9, .8, .1]), torch.tensor([1, 1, 0]), torch.tensor([A, A, far], dtype=torch.float))
+    assert single(look, slots, slots.state.boxes, Hold())[1].tolist() == [False, True, False]
+
+def test_no_steps_are_no_steps():
+    "The start alone on each third frame, and nothing between"
+    follow = Follower(create_detector('deqdet_tiny', n_classes=2), steps=0)
+    for _ in range(4): follow(torch.zeros(1, 3, 64, 64))
+    assert follow.applications == 2

@@ -158,7 +158,7 @@ def division(
     folder # of a training, or of a detector
 ) -> dict: # share, None if it was not asked for; seed; split
     "How a training divides a set that is not divided"
-    folder = Path(folder)
+    folder = Path(folder).absolute() # '.' has no name
     if folder.name in ('best','last'): folder = folder.parent
     o = saved_options(folder) if (folder/'best').is_dir() else {}
     return dict(valid_pct=o.get('valid_pct'), seed=o.get('seed', 0),

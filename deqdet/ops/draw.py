@@ -106,7 +106,7 @@ def _draw_text(ax, x1, y1, x2, text, color):
     x = min(x2, right) if at_right else max(x1, left)
     ink = 'k' if _is_light(color) else 'w'
     ax.text(x, max(y1, top), text, fontsize=8, color=ink, ha='right' if at_right else 'left',
-            va='top' if at_top else 'bottom', clip_on=True,
+            va='top' if at_top else 'bottom', clip_on=True, parse_math=False,
             bbox=dict(facecolor=color, lw=0, pad=.8, alpha=.85))
 
 # %% ../../nbs/ops/04_draw.ipynb #0ce35898
@@ -122,7 +122,7 @@ def show_image(
     ax.imshow(x, interpolation='nearest')
     ax.set(xlim=(-.5, w-.5), ylim=(h-.5, -.5))
     ax.axis('off')
-    ax.set_title(title)
+    ax.set_title(title, parse_math=False)
     return ax
 
 # %% ../../nbs/ops/04_draw.ipynb #cfbb4a1c

@@ -216,5 +216,5 @@ def show_sample(
         ax.add_patch(box)
         inside = 'top' if y1 < .08*img.shape[1] else 'bottom' # a name above the image would be cut
         ax.text(x1, y1, vocab[k] if vocab else k, color='w', size=8, va=inside, clip_on=True,
-                bbox=dict(facecolor=c, lw=0, pad=.8))
+                parse_math=False, bbox=dict(facecolor=c, lw=0, pad=.8))
     return ax

@@ -111,10 +111,8 @@ class _Waiting:
         mine.append(view)
         if len(mine)==self.bs: self.run(self.by_shape.pop(view.shape))
     def flush(self):
-        "Run all waiting views"
-        views = [v for shape in sorted(self.by_shape) for v in self.by_shape[shape]]
-        self.by_shape.clear()
-        for i in range(0, len(views), self.bs): self.run(views[i:i+self.bs])
+        "Run all waiting views, each shape on its own"
+        for shape in sorted(self.by_shape): self.run(self.by_shape.pop(shape))
 
 # %% ../../nbs/using/04_stream.ipynb #a391e36f
 def score_bars(
