@@ -48,7 +48,7 @@ def deqdet_split(
     from deqdet.sets.split import split_data
     if any(Path(out).glob('annotations/*.json')): raise CommandError(f'{out}: there is a set')
     split_data(data, out, valid_pct, by, layout, seed)
-    for name,part in zip(('train','valid'), read_data(out)):
+    for name,part in zip(('train','valid'), read_data(out, 'coco')):
         groups = [o['group'] for o in part.coco['images']]
         print(f'{name}: {len(groups)} images, {len(set(groups))} groups')
 
