@@ -185,8 +185,6 @@ def test_a_query_that_went_astray_does_not_hide_doubles():
     look = Look(torch.tensor([.9, .8, .1]), torch.tensor([1, 1, 0]), torch.tensor([A, A, far], dtype=torch.float))
     assert single(look, slots, slots.state.boxes, Hold())[1].tolist() == [False, True, False]
 
-def test_no_steps_are_no_steps():
-    "The start alone on each third frame, and nothing between"
-    follow = Follower(create_detector('deqdet_tiny', n_classes=2), steps=0)
-    for _ in range(4): follow(torch.zeros(1, 3, 64, 64))
-    assert follow.applications == 2
+def test_a_warm_start_takes_steps():
+    "Without one, nothing would look at the frame; it was taken for the default"
+    with pytest.raises(CommandError, match='steps 0'): Follower(create_detector('deqdet_tiny', n_classes=2), steps=0)

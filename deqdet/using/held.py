@@ -190,6 +190,7 @@ class Follower:
     ):
         if not isinstance(model.decoder, Equilibrium):
             raise CommandError('a warm start needs an equilibrium; this decoder is none')
+        if steps==0: raise CommandError('steps 0: a warm start needs an application in each frame')
         self.model = model
         self.steps = STEPS if steps is None else steps
         self.hold = hold or Hold()
