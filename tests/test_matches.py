@@ -205,3 +205,13 @@ def test_predictions_and_truth_are_left_alone(preds, truth):
     best_thresholds(preds, truth)
     assert truth == before[1]
     for p, q in zip(preds, before[0]): assert all(torch.equal(p[k], q[k]) for k in ('boxes', 'scores', 'labels'))
+
+
+def test_a_class_named_background_is_a_class():
+    boxes = [[0, 0, 10, 10], [50, 50, 10, 10]]
+    truth = dict(images=[dict(id=1)], categories=[dict(id=1, name='background'), dict(id=2, name='x')],
+                 annotations=[dict(image_id=1, category_id=k, bbox=b) for k, b in enumerate(boxes, 1)])
+    table = match_table([dict(image_id=1, category_id=2, bbox=boxes[1], score=.9)], truth)
+    counts = confusion(table, ['background', 'x'])
+    assert counts.shape == (3, 3) and counts.loc['background', '(background)'] == 1 and counts.to_numpy().sum() == 2
+    assert worst_images(table).loc[1].to_dict() == dict(found=1, confused=0, missed=1, invented=0)

@@ -70,26 +70,34 @@ def match_table(
 ) -> pd.DataFrame:          # a row for each pair: image_id, truth, pred (names), score, iou
     "A table of all objects and detections, in pairs or alone"
     names, ids, objs, dets, _ = _prepared(preds, truth, cat_ids)
+    nothing = _nothing(names.values())
     rows = []
     for im in sorted(ids):
         os = _named(objs, im, names)
         ds = [d for d in _named(dets, im, names) if d['score'] >= score]
-        rows += [(im, *row) for row in _rows(sorted(ds, key=lambda d: -d['score']), os, iou)]
-    return pd.DataFrame(rows, columns=['image_id', 'truth', 'pred', 'score', 'iou'])
+        ds = sorted(ds, key=lambda d: -d['score'])
+        rows += [(im, *row) for row in _rows(ds, os, iou, nothing)]
+    table = pd.DataFrame(rows, columns=['image_id', 'truth', 'pred', 'score', 'iou'])
+    table.attrs['nothing'] = nothing
+    return table
 
 def _named(groups, im, names):
     "Entries of one image, each with the name of its class"
     return [dict(o, name=names[c]) for c in names for o in groups.get((im, c), ())]
 
-def _rows(dets, objs, t):
+def _nothing(names):
+    "What stands for no object: `background`, unless a class has that name"
+    return '(background)' if 'background' in names else 'background'
+
+def _rows(dets, objs, t, nothing):
     "Pairs of one image, and the unpaired of both sides"
     partners = _pair(dets, objs, t)
     for d,(j,v) in zip(dets, partners):
-        there = 'background' if j is None else objs[j]['name']
+        there = nothing if j is None else objs[j]['name']
         if j != -1: yield there, d['name'], d['score'], v
     found = {j for j,_ in partners}
     for k,o in enumerate(objs):
-        if not o['iscrowd'] and k not in found: yield o['name'], 'background', 0., 0.
+        if not o['iscrowd'] and k not in found: yield o['name'], nothing, 0., 0.
 
 # %% ../../nbs/scores/02_matches.ipynb #0f97715c
 def confusion(
@@ -97,7 +105,7 @@ def confusion(
     vocab: list          # (K,) class names, in order
 ) -> pd.DataFrame:       # (K+1,K+1) counts: a row for each true class, background last
     "Confusion matrix with background"
-    names = [*vocab, 'background']
+    names = [*vocab, _nothing(vocab)]
     counts = pd.crosstab(table.truth, table.pred)
     return counts.reindex(index=names, columns=names, fill_value=0)
 
@@ -127,8 +135,9 @@ def worst_images(
 ) -> pd.DataFrame:       # (n,) rows by image_id: found, confused, missed, invented
     "The images with the most errors, worst first"
     found = table.truth==table.pred
-    missed = table.pred=='background'
-    invented = table.truth=='background'
+    nothing = table.attrs.get('nothing', 'background')
+    missed = table.pred==nothing
+    invented = table.truth==nothing
     confused = ~(found | missed | invented)
     kinds = dict(found=found, confused=confused, missed=missed, invented=invented)
     out = pd.DataFrame({k:v.groupby(table.image_id).sum() for k,v in kinds.items()})
