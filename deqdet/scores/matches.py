@@ -11,6 +11,7 @@ __all__ = ['plot_pr', 'match_table', 'confusion', 'plot_confusion', 'worst_image
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from pycocotools import mask
+from ..ops.draw import literal
 from .ap import Result, _prepared
 
 # %% ../../nbs/scores/02_matches.ipynb #29598321
@@ -32,7 +33,7 @@ def plot_pr(
     names = list(result.per_class.index)
     if classes is None:
         for t in ious: _pr_line(ax, result.eval, t, slice(None), f'IoU {t:.2f}')
-    for c in classes or (): _pr_line(ax, result.eval, ious[0], [names.index(c)], c)
+    for c in classes or (): _pr_line(ax, result.eval, ious[0], [names.index(c)], literal(c))
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.03))
     if ax.lines: ax.legend(loc='best', fontsize=8)
     return ax
@@ -123,8 +124,8 @@ def plot_confusion(
     for i,j in zip(*c.nonzero()) if n <= 26 else ():
         ink = 'w' if share[i, j] > .6 else 'k'
         ax.text(j, i, c[i, j], ha='center', va='center', color=ink)
-    ax.set_xticks(range(n), counts.columns, rotation=45, ha='right')
-    ax.set_yticks(range(n), counts.index)
+    ax.set_xticks(range(n), map(literal, counts.columns), rotation=45, ha='right')
+    ax.set_yticks(range(n), map(literal, counts.index))
     ax.set(xlabel='predicted', ylabel='truth')
     return ax
 

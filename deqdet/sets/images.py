@@ -136,6 +136,7 @@ def _to_bytes(x):
 
 def _from_array(x):
     "uint8 (3,h,w) from grey (h,w), (h,w,C) or (C,h,w), of numbers as `_to_bytes` takes them"
+    if isinstance(x, np.ndarray): x = np.ascontiguousarray(x) # of views such as x[..., ::-1]
     x = _plain(x)
     if x.ndim==2: x = x[None]
     if x.ndim!=3 or (x.shape[0] not in (1,3,4) and x.shape[2] not in (1,3,4)):
