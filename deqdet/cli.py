@@ -48,7 +48,7 @@ def deqdet_split(
     from deqdet.sets.split import split_data
     if any(Path(out).glob('annotations/*.json')): raise CommandError(f'{out}: there is a set')
     split_data(data, out, valid_pct, by, layout, seed)
-    for name,part in zip(('train','valid'), read_data(out)):
+    for name,part in zip(('train','valid'), read_data(out, 'coco')):
         groups = [o['group'] for o in part.coco['images']]
         print(f'{name}: {len(groups)} images, {len(set(groups))} groups')
 
@@ -96,7 +96,7 @@ def deqdet_convert(
     model = _published(checkpoint)
     model.feed = feed
     n = model.hyper.n_classes
-    if vocab and len(vocab)!=n:
+    if vocab is not None and len(vocab)!=n:
         raise CommandError(f'{names}: {len(vocab)} names, {checkpoint} has {n} classes')
     model.vocab = vocab or (COCO if n==80 else None)
     print(f'{save_detector(model, out)}: {describe(model)}')

@@ -139,7 +139,7 @@ def export(self:Detector,
 ) -> Path:          # the file
     "Write a file that detects without this package, for any number of images of any size"
     path = Path(path)
-    kind = format or ('onnx' if path.suffix=='.onnx' else 'torch')
+    kind = format or ('onnx' if path.suffix.lower()=='.onnx' else 'torch')
     if kind not in ('torch','onnx'):
         raise ValueError(f"format '{kind}': 'torch' or 'onnx' was expected")
     if int8 and kind!='onnx': raise ValueError('int8: only ONNX files have it')
@@ -234,7 +234,7 @@ def load_exported(
     "An exported file as a detector"
     file = Path(file)
     if not file.is_file(): raise CommandError(f'{file}: no such file')
-    open_file = _open_onnx if file.suffix=='.onnx' else _open_torch
+    open_file = _open_onnx if file.suffix.lower()=='.onnx' else _open_torch
     try: model = Exported(*open_file(file, providers))
     except CommandError: raise
     except ModuleNotFoundError as e:

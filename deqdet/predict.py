@@ -95,9 +95,10 @@ def read_names(
     file # text with a name on each line, or a COCO annotation file
 ) -> list:
     "Class names from a file"
-    text = Path(file).read_text()
-    if Path(file).suffix != '.json': return [o.strip() for o in text.splitlines() if o.strip()]
+    file = Path(file)
     with blame(file, ValueError, KeyError, TypeError):
+        text = file.read_text(encoding='utf-8-sig') # some editors begin a file with a mark
+        if file.suffix.lower()!='.json': return [o.strip() for o in text.splitlines() if o.strip()]
         categories = json.loads(text)['categories']
         return [o['name'] for o in sorted(categories, key=lambda o: o['id'])]
 

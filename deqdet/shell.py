@@ -118,6 +118,7 @@ def command(
         from_shell = not args and not kwargs and is_script(currentframe().f_back)
         if from_shell:
             kwargs = read_options(f)
+            sys.stdout.reconfigure(errors='backslashreplace') # for names that are not UTF-8
             keep_heap()
         os.environ.setdefault('MPLBACKEND', 'Agg') # figures go to files; no window is wanted
         with warnings.catch_warnings():

@@ -190,3 +190,16 @@ def test_a_small_limit_is_the_limit_of_ap(most):
     assert few.AR1 == pytest.approx(1/12) and few.eval['max_dets'] == sorted({1, most})
     row = few.per_class.loc['cat']
     for k in few: assert row[k] == pytest.approx(few[k], nan_ok=True)
+
+
+def test_fields_without_a_value_are_fields_left_out(truth, results):
+    "As some tools write: `iscrowd` and `area` null"
+    plain = coco_ap(results, truth)
+    for a in truth['annotations']: a.update(iscrowd=None, area=None)
+    same(coco_ap(results, truth), plain)
+
+
+def test_classes_of_one_name_have_a_row_each(truth, results):
+    truth['categories'][1]['name'] = 'cat'
+    table = coco_ap(results, truth).per_class
+    assert list(table.index) == ['cat', 'cat'] and table.objects.tolist() == [3, 0]

@@ -18,6 +18,8 @@ deqdet_split nowhere out                                | nowhere
 deqdet_split {whole} out --by "("                           | (
 deqdet_split {set} out                                  | divided already
 deqdet_split {set} {set}                                | there is a set
+deqdet_split {yolo} {yolo}                              | there is a set
+deqdet_split {whole} out --layout pascal                | pascal
 deqdet_split {set} out --valid-pct 1.5                  | 1.5
 deqdet_models yolo9000                                  | yolo9000
 deqdet_convert nowhere.pth out                          | nowhere.pth
@@ -70,6 +72,8 @@ def world(tmp_path_factory):
         Path('folder').mkdir()
         shutil.copytree('set', 'whole')
         Path('whole/annotations/instances_valid.json').unlink()
+        shutil.copytree('set/images', 'yolo/images')
+        Path('yolo/data.yaml').write_text('train: images\nnames: [a]')
         Path('notes.txt').write_text('not an image, not a detector')
         Path('broken.onnx').write_bytes(b'\x08\x07nothing')
         Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save('pic.png')
@@ -96,6 +100,6 @@ def test_one_line_and_nothing_lost(world, monkeypatch, line):
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, 'argv', sys.argv)
     before = contents(world)
-    status, err = typed(command.format(det=DETECTOR, set='set', whole='whole', pic='pic.png', notes='notes.txt', folder='folder', onnx='broken.onnx'))
+    status, err = typed(command.format(det=DETECTOR, set='set', whole='whole', yolo='yolo', pic='pic.png', notes='notes.txt', folder='folder', onnx='broken.onnx'))
     assert status == 2 and err.count('\n') == 1 and says in err, err
     assert contents(world) == before

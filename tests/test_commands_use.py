@@ -1,9 +1,10 @@
 "The commands' doors to other programs: tiles, exported files, sets to correct, groups, trackers, the hub; bad input in one line"
-import json, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from PIL import Image
 from deqdet import cli, export
+from deqdet.commands.options import division
 from deqdet.commands.tracking import TRACKERS, trackers
 from deqdet.data import det_dls, synth_coco
 from deqdet.export import load_exported
@@ -233,3 +234,20 @@ def test_drawings_leave_the_images_alone(world, tmp_path):
     (linked/'b.png').symlink_to(pictures/'b.png')
     cli.deqdet_predict(str(world/'start'), [str(pictures/'b.png')], str(linked), device='cpu')
     assert (pictures/'b.png').read_bytes() == before['b.png']
+
+
+def test_names_that_are_not_utf_8(world, tmp_path):
+    "A name with a byte of Latin-1, and a terminal that is strict"
+    shutil.copy(next((world/'shapes/images').iterdir()), tmp_path/'caf\udce9.jpg')
+    code = 'from deqdet.cli import deqdet_predict as f; f()'
+    (tmp_path/'run.py').write_text(code)
+    typed = [sys.executable, tmp_path/'run.py', world/'start', tmp_path, '--out', tmp_path/'out', '--device', 'cpu']
+    done = subprocess.run(typed, env=os.environ | dict(PYTHONIOENCODING='utf-8:strict'), capture_output=True, text=True)
+    assert done.returncode == 0 and '1 image in' in done.stdout, done.stderr
+
+
+def test_the_present_folder_is_a_part_of_its_training(tmp_path, monkeypatch):
+    (tmp_path/'best').mkdir()
+    (tmp_path/'config.json').write_text(json.dumps(dict(options=dict(valid_pct=.4, seed=3))))
+    monkeypatch.chdir(tmp_path/'best')
+    assert division('.') == division(tmp_path) == dict(valid_pct=.4, seed=3, train='train')

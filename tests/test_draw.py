@@ -89,3 +89,9 @@ def test_a_plot_is_never_a_photograph():
     fig,ax = plt.subplots()
     ax.plot([1, 2])
     assert _as_output(fig, True, photos=True) is None and _as_output(fig, False, photos=True)
+
+
+def test_dollars_in_names_are_text(img, tmp_path):
+    ax = draw_boxes(img, BOXES, [0, 1, 2], [.5, .6, .7], ['$a_{$', '$1 or $2', 'US$'], title='$x^$.png')
+    ax.figure.savefig(tmp_path/'x.png') # no formula is read
+    assert [o.get_parse_math() for o in (*ax.texts, ax.title)] == [False]*4

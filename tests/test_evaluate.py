@@ -1,5 +1,5 @@
 "What evaluation promises: COCO's own numbers on real and random data, files that read back identically, several processes"
-import copy, io, json, math
+import copy, io, json, math, warnings
 from contextlib import redirect_stdout
 from functools import partial
 import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
@@ -11,9 +11,12 @@ from deqdet.decoder import Pred
 from deqdet.evaluate import (APCallback, ap_vs_steps, coco_ap, confusion, evaluate, evaluating, gather_preds, match_table,
                              multiply_adds, on_first, predict_dl, to_results, worst_images, write_results)
 from deqdet.equilibrium import Settled
+from deqdet.learner import det_learner
 from deqdet.loss import SetLoss, decode
 from deqdet.model import to_original
 from deqdet.families.adamixer import AdaMixer
+from deqdet.sets.augment import recipe_1x
+from deqdet.zoo import create_detector
 
 PUBLISHED = dict(AP=.505, AP50=.697, AP75=.573, APs=.586, APm=.519, APl=.501,
                  AR1=.387, AR10=.594, AR100=.595, ARs=.640, ARm=.566, ARl=.564)
@@ -371,3 +374,17 @@ def test_the_door_opens_what_its_wing_defines():
     names = [n for m in (ap, matches) for n in m.__all__]
     assert set(names) <= set(door.__all__)
     assert all(getattr(door, n) in (getattr(ap, n, None), getattr(matches, n, None)) for n in names)
+
+
+def test_ap_on_augmented_images_warns(tmp_path):
+    "Flipped images have other boxes than their files; the loader of validation has the same"
+    path = synth_coco(tmp_path/'shapes', n_train=2, n_valid=2, size=32, seed=0)
+    dls = det_dls(path, bs=2, tfms=(recipe_1x(True, 32, 32), recipe_1x(False, 32, 32)), num_workers=0, device='cpu')
+    learn = det_learner(dls, create_detector('deqdet_tiny', n_classes=4))
+    with learn.no_bar():
+        with pytest.warns(UserWarning, match='flips or cuts'): learn.validate(ds_idx=0)
+        with pytest.warns(UserWarning, match='flips or cuts'): evaluate(learn.model, dls.train)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', message='.*flips or cuts')
+            learn.validate()
+            evaluate(learn.model, dls.valid)

@@ -1,6 +1,9 @@
 "The command that exports: its faults; what it writes is in test_using_exported.py"
 import pytest, torch
+from deqdet import export
 from deqdet.cli import deqdet_export
+from deqdet.export import load_exported
+from deqdet.ops.errors import CommandError
 from deqdet.zoo import create_detector
 
 
@@ -30,3 +33,11 @@ def test_three_parts_need_an_equilibrium(tmp_path):
     from deqdet.zoo import create_detector
     if torch.__version__ < '2.7': pytest.skip('ONNX needs torch 2.7')
     with pytest.raises(TypeError, match='three parts need'): _check_parts(create_detector('adamixer_tiny', n_classes=4))
+
+
+@pytest.mark.parametrize('name', ['m.onnx', 'M.ONNX'])
+def test_the_suffix_in_any_case_names_the_format(model, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(export, 'record', lambda *_: None)
+    monkeypatch.setattr(export, '_save_onnx', lambda program, path, about: path.write_bytes(b'onnx'))
+    assert model.export(tmp_path/name).read_bytes() == b'onnx'
+    with pytest.raises(CommandError, match='ONNXRuntime'): load_exported(tmp_path/name)

@@ -177,3 +177,14 @@ def test_thresholds_of_each_class():
 
 def test_a_stack_has_no_warm_start():
     with pytest.raises(CommandError, match='needs an equilibrium'): Follower(create_detector('adamixer_tiny', n_classes=2))
+
+
+def test_a_query_that_went_astray_does_not_hide_doubles():
+    slots = slots_of([A, B, A], [-1, -1, -1], [-1, -1, -1])
+    far = [0., 0, 1e20, 1e20]
+    look = Look(torch.tensor([.9, .8, .1]), torch.tensor([1, 1, 0]), torch.tensor([A, A, far], dtype=torch.float))
+    assert single(look, slots, slots.state.boxes, Hold())[1].tolist() == [False, True, False]
+
+def test_a_warm_start_takes_steps():
+    "Without one, nothing would look at the frame; it was taken for the default"
+    with pytest.raises(CommandError, match='steps 0'): Follower(create_detector('deqdet_tiny', n_classes=2), steps=0)

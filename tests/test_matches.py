@@ -2,6 +2,7 @@
 import copy, math
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from deqdet.scores.ap import coco_ap
+from deqdet.scores.judging import f1_curves, plot_f1
 from deqdet.scores.matches import (_f1_curve, _pair, best_thresholds, confusion, match_table, plot_confusion, plot_pr,
                                    worst_images)
 
@@ -205,3 +206,24 @@ def test_predictions_and_truth_are_left_alone(preds, truth):
     best_thresholds(preds, truth)
     assert truth == before[1]
     for p, q in zip(preds, before[0]): assert all(torch.equal(p[k], q[k]) for k in ('boxes', 'scores', 'labels'))
+
+
+def test_a_class_named_background_is_a_class():
+    boxes = [[0, 0, 10, 10], [50, 50, 10, 10]]
+    truth = dict(images=[dict(id=1)], categories=[dict(id=1, name='background'), dict(id=2, name='x')],
+                 annotations=[dict(image_id=1, category_id=k, bbox=b) for k, b in enumerate(boxes, 1)])
+    table = match_table([dict(image_id=1, category_id=2, bbox=boxes[1], score=.9)], truth)
+    counts = confusion(table, ['background', 'x'])
+    assert counts.shape == (3, 3) and counts.loc['background', '(background)'] == 1 and counts.to_numpy().sum() == 2
+    assert worst_images(table).loc[1].to_dict() == dict(found=1, confused=0, missed=1, invented=0)
+
+
+def test_dollars_in_plots_are_text(tmp_path):
+    "No formula is read in legends and ticks"
+    names = ['$a_{$', '$1 or $2']
+    truth = dict(images=[dict(id=1)], categories=[dict(id=i, name=o) for i, o in enumerate(names)],
+                 annotations=[dict(image_id=1, category_id=i, bbox=[0, 0, 9, 9]) for i in (0, 1)])
+    preds = [dict(image_id=1, category_id=i, bbox=[0, 0, 9, 9], score=.9) for i in (0, 1)]
+    axs = (plot_pr(coco_ap(preds, truth), classes=names), plot_f1(f1_curves(preds, truth)),
+           plot_confusion(confusion(match_table(preds, truth), names)))
+    for ax in axs: ax.figure.savefig(tmp_path/'x.png')

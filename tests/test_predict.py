@@ -283,3 +283,13 @@ def test_a_detector_is_saved_in_the_present_folder(tmp_path, monkeypatch):
     model = create_detector('deqdet_tiny', vocab=['a'])
     assert str(save_detector(model, '.')) == '.' and load_detector('.', device='cpu').vocab == ['a']
     assert [o.name for o in tmp_path.iterdir()] == ['here']
+
+
+def test_names_of_other_editors(tmp_path):
+    "A file that begins with a byte order mark, upper-case suffixes, and a file in another encoding"
+    text, coco, latin = (tmp_path/o for o in ('names.txt', 'NAMES.JSON', 'latin.txt'))
+    text.write_bytes('\ufeffcat\ndog'.encode())
+    coco.write_text(json.dumps(dict(categories=[dict(id=2, name='dog'), dict(id=1, name='cat')])), encoding='utf-8-sig')
+    latin.write_bytes('Größe'.encode('latin-1'))
+    assert read_names(text) == read_names(coco) == ['cat', 'dog']
+    with pytest.raises(CommandError, match='latin.txt'): read_names(latin)

@@ -338,3 +338,15 @@ def test_a_drawing_of_images_that_can_be_read(tmp_path):
     assert list(_readable(ds, 1)) == [ds.images[2]['id']]
     for f in files: f.write_bytes(b'no image')
     assert not _readable(ds, 6)
+
+
+def test_images_that_train_and_validate_are_told(tmp_path):
+    "As in a YOLO set whose description names one folder twice; `deqdet_predict --layout yolo` writes such sets"
+    path = synth_coco(tmp_path/'shapes', n_train=3, n_valid=2, size=32, seed=0, empty=0)
+    o = complete_options(dict(data=str(path), model='deqdet_tiny', bs=1, device='cpu'))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*trained on too')
+        loaders(o, Feed(32, 32))
+    f = path/'annotations/instances_valid.json'
+    f.write_bytes((path/'annotations/instances_train.json').read_bytes())
+    with pytest.warns(UserWarning, match='3 of 3 images that validate are trained on too'): loaders(o, Feed(32, 32))

@@ -86,3 +86,10 @@ def test_a_report_counts_in_english(n, text):
     report = Report(Path('set'), 'coco', dict(train='nothing'), [Problem('bad box', 'set/a.json', 'x', 'y')]*n)
     assert report.ok==(n==0) and text in repr(report).split('\n')
     assert f'- {text}' in report._repr_markdown_().split('\n')
+
+
+def test_a_set_without_images_is_no_good_set(shapes, tmp_path):
+    path = Path(shutil.copytree(shapes, tmp_path/'empty'))
+    for f in (path/'annotations').glob('*.json'):
+        f.write_text(json.dumps(dict(json.loads(f.read_text()), images=[], annotations=[])))
+    assert verify_data(path).counts == {'no images': 2}

@@ -142,3 +142,9 @@ def test_sizes_are_filled_in_where_they_are_missing(turned):
     fill_sizes(images, turned.parent)
     assert [(o['height'], o['width']) for o in images]==[(40,20), (9,7), (0,0)]
     assert image_size(turned)==(40,20) and image_size(turned.with_name('none.jpg')) is None
+
+@pytest.mark.parametrize('view', [np.s_[..., ::-1], np.s_[::-1], np.s_[:, ::-2]])
+def test_a_reversed_array_is_an_image(view):
+    "As OpenCV's users turn BGR into RGB"
+    x = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)[view]
+    assert torch.equal(load_image(x), torch.from_numpy(x.copy()).permute(2, 0, 1))

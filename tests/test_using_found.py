@@ -130,3 +130,17 @@ def test_a_set_without_names_or_with_a_wrong_layout(pictures, tmp_path):
     assert 'names:\n  0: \'0\'\n  1: \'1\'' in (tmp_path/'yes/data.yaml').read_text()
     coco = json.loads((save_as([], tmp_path/'none')/'annotations/instances_train.json').read_text())
     assert coco == dict(images=[], annotations=[], categories=[])
+
+
+@pytest.mark.parametrize('layout', ['coco', 'voc', 'yolo'])
+def test_a_set_has_every_image(layout, tmp_path):
+    "Also those in a format, or of a name, that no reader of a set knows"
+    files = [tmp_path/o for o in ('x.gif', 'y.jfif', 'caf\udce9.png')]
+    for i, f in enumerate(files): Image.new('RGB', (60, 40), (60*i, 0, 0)).save(f, 'jpeg' if f.suffix=='.jfif' else None)
+    folder = save_as([found(o) for o in files], tmp_path/layout, layout)
+    assert sum(len(o.coco['images']) for o in read_data(folder, layout, valid_pct=.4)) == 3
+
+
+def test_coco_names_every_class_that_was_found():
+    coco = to_coco([found(vocab=None)])
+    assert {o['category_id'] for o in coco['annotations']} <= {o['id'] for o in coco['categories']}

@@ -232,3 +232,21 @@ def test_a_generator_may_use_one_array_again(model, size):
             buffer[:] = o
             yield buffer
     for a, b in zip(predict(model, again(), **FLAT), predict(model, pictures, **FLAT), strict=True): assert torch.equal(a.boxes, b.boxes)
+
+
+def test_other_images_do_not_change_the_detections(model):
+    "No image is padded to the shape of another one: alone, in small and in large batches it has the same boxes"
+    images = [noise(h, w, i) for i, (h, w) in enumerate([(64, 64), (30, 64), (64, 30), (64, 60), (20, 64)])]
+    alone = [predict(model, o, **FLAT) for o in images]
+    for bs in (2, 8):
+        for one, other in zip(alone, predict(model, images, bs=bs, **FLAT)):
+            assert torch.allclose(one.scores, other.scores, atol=1e-5) and torch.allclose(one.boxes, other.boxes, atol=1e-2)
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    "As macOS and notebooks leave them beside images; patterns never found them"
+    for o in ('a.png', '._a.png', '.ipynb_checkpoints/a.png', '.photos/b.png'):
+        (tmp_path/o).parent.mkdir(exist_ok=True)
+        Image.fromarray(noise(8, 8)).save(tmp_path/o)
+    assert find_pictures([tmp_path]) == find_pictures([tmp_path/'**/*.png']) == [tmp_path/'a.png']
+    assert find_pictures([tmp_path/'.photos']) == [tmp_path/'.photos/b.png'] # asked for by name

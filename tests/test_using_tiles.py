@@ -80,3 +80,18 @@ def test_suppress_is_off_and_by_class():
     dets = dict(boxes=torch.tensor([[0., 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9]]), scores=torch.tensor([.5, .6, .7]), labels=torch.tensor([0, 0, 1]))
     assert suppress(dets, None) is dets
     assert suppress(dets, .8)['scores'].tolist() == pytest.approx([.7, .6]) and len(suppress(dets, .95)['scores']) == 3
+
+
+def test_suppress_knows_classes_wherever_their_boxes_lie():
+    "Left of the image, and beside a box that is larger than any image"
+    boxes = torch.tensor([[60., 60, 100, 100], [-41, -41, -1, -1]])
+    apart = dict(boxes=boxes, scores=torch.tensor([.9, .8]), labels=torch.tensor([0, 1]))
+    assert len(suppress(apart, .5)['scores']) == 2
+    boxes = torch.tensor([[0., 0, 10, 10], [0, 0, 10, 9], [0, 0, 1e20, 1e20]])
+    double = dict(boxes=boxes, scores=torch.tensor([.9, .8, .1]), labels=torch.tensor([1, 1, 0]))
+    assert suppress(double, .5)['scores'].tolist() == pytest.approx([.9, .1])
+
+
+@pytest.mark.parametrize('tiles', [(640, 64, 2), ()])
+def test_tiles_are_one_number_or_two(tiles):
+    with pytest.raises(ValueError, match='overlap'): tile_size(tiles)

@@ -132,6 +132,17 @@ def _read(o, **kwargs):
     if named or 'valid_pct' in o: return read(valid_pct=o.get('valid_pct'))
     return with_validation(read, o['data'], _sizes)
 
+def _files(ds):
+    "The image files of a data set"
+    names = (o['file_name'] for o in ds.images)
+    return {f'{ds.folder}/{o}' for o in names if isinstance(o, (str, Path))}
+
+def _warn_if_shared(train, valid):
+    "Warn of images that are trained on and validate"
+    both = len(_files(train) & _files(valid))
+    if both: warnings.warn(f'{valid.file}: {both} of {len(valid)} images that validate are trained '
+                           'on too, so AP says little on other images')
+
 def loaders(
     o,   # options, complete
     feed # `Feed`
@@ -151,6 +162,7 @@ def loaders(
                            'was expected')
     if not len(train.labels):
         raise CommandError(f'{train.file}: annotations: not one object to learn from')
+    _warn_if_shared(train, valid)
     return dls
 
 # %% ../../nbs/commands/01_options.ipynb #ae581204
@@ -158,7 +170,7 @@ def division(
     folder # of a training, or of a detector
 ) -> dict: # share, None if it was not asked for; seed; split
     "How a training divides a set that is not divided"
-    folder = Path(folder)
+    folder = Path(folder).absolute() # '.' has no name
     if folder.name in ('best','last'): folder = folder.parent
     o = saved_options(folder) if (folder/'best').is_dir() else {}
     return dict(valid_pct=o.get('valid_pct'), seed=o.get('seed', 0),

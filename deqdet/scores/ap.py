@@ -89,8 +89,10 @@ def _truth(truth):
 def _object(i, a):
     "One annotation with the fields of COCO's evaluation"
     _,_,w,h = a['bbox']
-    crowd = int(a.get('iscrowd', 0))
-    return dict(id=i, bbox=a['bbox'], area=a.get('area', w*h), iscrowd=crowd, ignore=crowd)
+    crowd = int(bool(a.get('iscrowd')))
+    area = a.get('area')
+    if area is None: area = w*h
+    return dict(id=i, bbox=a['bbox'], area=area, iscrowd=crowd, ignore=crowd)
 
 def _objects(coco, cats, ids):
     "Annotations by (image, category)"
@@ -270,10 +272,10 @@ def _count(groups):
 
 def _per_class(e, names, gts, dts):
     "The same numbers by class, with counts of objects and detections"
-    rows = {}
+    rows = []
     objects = _count(gts)
     detections = _count(dts)
     for k,c in enumerate(e['cat_ids']):
         numbers = _summary(e['precision'][:, :, k], e['recall'][:, k], e['max_dets'])
-        rows[names[c]] = numbers | dict(objects=objects[c], detections=detections[c])
-    return pd.DataFrame.from_dict(rows, orient='index')
+        rows.append(numbers | dict(objects=objects[c], detections=detections[c]))
+    return pd.DataFrame(rows, index=[names[c] for c in e['cat_ids']])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from pycocotools import mask
+from ..ops.draw import literal
 from .ap import _prepared, _results, _truth, coco_ap
 from .matches import _judged
 
@@ -64,7 +65,7 @@ def plot_f1(
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     for name,t in curves.items():
         if not t.f1.any(): continue
-        line, = ax.plot(t.score, t.f1, label=name)
+        line, = ax.plot(t.score, t.f1, label=literal(name))
         best = t.loc[t.f1.idxmax()]
         ax.plot(best.score, best.f1, 'o', color=line.get_color())
     ax.set(xlabel='threshold', ylabel='F1', xlim=(0, 1), ylim=(0, 1.03))

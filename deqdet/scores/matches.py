@@ -11,6 +11,7 @@ __all__ = ['plot_pr', 'match_table', 'confusion', 'plot_confusion', 'worst_image
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from pycocotools import mask
+from ..ops.draw import literal
 from .ap import Result, _prepared
 
 # %% ../../nbs/scores/02_matches.ipynb #29598321
@@ -32,7 +33,7 @@ def plot_pr(
     names = list(result.per_class.index)
     if classes is None:
         for t in ious: _pr_line(ax, result.eval, t, slice(None), f'IoU {t:.2f}')
-    for c in classes or (): _pr_line(ax, result.eval, ious[0], [names.index(c)], c)
+    for c in classes or (): _pr_line(ax, result.eval, ious[0], [names.index(c)], literal(c))
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.03))
     if ax.lines: ax.legend(loc='best', fontsize=8)
     return ax
@@ -70,26 +71,34 @@ def match_table(
 ) -> pd.DataFrame:          # a row for each pair: image_id, truth, pred (names), score, iou
     "A table of all objects and detections, in pairs or alone"
     names, ids, objs, dets, _ = _prepared(preds, truth, cat_ids)
+    nothing = _nothing(names.values())
     rows = []
     for im in sorted(ids):
         os = _named(objs, im, names)
         ds = [d for d in _named(dets, im, names) if d['score'] >= score]
-        rows += [(im, *row) for row in _rows(sorted(ds, key=lambda d: -d['score']), os, iou)]
-    return pd.DataFrame(rows, columns=['image_id', 'truth', 'pred', 'score', 'iou'])
+        ds = sorted(ds, key=lambda d: -d['score'])
+        rows += [(im, *row) for row in _rows(ds, os, iou, nothing)]
+    table = pd.DataFrame(rows, columns=['image_id', 'truth', 'pred', 'score', 'iou'])
+    table.attrs['nothing'] = nothing
+    return table
 
 def _named(groups, im, names):
     "Entries of one image, each with the name of its class"
     return [dict(o, name=names[c]) for c in names for o in groups.get((im, c), ())]
 
-def _rows(dets, objs, t):
+def _nothing(names):
+    "What stands for no object: `background`, unless a class has that name"
+    return '(background)' if 'background' in names else 'background'
+
+def _rows(dets, objs, t, nothing):
     "Pairs of one image, and the unpaired of both sides"
     partners = _pair(dets, objs, t)
     for d,(j,v) in zip(dets, partners):
-        there = 'background' if j is None else objs[j]['name']
+        there = nothing if j is None else objs[j]['name']
         if j != -1: yield there, d['name'], d['score'], v
     found = {j for j,_ in partners}
     for k,o in enumerate(objs):
-        if not o['iscrowd'] and k not in found: yield o['name'], 'background', 0., 0.
+        if not o['iscrowd'] and k not in found: yield o['name'], nothing, 0., 0.
 
 # %% ../../nbs/scores/02_matches.ipynb #0f97715c
 def confusion(
@@ -97,7 +106,7 @@ def confusion(
     vocab: list          # (K,) class names, in order
 ) -> pd.DataFrame:       # (K+1,K+1) counts: a row for each true class, background last
     "Confusion matrix with background"
-    names = [*vocab, 'background']
+    names = [*vocab, _nothing(vocab)]
     counts = pd.crosstab(table.truth, table.pred)
     return counts.reindex(index=names, columns=names, fill_value=0)
 
@@ -115,8 +124,8 @@ def plot_confusion(
     for i,j in zip(*c.nonzero()) if n <= 26 else ():
         ink = 'w' if share[i, j] > .6 else 'k'
         ax.text(j, i, c[i, j], ha='center', va='center', color=ink)
-    ax.set_xticks(range(n), counts.columns, rotation=45, ha='right')
-    ax.set_yticks(range(n), counts.index)
+    ax.set_xticks(range(n), map(literal, counts.columns), rotation=45, ha='right')
+    ax.set_yticks(range(n), map(literal, counts.index))
     ax.set(xlabel='predicted', ylabel='truth')
     return ax
 
@@ -127,8 +136,9 @@ def worst_images(
 ) -> pd.DataFrame:       # (n,) rows by image_id: found, confused, missed, invented
     "The images with the most errors, worst first"
     found = table.truth==table.pred
-    missed = table.pred=='background'
-    invented = table.truth=='background'
+    nothing = table.attrs.get('nothing', 'background')
+    missed = table.pred==nothing
+    invented = table.truth==nothing
     confused = ~(found | missed | invented)
     kinds = dict(found=found, confused=confused, missed=missed, invented=invented)
     out = pd.DataFrame({k:v.groupby(table.image_id).sum() for k,v in kinds.items()})

@@ -51,6 +51,12 @@ class Augment:
         size = torch.tensor(image.shape[-2:])
         return image, target._replace(boxes=boxes, labels=x['labels'], size=size)
 
+    @property
+    def moves(self):
+        "True if boxes may lie elsewhere than in the file: after a flip or a cut"
+        still = Fit, v2.SanitizeBoundingBoxes, v2.ColorJitter
+        return not all(isinstance(o, still) for o in self.tfms.transforms)
+
     def __repr__(self): return f'Augment({", ".join(map(repr, self.tfms.transforms))})'
 
 # %% ../../nbs/sets/08_augment.ipynb #e95d801f

@@ -203,9 +203,10 @@ class Report:
 
 # %% ../../nbs/sets/07_check.ipynb #e441fcb3
 def _no_objects(coco, file, split):
-    "A problem, in a list, for a split with images and without objects"
+    "A problem, in a list, for a split without images or without objects"
     n = len(coco['images'])
-    if not n or coco['annotations']: return []
+    if not n: return [Problem('no images', str(file), 'images', f"none in '{split}'")]
+    if coco['annotations']: return []
     detail = f"not one that can be used in the {n} images of '{split}'"
     return [Problem('no objects', str(file), 'annotations', detail)]
 

@@ -151,6 +151,7 @@ def _channel_axis(shape, last):
 def _from_array(x):
     "uint8 (3,h,w) from grey (h,w), (h,w,C) or (C,h,w), of numbers as `_to_bytes` takes them"
     last = isinstance(x, np.ndarray)
+    if last: x = np.ascontiguousarray(x) # of views such as x[..., ::-1]
     x = _plain(x)
     if x.ndim==2: return _to_bytes(x[None]).expand(3,-1,-1)
     x = x.movedim(_channel_axis(x.shape, last), 0)
@@ -229,5 +230,5 @@ def show_sample(
         ax.add_patch(box)
         inside = 'top' if y1 < .08*img.shape[1] else 'bottom' # a name above the image would be cut
         ax.text(x1, y1, vocab[k] if vocab else k, color='w', size=8, va=inside, clip_on=True,
-                bbox=dict(facecolor=c, lw=0, pad=.8))
+                parse_math=False, bbox=dict(facecolor=c, lw=0, pad=.8))
     return ax

@@ -12,7 +12,7 @@ import json, os, re
 from collections import defaultdict
 from pathlib import Path
 from ..ops.errors import make_folder
-from .formats import LAYOUTS, find_layout, permutation
+from .formats import permutation, reader_of
 from .images import DataError
 
 # %% ../../nbs/sets/14_split.ipynb #8ddbdf3c
@@ -83,7 +83,8 @@ def split_data(
     seed=0         # of the division
 ) -> Path:         # the folder
     "Divide a set by groups of images: a new set, which refers to the images of the old one"
-    source = LAYOUTS[layout or find_layout(path)](path)
+    if Path(out).resolve()==Path(path).resolve(): raise DataError(f'{out}: there is a set')
+    source = reader_of(path, layout)(path)
     parts = divide([o['file_name'] for o in source.coco['images']], valid_pct, by, seed)
     folder = make_folder(Path(out)/'annotations')
     for name,chosen in zip(('train','valid'), parts):

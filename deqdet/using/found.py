@@ -18,6 +18,7 @@ from PIL import Image
 from ..ops.draw import draw_boxes
 from ..ops.errors import make_folder
 from ..sets.images import load_image
+from ..sets.source import SUFFIXES
 
 # %% ../../nbs/using/02_found.ipynb #449c63f5
 def draw_detections(
@@ -175,7 +176,8 @@ def to_coco(
         images.append(dict(id=i, file_name=_file_name(o.picture, i), height=h, width=w))
         annotations += _annotations(o.dets, i, len(annotations))
         vocab = vocab or o.vocab
-    names = enumerate(vocab or range(n_classes), 1)
+    highest = max((o['category_id'] for o in annotations), default=0)
+    names = enumerate(vocab or range(max(n_classes, highest)), 1)
     categories = [dict(id=i, name=str(name)) for i,name in names]
     return dict(images=images, annotations=annotations, categories=categories)
 
@@ -197,15 +199,16 @@ def _annotations(dets, image_id, n):
 # %% ../../nbs/using/02_found.ipynb #b73f2f13
 def _placed(picture, folder, i):
     "Copy an image into a folder, under an unused name; returns the name"
-    name = Path(_file_name(picture, i))
+    name = Path(_file_name(picture, i).encode('utf-8', 'replace').decode()) # some are not UTF-8
     taken = {o.stem for o in folder.iterdir()}
     stem = name.stem
     n = 1
     while stem in taken:
         n += 1
         stem = f'{name.stem}_{n}'
-    file = folder/f'{stem}{name.suffix}'
-    if isinstance(picture, (str, Path)): shutil.copyfile(picture, file)
+    known = name.suffix.lower() in SUFFIXES # or no reader of a set would find it
+    file = folder/f"{stem}{name.suffix if known else '.png'}"
+    if known and isinstance(picture, (str, Path)): shutil.copyfile(picture, file)
     else: Image.fromarray(load_image(picture).permute(1,2,0).numpy()).save(file)
     return file.name
 

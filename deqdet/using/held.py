@@ -14,13 +14,14 @@ from fastcore.basics import patch
 from typing import NamedTuple
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import box_iou
 from ..boxes import xyzr_to_xyxy
 from ..decoder import State, prepared
 from ..equilibrium import Equilibrium
 from ..model import evaluating
 from ..ops.errors import CommandError
 from ..solver import solve
+from .tiles import nms_of_classes
 
 # %% ../../nbs/using/07_held.ipynb #38f6ab90
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def single(
     fit = box_iou(look.boxes, expected).diagonal() - .02*slots.age
     rank = torch.where(seen, 2 + fit, look.scores)
     best = torch.zeros_like(seen)
-    best[batched_nms(look.boxes, rank, look.labels, hold.double)] = True
+    best[nms_of_classes(look.boxes, rank, look.labels, hold.double)] = True
     return seen & best, ~best
 
 # %% ../../nbs/using/07_held.ipynb #3ef910ba
@@ -189,8 +190,9 @@ class Follower:
     ):
         if not isinstance(model.decoder, Equilibrium):
             raise CommandError('a warm start needs an equilibrium; this decoder is none')
+        if steps==0: raise CommandError('steps 0: a warm start needs an application in each frame')
         self.model = model
-        self.steps = steps or STEPS
+        self.steps = STEPS if steps is None else steps
         self.hold = hold or Hold()
         self.options = kwargs
         self.slots = None # a list, one of each film

@@ -31,10 +31,13 @@ SUFFIXES = {k for k,v in Image.registered_extensions().items()
             if v in Image.OPEN and v not in _NO_PICTURES}
 
 def _in_folder_or_pattern(item):
-    "Image files in a folder, or that match a pattern"
+    "Image files in a folder, or that match a pattern, without hidden ones"
     path = Path(item)
-    found = path.rglob('*') if path.is_dir() else map(Path, glob(str(item), recursive=True))
+    if path.is_dir(): found = (o for o in path.rglob('*') if not _is_hidden(o.relative_to(path)))
+    else: found = map(Path, glob(str(item), recursive=True))
     return sorted(o for o in found if o.suffix.lower() in SUFFIXES and o.is_file())
+
+def _is_hidden(path): return any(o.startswith('.') for o in path.parts)
 
 def find_pictures(
     items # files, folders, patterns
@@ -111,10 +114,8 @@ class _Waiting:
         mine.append(view)
         if len(mine)==self.bs: self.run(self.by_shape.pop(view.shape))
     def flush(self):
-        "Run all waiting views"
-        views = [v for shape in sorted(self.by_shape) for v in self.by_shape[shape]]
-        self.by_shape.clear()
-        for i in range(0, len(views), self.bs): self.run(views[i:i+self.bs])
+        "Run all waiting views, each shape on its own"
+        for shape in sorted(self.by_shape): self.run(self.by_shape.pop(shape))
 
 # %% ../../nbs/using/04_stream.ipynb #a391e36f
 def score_bars(
