@@ -7,6 +7,7 @@ from deqdet.evaluate import APCallback
 from deqdet.families.adamixer import AdaMixer
 from deqdet.learner import det_learner
 from deqdet.training.denoise import Denoise
+from deqdet.training import pairs
 from deqdet.training.pairs import Pairs, _copied, earlier, warm_state
 from deqdet.training.watch import TermRecorder
 
@@ -77,3 +78,24 @@ def test_queries_without_an_object_start_afresh(folder):
     every = warm_state(model, images, sizes, fresh, take=0.)
     assert all(torch.equal(a, b) for a,b in zip(none, fresh))
     assert all(torch.equal(a, b) for a,b in zip(every, warm_state(model, images, sizes, None)))
+
+def test_earlier_frame_has_as_many_applications_as_drawn(folder, monkeypatch):
+    seen = []
+    def counted(model, frames, sizes, fresh, take=.4, settled=None):
+        seen.append(settled)
+        return warm_state(model, frames, sizes, fresh, take, settled)
+    monkeypatch.setattr(pairs, 'warm_state', counted)
+    fitted(folder, Pairs(settled=(2, 3)))
+    fitted(folder, Pairs(settled=(7, 7)))
+    fitted(folder, Pairs(settled=None))
+    assert set(seen[:2]) <= {2, 3} and seen[2:]==[7, 7, None, None]
+
+def test_number_of_applications_on_the_earlier_frame(folder):
+    torch.manual_seed(0)
+    model = SMALL.build().eval()
+    images,sizes,_ = batch(folder)
+    path = model.trajectory(images, sizes)
+    for k in (1, 3):
+        for a,b in zip(warm_state(model, images, sizes, None, settled=k), path[k][0]): torch.testing.assert_close(a, b)
+    usual = warm_state(model, images, sizes, None)
+    for a,b in zip(usual, path[-1][0]): torch.testing.assert_close(a, b)

@@ -72,12 +72,14 @@ def warm_state(
     frames, # (B,3,H,W), the earlier ones
     sizes,  # (B,2) height and width without padding
     fresh,  # state (B,N) of g on the images; None: no query starts there
-    take=.4 # score from which a query holds an object
+    take=.4, # score from which a query holds an object
+    settled=None # applications of f on the earlier frames; None: as many as at inference
 ):          # state
     "The state from which the queries start on the images that follow"
     with evaluating(model):
         state,feats = model.start(frames, sizes)
-        z = model.decoder.solve(state, feats).z
+        options = {} if settled is None else dict(max_iter=settled)
+        z = model.decoder.solve(state, feats, **options).z
         held = model.decoder.step.read(z).logits.sigmoid().amax(-1) >= take # (B,N)
     if fresh is None: return z
     return type(z)(*[torch.where(held[..., None], a, b) for a,b in zip(z, fresh)])
@@ -89,18 +91,21 @@ def warm_pred(
     frames, # (B,3,H,W), the earlier ones
     sizes,  # (B,2) height and width without padding
     steps=2, # applications on the images, the last with gradient
-    renew=False # start queries without an object from g?
+    renew=False, # start queries without an object from g?
+    settled=None # applications on the earlier frames
 ):          # `Pred` on the images
     "The prediction on the images after a warm start"
     decoder = model.decoder
     ready = prepared(decoder.step, feats)
     with torch.no_grad():
         fresh = decoder.init(model.queries(sizes, feats), ready) if renew else None
-        z = warm_state(model, frames, sizes, fresh)
+        z = warm_state(model, frames, sizes, fresh, settled=settled)
         if steps > 1: z = solve(decoder.step, z, (ready,), max_iter=steps-1).z
     return decoder.step.read(decoder.apply_step(decoder.step, z, ready))
 
 # %% ../../nbs/training/14_pairs.ipynb #7650c970
+def _between(first, last): return first + _draw(last + 1 - first) # both included
+
 class Pairs(Callback):
     "Supervise the step on each image from a warm start too; for an equilibrium"
     order = GradientClip.order-.5 # after `Denoise`, whose hook ignores evaluation
@@ -108,11 +113,13 @@ class Pairs(Callback):
     def __init__(self,
         weight=1.,      # of this loss
         steps=2,        # applications on the image
-        make=earlier    # (images, sizes, target) -> frames
+        make=earlier,   # (images, sizes, target) -> frames
+        settled=(2,20)  # fewest and most applications on an earlier frame; None: as at inference
     ):
         self.weight = weight
         self.steps = steps
         self.make = make
+        self.settled = settled
     def before_fit(self): check_equilibrium(get_model(self.model), 'Pairs()')
     def before_batch(self):
         pyramid = get_model(self.model).pyramid
@@ -128,7 +135,9 @@ class Pairs(Callback):
         renew = bool(torch.rand(()) < .5)
         frames = self.make(images, sizes, target)
         feats = widened(self.feats) # half precision ends before
-        return warm_pred(get_model(self.model), feats, frames, sizes, self.steps, renew)
+        settled = self.settled and _between(*self.settled)
+        model = get_model(self.model)
+        return warm_pred(model, feats, frames, sizes, self.steps, renew, settled)
     def leave_batch(self):
         if self.training: self.hook.remove()
         self.feats = None
