@@ -135,11 +135,14 @@ class Timed:
         yield
         self.ms[name] = self.ms.get(name, 0) + 1000*(time.process_time() - start)
 
-def seen(step, z):
-    "Detections of the only image"
+def seen(step, z, n=100):
+    "Detections of the only image as `decode` has them; `best`: is it the best class of its query?"
     pred = step.read(z)
-    scores,labels = pred.logits[0].sigmoid().max(-1)
-    return dict(boxes=pred.boxes[0], scores=scores, labels=labels)
+    each = pred.logits[0].sigmoid() # (N,K)
+    scores,at = each.flatten().topk(min(n, each.numel()))
+    query,labels = at // each.shape[1], at % each.shape[1]
+    best = labels==each.argmax(-1)[query]
+    return dict(boxes=pred.boxes[0][query], scores=scores, labels=labels, best=best)
 
 def cold(model, feats, first, steps):
     "{steps: detections} of one frame, every query from g"
@@ -177,7 +180,8 @@ def byte_track(dets, rate=24., **kwargs):
     tracker = ByteTrackTracker(frame_rate=rate, **kwargs)
     tracks = []
     for d in dets:
-        d = {k: v[d['scores'] >= .1].numpy() for k,v in d.items()}
+        sure = (d['scores'] >= .1) & d['best'] # a query is one object
+        d = {k: v[sure].numpy() for k,v in d.items()}
         found = tracker.update(supervision.Detections(d['boxes'], confidence=d['scores'], class_id=d['labels']))
         known = found.tracker_id >= 0
         tracks.append((found.xyxy[known], found.tracker_id[known]))
