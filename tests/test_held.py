@@ -1,11 +1,13 @@
 "Warm start: identities in a toy world, batch against single, doubles, lost objects"
+from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from deqdet.boxes import xyxy_to_xyzr
 from deqdet.decoder import Pred, State
 from deqdet.equilibrium import Equilibrium, Settled
+from deqdet.loss import decode
 from deqdet.ops.errors import CommandError
-from deqdet.using.held import Follower, Hold, Look, Slots, advance, blend, single
+from deqdet.using.held import Follower, Hold, Look, Slots, advance, best_pairs, blend, single
 from deqdet.zoo import create_detector
 
 SIDE = 96
@@ -188,3 +190,45 @@ def test_a_query_that_went_astray_does_not_hide_doubles():
 def test_a_warm_start_takes_steps():
     "Without one, nothing would look at the frame; it was taken for the default"
     with pytest.raises(CommandError, match='steps 0'): Follower(create_detector('deqdet_tiny', n_classes=2), steps=0)
+
+def test_pairs_are_those_of_decode_and_only_objects_have_numbers():
+    torch.manual_seed(0)
+    boxes = torch.rand(30, 4).sort(-1).values*96
+    each = torch.rand(30, 7)
+    look = Look(*each.max(-1), boxes, each)
+    ids = torch.full((30,), -1)
+    none = best_pairs(look, ids, torch.arange(30))
+    want = decode(SimpleNamespace(logits=each.logit()[None], boxes=boxes[None]))
+    assert torch.equal(none['labels'], want.labels[0]) and torch.equal(none['boxes'], want.boxes[0])
+    assert torch.allclose(none['scores'], want.scores[0]) and (none['ids']==-1).all()
+    worst = look.scores.argmin()
+    ids[worst] = 5
+    found = best_pairs(look, ids, torch.arange(30))
+    assert (found['ids']==5).sum()==1 and found['labels'][found['ids']==5]==look.labels[worst]
+
+def test_seen_object_is_among_the_pairs_of_a_crowd():
+    torch.manual_seed(1)
+    each = .5 + .5*torch.rand(200, 3)
+    each[7] = torch.tensor([.1, .2, .15])
+    look = Look(*each.max(-1), torch.rand(200, 4), each)
+    ids = torch.full((200,), -1)
+    ids[7] = 0
+    found = best_pairs(look, ids, torch.arange(200))
+    assert len(found['ids'])==200 and (found['ids']==0).sum()==1 and found['scores'][found['ids']==0]==.2
+
+def test_neighbours_are_returned_and_copies_are_not():
+    "Boxes of a class that overlap by .7 and by .9 with a held one"
+    class Still(Follower):
+        def __init__(self, slots, hold): self.slots,self.hold = [slots],hold
+    boxes = torch.tensor([[0, 0, 100, 100], [0, 0, 100, 70], [0, 0, 100, 90]], dtype=torch.float)
+    slots = slots_of(boxes.tolist(), [0, -1, -1], [0, -1, -1])
+    each = torch.tensor([[.9, .1], [.8, .1], [.85, .1]])
+    look = Look(*each.max(-1), boxes, each)
+    state = slots.state
+    def shown(hide):
+        found = Still(slots, Hold(hide=hide)).answer(0, state, look, (96, 96))
+        assert found['ids'].tolist().count(0)==1
+        return sorted(found['scores'][found['labels']==0].tolist(), reverse=True)
+    assert shown(.95)==pytest.approx([.9, .85, .8])
+    assert shown(.8)==pytest.approx([.9, .8])
+    assert shown(.6)==pytest.approx([.9])
