@@ -144,3 +144,5 @@ def test_a_set_has_every_image(layout, tmp_path):
 def test_coco_names_every_class_that_was_found():
     coco = to_coco([found(vocab=None)])
     assert {o['category_id'] for o in coco['annotations']} <= {o['id'] for o in coco['categories']}
+
+def test_one_image_is_a_coco_set_too(): assert to_coco(found())==to_coco([found()])

@@ -164,13 +164,14 @@ def to_supervision(
 
 # %% ../../nbs/using/02_found.ipynb #b7ce4c96
 def to_coco(
-    found,      # several of `Found`
+    found,      # one or several of `Found`
     vocab=None, # class names; None: the detector's
     n_classes=0 # without names: how many classes
 ) -> dict:
     "A dict in COCO's format: images, annotations with a `score`, categories"
     images = []
     annotations = []
+    if isinstance(found, Found): found = [found]
     for i,o in enumerate((o for o in found if not o.error), 1):
         h,w = o.hw
         images.append(dict(id=i, file_name=_file_name(o.picture, i), height=h, width=w))
