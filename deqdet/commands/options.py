@@ -143,6 +143,8 @@ def _warn_if_shared(train, valid):
     if both: warnings.warn(f'{valid.file}: {both} of {len(valid)} images that validate are trained '
                            'on too, so AP says little on other images')
 
+
+# %% ../../nbs/commands/01_options.ipynb #ae581302
 def loaders(
     o,   # options, complete
     feed # `Feed`
