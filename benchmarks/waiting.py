@@ -1,6 +1,6 @@
 """What threads that wait cost: predictions of `deqdet_lite` on all cores, with GOMP_SPINCOUNT from its default down to 0.
 
-    python benchmarks/waiting.py --rounds 3 --out benchmarks/results/waiting.json
+    python benchmarks/waiting.py --rounds 2 --seconds 3 --out benchmarks/results/waiting.json
 
 Each number comes from a process of its own, and the settings take turns. `alone` has the machine for itself; beside `neighbours` there
 are as many busy processes as cores. Numbers are seconds of the clock for two generated images of 160 pixels, the mean over at least `--seconds`."""

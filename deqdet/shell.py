@@ -15,6 +15,7 @@ from inspect import Parameter, currentframe, signature
 from fastcore.script import anno_parser
 from .ops.errors import CommandError, FILE_FAULTS, blame, is_out_of_memory, one_line
 from .ops.heap import keep_heap
+from .ops.threads import sleep_soon
 
 # %% ../nbs/20_shell.ipynb #f2f7dc95
 NUMBERS = {
@@ -119,6 +120,7 @@ def command(
         if from_shell:
             kwargs = read_options(f)
             sys.stdout.reconfigure(errors='backslashreplace') # for names that are not UTF-8
+            sleep_soon()
             keep_heap()
         os.environ.setdefault('MPLBACKEND', 'Agg') # figures go to files; no window is wanted
         with warnings.catch_warnings():
