@@ -288,6 +288,16 @@ def test_few_images_wait_for_others_of_their_shape():
     assert seen == 80
 
 
+def test_results_that_are_not_finite_stay_out_of_the_file(tmp_path):
+    "They were written as NaN and Infinity, which no reader of JSON has to know"
+    boxes = torch.tensor([[1., 2, 3, 4], [math.inf, 2, math.inf, 4], [1, math.nan, 3, 4], [1, 2, 3, 4]])
+    pred = dict(image_id=1, boxes=boxes, scores=torch.tensor([.5, .5, .5, math.nan]), labels=torch.zeros(4).long())
+    with pytest.warns(UserWarning, match='x.json: 3 of 4 detections are not finite'): write_results([pred], tmp_path/'x.json', [7])
+    def refuse(name): raise ValueError(name)
+    found = json.loads((tmp_path/'x.json').read_text(), parse_constant=refuse)
+    assert found == [dict(image_id=1, category_id=7, bbox=[1., 2, 2, 2], score=.5)]
+
+
 def test_nothing_finite_does_not_end_training():
     truth, preds, cats = made(21, n=11)
     preds[0]['boxes'] = torch.full((1, 4), math.inf)
