@@ -160,6 +160,15 @@ def test_names():
     assert films_in(['a.jpg', 'b/*.png']) == [] and films_in(['a.MP4', '0']) == ['a.MP4', '0']
     assert [str(o) for o in film_names(['x/a.mp4', 'y/a.mp4', '0'], 'out')] == ['out/a_0.mp4', 'out/a_1.mp4', 'out/camera0_2.mp4']
 
+@pytest.mark.parametrize('name', ['x.gif', 'x.WEBP', 'x.mpg'])
+def test_a_film_that_cannot_be_written_is_no_folder(tmp_path, name):
+    "It was a folder of that name"
+    out = tmp_path/name
+    with pytest.raises(CommandError, match=r'\.avi, .*\.webm was expected'): film_names(['a.mp4'], str(out))
+    out.mkdir()
+    assert film_names(['a.mp4'], out) == [out/'a.mp4']
+    assert film_names(['a.mp4'], tmp_path/'run.v2') == [tmp_path/'run.v2/a.mp4']
+
 def test_a_stack_cannot_track(model):
     from deqdet.ops.errors import CommandError
     with pytest.raises(CommandError, match='needs an equilibrium'):

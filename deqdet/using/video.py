@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
+from mimetypes import guess_type
 from pathlib import Path
 from PIL import Image, ImageDraw
 from ..equilibrium import Equilibrium
@@ -251,6 +252,10 @@ def film_names(
     if Path(out).suffix.lower() in FILMS:
         if len(films) > 1: raise CommandError(f'{out}: {len(films)} films need a folder')
         return [Path(out)]
+    kind = guess_type(out)[0] or ''
+    if kind.startswith(('image/','video/')) and not Path(out).is_dir():
+        written = ', '.join(sorted(FILMS))
+        raise CommandError(f'{out}: a folder, or a film in one of {written} was expected')
     stems = [f'camera{o}' if is_camera(o) else Path(o).stem for o in films]
     if len(set(stems)) < len(stems): stems = [f'{s}_{i}' for i,s in enumerate(stems)]
     return [Path(out)/f'{s}.mp4' for s in stems]
