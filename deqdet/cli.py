@@ -106,7 +106,7 @@ def deqdet_convert(
 def deqdet_eval(
     model:str,       # folder of a detector or of a training, or a file that deqdet_export wrote
     data:str,        # folder of a detection set in COCO, VOC, YOLO, HF or CSV layout
-    split:str='valid', # the split to evaluate on, or '' for all images
+    split:str='valid', # the split to evaluate on, or '' for all images (COCO: of one file)
     size:str=None,   # pixels of the long side, or 800x1333 for both; by default as in training
     steps:int=None,  # refinement steps; by default those of the detector
     tol:float=None,  # relative residual at which an image stops; by default none stops early

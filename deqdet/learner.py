@@ -262,6 +262,7 @@ def lr_find(self:DetLearner,
 # %% ../nbs/14_learner.ipynb #09847aee
 class _Answer(Callback):
     "Keep the last prediction of a list, after the loss has used all of them"
+    name = 'answer'
     order = GradientClip.order
     def after_loss(self): self.learn.pred = self.pred[-1]
 

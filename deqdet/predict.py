@@ -134,7 +134,7 @@ def _check_names(source, model):
 def eval_loader(
     data,          # folder of a detection set
     model,         # `Detector`; its `feed` is the size of images
-    split='valid', # which part of the set; '' for all images
+    split='valid', # which part of the set; '' for all images (COCO: of one file)
     bs=8,          # images in a batch
     layout=None,   # coco, voc, yolo, hf or csv; by default it is recognised
     workers=0,     # processes that load

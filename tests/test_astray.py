@@ -19,8 +19,8 @@ def test_it_loses_its_object_and_takes_none():
     gone = BOXES.clone()
     gone[1:] += 400.
     look = Look(torch.full((3,), .9), torch.zeros(3, dtype=torch.long), gone)
-    after,_,_ = advance(slots, state(gone), look, (96, 96), Hold())
+    after,_ = advance(slots, state(gone), look, (96, 96), Hold())
     assert after.ids.tolist()==[0, 1, -1] and after.age.tolist()==[0, 1, 0] and after.count==2
     torch.testing.assert_close(after.state.xyzr[1], z.xyzr[1]) # where it was expected
-    still,_,_ = advance(slots, z, look._replace(boxes=BOXES), (96, 96), Hold())
+    still,_ = advance(slots, z, look._replace(boxes=BOXES), (96, 96), Hold())
     assert still.age.tolist()==[0, 0, 0] and still.count==3

@@ -227,6 +227,8 @@ def test_messages_speak_of_options(world, tmp_path, capsys):
     (two/'annotations/instances_train.json').rename(two/'annotations/instances_test.json')
     bad(capsys, 'with --train and --valid', train, tmp_path, tmp_path/'out', 'two', model=str(world/'start'), valid_pct=.3)
     bad(capsys, "needs --split ''", cli.deqdet_eval, start, data, 'nope')
+    bad(capsys, 'not read together: annotations/instances_train.json, annotations/instances_valid.json: name the splits with --split',
+        cli.deqdet_eval, start, data, '')
     bad(capsys, '--layout foo', cli.deqdet_check, data, 'foo')
     bad(capsys, 'deqdet_models has all names', train, world, tmp_path/'out', model='deqdet_r50')
     shutil.copytree(world/'start', tmp_path/'it is')

@@ -1,8 +1,11 @@
 "Reading published checkpoints of every family; full-size names and shapes are in tests/parity/test_keys.py"
+from dataclasses import replace
 import pytest
 import torch
 from deqdet.convert import infer, infer_sparse, load_official, original_sparse, read_checkpoint, to_official
 from deqdet.decoder import Stacked
+from deqdet.equilibrium import Settled
+from deqdet.families.shared import Shared
 from deqdet.ops.errors import CommandError
 from deqdet.zoo import create_detector, published
 
@@ -114,3 +117,12 @@ def test_a_full_size_checkpoint_says_what_it_is(name):
     if name == 'deqdet_swins_2x':
         count = lambda part: sum(k.startswith(part + '.') for k in keys)
         assert [count(part) for part in ('backbone', 'roi_head', 'neck', 'rpn_head')] == [357, 66, 10, 2]
+
+
+@pytest.mark.parametrize('strategy', [Settled(), Shared()])
+def test_an_equilibrium_deformable_detr_has_no_published_form(strategy):
+    "It was an AttributeError"
+    hyper = replace(published('deq_deformable_detr_tiny').hyper, strategy=strategy)
+    stack = replace(hyper, strategy=Stacked(2)).build()
+    with pytest.raises(ValueError, match='a published Deformable DETR has a stack of steps'): to_official(hyper.build())
+    with pytest.raises(ValueError, match='a stack of steps'): load_official(to_official(stack), strategy=strategy)

@@ -214,7 +214,7 @@ def test_where_coco_files_lie(shapes, tmp_path, images, file):
 
 def test_several_coco_files(copy):
     shutil.copy(copy/'annotations/instances_train.json', copy/'annotations/instances_train2014.json')
-    with pytest.raises(DataError, match='instances_train.json, instances_train2014.json: name the splits'):
+    with pytest.raises(DataError, match='which one. .*instances_train.json, .*instances_train2014.json: name the splits'):
         det_dls(copy)
     assert len(det_dls(copy, splits=('train2014','valid'), num_workers=0).train_ds)==12
 

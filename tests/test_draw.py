@@ -1,7 +1,8 @@
 "Boxes where they belong and names inside the image, for any form of image; the style is set once"
-import base64, io
+import base64, io, warnings
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from PIL import Image
+from deqdet.sets.images import Target, show_sample
 from deqdet.ops.draw import STYLE, _as_output, class_color, draw_box, draw_boxes, show_image, style
 
 
@@ -95,3 +96,14 @@ def test_dollars_in_names_are_text(img, tmp_path):
     ax = draw_boxes(img, BOXES, [0, 1, 2], [.5, .6, .7], ['$a_{$', '$1 or $2', 'US$'], title='$x^$.png')
     ax.figure.savefig(tmp_path/'x.png') # no formula is read
     assert [o.get_parse_math() for o in (*ax.texts, ax.title)] == [False]*4
+
+
+def test_glyphs_that_the_font_lacks_come_from_others(img, tmp_path, monkeypatch):
+    "Chinese names were empty boxes; here a font of matplotlib stands for one of the system, and a family is missing"
+    monkeypatch.setattr('deqdet.ops.draw.CJK', ('No Such Font', 'STIXGeneral'))
+    name = '\u2316' # in STIX, not in DejaVu
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='Glyph')
+        draw_boxes(img, BOXES, [0, 0, 0], vocab=[name], title=name).figure.savefig(tmp_path/'a.png')
+        target = Target(BOXES, torch.zeros(3).long())
+        show_sample(img, target, [name]).figure.savefig(tmp_path/'b.png')

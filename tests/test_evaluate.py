@@ -6,10 +6,10 @@ import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocess
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
-from deqdet.data import DetDL, Target, det_dls, resize_long, synth_coco
+from deqdet.data import DetDL, Target, collate, det_dls, resize_long, synth_coco
 from deqdet.decoder import Pred
 from deqdet.evaluate import (APCallback, ap_vs_steps, coco_ap, confusion, evaluate, evaluating, gather_preds, match_table,
-                             multiply_adds, on_first, predict_dl, to_results, worst_images, write_results)
+                             multiply_adds, on_first, one_shape, predict_dl, to_results, worst_images, write_results)
 from deqdet.equilibrium import Settled
 from deqdet.learner import det_learner
 from deqdet.loss import SetLoss, decode
@@ -242,6 +242,60 @@ def test_callback_agrees_with_evaluate_on_a_detector(tmp_path):
     assert result.counts == dict(images=6, objects=len(dls.valid.dataset.coco['annotations']), detections=60)
     for k in 'precision', 'recall', 'scores': np.testing.assert_array_equal(learn.ap.result.eval[k], result.eval[k])
     assert list(learn.recorder.metric_names)[3:9] == ['AP', 'AP50', 'AP75', 'APs', 'APm', 'APl']
+
+
+def test_detections_do_not_depend_on_the_batch():
+    "A batch was padded to its largest image, and its other images were detected in with that padding"
+    class Mixed(list):
+        coco = dict(images=[dict(id=i) for i in range(7)], annotations=[dict(image_id=0, category_id=1, bbox=[9, 9, 40, 40])],
+                    categories=[dict(id=1, name='cat')])
+        cat_ids = [1]
+    torch.manual_seed(0)
+    sides = [(40, 90), (90, 40), (64, 64), (50, 96), (96, 96), (33, 65), (60, 70)]
+    items = Mixed((torch.randint(256, (3, *hw), dtype=torch.uint8),
+                   Target(torch.zeros(0, 4), torch.zeros(0).long(), torch.tensor(hw), torch.tensor(i))) for i, hw in enumerate(sides))
+    model = create_detector('deqdet_tiny', n_classes=1)
+    alone = predict_dl(model, DetDL(items, bs=1, num_workers=0))
+    for bs in (2, 3, 7):
+        dl = DetDL(items, bs=bs, num_workers=0)
+        for p, q in zip(alone, predict_dl(model, dl), strict=True):
+            assert p['image_id'] == q['image_id']
+            for k in ('boxes', 'scores'): torch.testing.assert_close(p[k], q[k], atol=1e-3, rtol=1e-4)
+
+
+def test_images_of_one_shape_stay_batched():
+    "They reach the model as the loader made them"
+    items = [(torch.randint(256, (3, 30 + i, 60), dtype=torch.uint8),
+              Target(torch.zeros(0, 4), torch.zeros(0).long(), torch.tensor([30 + i, 60]), torch.tensor(i))) for i in (0, 1, 2, 0, 1)]
+    dl = DetDL(items, bs=2, num_workers=0)
+    for (x, sizes, t), (y, s, orig, ids) in zip(dl, one_shape(dl), strict=True):
+        assert torch.equal(x, y) and x.stride() == y.stride()
+        assert torch.equal(sizes, s) and torch.equal(t.orig, orig) and torch.equal(t.image_id, ids)
+
+
+def test_few_images_wait_for_others_of_their_shape():
+    "A set of many shapes does not gather in memory"
+    shown = []
+    def images():
+        for i in range(40):
+            shown.append(i)
+            hw = torch.tensor([32*(i + 1), 32])
+            yield collate([(torch.zeros(3, *hw), Target(torch.zeros(0, 4), torch.zeros(0).long(), hw, torch.tensor(i)))]*2)
+    seen = 0
+    for x, *_ in one_shape(images()):
+        seen += len(x)
+        assert 2*len(shown) - seen <= 8
+    assert seen == 80
+
+
+def test_results_that_are_not_finite_stay_out_of_the_file(tmp_path):
+    "They were written as NaN and Infinity, which no reader of JSON has to know"
+    boxes = torch.tensor([[1., 2, 3, 4], [math.inf, 2, math.inf, 4], [1, math.nan, 3, 4], [1, 2, 3, 4]])
+    pred = dict(image_id=1, boxes=boxes, scores=torch.tensor([.5, .5, .5, math.nan]), labels=torch.zeros(4).long())
+    with pytest.warns(UserWarning, match='x.json: 3 of 4 detections are not finite'): write_results([pred], tmp_path/'x.json', [7])
+    def refuse(name): raise ValueError(name)
+    found = json.loads((tmp_path/'x.json').read_text(), parse_constant=refuse)
+    assert found == [dict(image_id=1, category_id=7, bbox=[1., 2, 2, 2], score=.5)]
 
 
 def test_nothing_finite_does_not_end_training():

@@ -3,6 +3,8 @@ import copy, math, warnings
 from dataclasses import replace
 import matplotlib.pyplot as plt, pytest, torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import GatherPredsCallback
+from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
@@ -270,6 +272,17 @@ def test_callbacks_that_blend_are_refused(path, kind):
                 lambda: learn.fit_published(epochs=1, cbs=kind())):
         with pytest.raises(ValueError, match=f'^{kind.__name__} blends .*Mosaic') as e: add()
         assert len(str(e.value).splitlines())==1
+    fit(learn)
+
+@pytest.mark.parametrize('kind, advice', [(GatherPredsCallback, 'learn.get_preds'), (NonNativeMixedPrecision, "amp='fp16'")])
+def test_callbacks_for_one_prediction_are_refused(path, kind, advice):
+    "They were errors about an attribute, or a missing GPU, from inside fastai"
+    learn = make(path)
+    for add in (lambda: make(path, cbs=kind()), lambda: learn.add_cb(kind), lambda: learn.fit(1, cbs=[kind()]), lambda: learn.validate(cbs=kind())):
+        with pytest.raises(ValueError, match=f'^{kind.__name__} .*{advice}') as e: add()
+        assert len(str(e.value).splitlines())==1
+    with pytest.raises(ValueError, match='half precision'): learn.to_non_native_fp16()
+    assert len(learn.get_preds()[0].boxes)==len(learn.dls.valid_ds)
     fit(learn)
 
 # ---- what is given to a learner

@@ -350,3 +350,11 @@ def test_images_that_train_and_validate_are_told(tmp_path):
     f = path/'annotations/instances_valid.json'
     f.write_bytes((path/'annotations/instances_train.json').read_bytes())
     with pytest.warns(UserWarning, match='3 of 3 images that validate are trained on too'): loaders(o, Feed(32, 32))
+    yolo = tmp_path/'yolo'
+    shutil.copytree(path/'images', yolo/'images')
+    for image in (yolo/'images').iterdir():
+        label = yolo/'labels'/f'{image.stem}.txt'
+        label.parent.mkdir(exist_ok=True)
+        label.write_text('0 .5 .5 .5 .5')
+    (yolo/'data.yaml').write_text('{names: [cat], train: images, val: images/../images}')
+    with pytest.warns(UserWarning, match='5 of 5 images that validate are trained on too'): loaders(o | dict(data=str(yolo)), Feed(32, 32))

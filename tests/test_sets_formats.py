@@ -347,6 +347,31 @@ def test_yolo_without_objects_names_a_file_of_labels(tmp_path):
     assert read_yolo(tmp_path).file == tmp_path/'labels/a.txt'
 
 
+@pytest.mark.parametrize('entries', [
+    dict(train='images/a', val='images/../images/a'), dict(train=['images/a', 'images/../images/a']), dict(train='images/a', val='./images/a'),
+    dict(train='images/a', test='same/a'), dict(train=['all.txt', 'images/a']), dict(path='../set', train=['images/a', 'images'])])
+def test_yolo_images_count_once(tmp_path, entries):
+    "Each was read again for another spelling of its folder"
+    path = tmp_path/'set'
+    (path/'images/a').mkdir(parents=True)
+    (path/'same').symlink_to(path/'images')
+    for o in 'xy': Image.new('RGB', (32, 24)).save(path/f'images/a/{o}.png')
+    (path/'all.txt').write_text('./images/../images/a/x.png\n./images/a/y.png\n')
+    (path/'data.yaml').write_text(json.dumps(dict(names=['cat'], **entries)))
+    for split in (None, 'train'):
+        assert [Path(o['file_name']).name for o in read_yolo(path, split).coco['images']] == ['x.png', 'y.png']
+
+
+def test_splits_of_coco_are_not_read_together(tmp_path):
+    "Files of one name, as Roboflow writes them, are told apart"
+    for o in ('train', 'valid'):
+        (tmp_path/o).mkdir()
+        (tmp_path/o/'_annotations.coco.json').write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(DataError) as e: read_coco(tmp_path)
+    assert str(e.value) == (f'{tmp_path}: splits of COCO are not read together: '
+                            'train/_annotations.coco.json, valid/_annotations.coco.json: name the splits with splits=')
+
+
 HEAD = 'filename,width,height,class,xmin,ymin,xmax,ymax'
 @pytest.mark.parametrize('text, boxes', [
     (f'{HEAD}\na.png,32,24,cat,2,3,12,13', [[2, 3, 10, 10]]),

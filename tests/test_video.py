@@ -8,7 +8,7 @@ from deqdet.predict import save_detector
 from deqdet.using import video
 from deqdet.using.frames import FilmReader, FilmWriter
 from deqdet.using.held import Hold
-from deqdet.using.video import Seen, film_names, films_in, predict_video
+from deqdet.using.video import Seen, draw_seen, film_names, films_in, predict_video
 from deqdet.zoo import create_detector
 
 @pytest.fixture(scope='module')
@@ -159,6 +159,22 @@ def test_options_of_images_are_refused_for_films():
 def test_names():
     assert films_in(['a.jpg', 'b/*.png']) == [] and films_in(['a.MP4', '0']) == ['a.MP4', '0']
     assert [str(o) for o in film_names(['x/a.mp4', 'y/a.mp4', '0'], 'out')] == ['out/a_0.mp4', 'out/a_1.mp4', 'out/camera0_2.mp4']
+
+@pytest.mark.parametrize('name', ['x.gif', 'x.WEBP', 'x.mpg'])
+def test_a_film_that_cannot_be_written_is_no_folder(tmp_path, name):
+    "It was a folder of that name"
+    out = tmp_path/name
+    with pytest.raises(CommandError, match=r'\.avi, .*\.webm was expected'): film_names(['a.mp4'], str(out))
+    out.mkdir()
+    assert film_names(['a.mp4'], out) == [out/'a.mp4']
+    assert film_names(['a.mp4'], tmp_path/'run.v2') == [tmp_path/'run.v2/a.mp4']
+
+def test_letters_that_pillows_font_lacks():
+    "Two Russian names were the same row of empty boxes"
+    image = np.zeros((40, 80, 3), np.uint8)
+    dets = dict(boxes=torch.tensor([[5., 20, 60, 35]]), scores=torch.ones(1), labels=torch.zeros(1).long(), ids=torch.zeros(1).long())
+    a,b = (np.asarray(draw_seen(image, Seen(image, dets, vocab=[name]))) for name in ('\u0434\u043e\u043c', '\u043a\u043e\u0442'))
+    assert (a != b).any()
 
 def test_a_stack_cannot_track(model):
     from deqdet.ops.errors import CommandError

@@ -11,7 +11,7 @@ __all__ = ['DIALECTS', 'deformable_keys', 'load_deformable', 'publish_deformable
 import re, torch
 from torch import nn
 from .layouts import fill, infer_resnet, rename
-from ..decoder import Stacked
+from ..decoder import Stack, Stacked
 from ..families.deformable import DeformableDETR
 
 # %% ../../nbs/checkpoints/02_dialects.ipynb #58a47bc7
@@ -87,6 +87,9 @@ def deformable_keys(
     dialect: str='original' # a key of `DIALECTS`
 ) -> dict[str, tuple]:      # published name -> (name here, which third of it or None)
     "Published names of the parameters and statistics of a model"
+    if not isinstance(model.decoder, Stack):
+        kind = type(model.decoder).__name__
+        raise ValueError(f'decoder: {kind}: a published Deformable DETR has a stack of steps')
     found = {}
     for ours in model.state_dict():
         if re.search(_UNPUBLISHED, ours): continue

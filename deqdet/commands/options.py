@@ -10,7 +10,7 @@ __all__ = ['DIETS', 'MAY_CHANGE', 'MOST_GROWTH', 'Diet', 'recipe_and_feed', 'has
            'with_enough_pixels', 'start_detector']
 
 # %% ../../nbs/commands/01_options.ipynb #070be569
-import json, torch, warnings
+import json, os, torch, warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -135,7 +135,7 @@ def _read(o, **kwargs):
 def _files(ds):
     "The image files of a data set"
     names = (o['file_name'] for o in ds.images)
-    return {f'{ds.folder}/{o}' for o in names if isinstance(o, (str, Path))}
+    return {os.path.abspath(ds.folder/o) for o in names if isinstance(o, (str, Path))}
 
 def _warn_if_shared(train, valid):
     "Warn of images that are trained on and validate"

@@ -59,7 +59,11 @@ def write_results(
     cat_ids: list|None=None # (K,) category id of each label; not needed for a results list
 ) -> Path:        # where it was written
     "Write a standard COCO results file"
-    text = json.dumps(_results(preds, cat_ids))
+    given = _results(preds, cat_ids)
+    finite = [r for r in given if math.isfinite(sum(r['bbox'], r.get('score', 0)))]
+    bad = len(given) - len(finite)
+    if bad: warnings.warn(f'{path}: {bad} of {len(given)} detections are not finite, left out')
+    text = json.dumps(finite)
     return write_atomic(lambda f: f.write(text.encode()), path)
 
 def _results(preds, cat_ids):

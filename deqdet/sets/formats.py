@@ -9,7 +9,7 @@ __all__ = ['LAYOUTS', 'read_coco', 'read_yolo', 'read_hf', 'find_layout', 'reade
 
 # %% ../../nbs/sets/06_formats.ipynb #fa57d2a3
 import json, os, re, numpy as np, yaml
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from ..ops.order import permutation, seed_of # `seed_of` is imported from here
 from ..ops.rows import coco_of_folder, has_rows, row_files
@@ -29,8 +29,9 @@ def _coco_file(path, split):
         found = sorted({f for o in split_names(split) for f in path.glob(pattern.format(o))})
         if len(found)==1: return found[0]
         if found:
-            names = ', '.join(f.name for f in found)
-            raise DataError(f"{path}: which one? {names}: name the splits with splits=")
+            names = ', '.join(f.relative_to(path).as_posix() for f in found)
+            several = 'which one?' if split else 'splits of COCO are not read together:'
+            raise DataError(f"{path}: {several} {names}: name the splits with splits=")
     expected = f"annotations/instances_{split or ''}*.json or {split or '*'}/_annotations.coco.json"
     raise no_split(path, split, expected)
 
@@ -101,8 +102,7 @@ def _yolo_images(file, cfg, split):
     "Image files of a split, or of all splits"
     if split is None:
         there = [o for o in ('train','valid','test') if any(map(cfg.get, split_names(o)))]
-        every = [p for o in there or ['train'] for p in _yolo_images(file, cfg, o)]
-        yield from dict.fromkeys(every)
+        for o in there or ['train']: yield from _yolo_images(file, cfg, o)
         return
     entries = next((cfg[o] for o in split_names(split) if cfg.get(o)), None)
     if entries is None: raise no_split(file, split, f"a field '{split}'")
@@ -110,6 +110,13 @@ def _yolo_images(file, cfg, split):
         p = _yolo_entry(file, cfg, split, o)
         if p.is_dir(): yield from files_below(p)
         else: yield from (p.parent/o.strip() for o in p.read_text().splitlines() if o.strip())
+
+def _once(files):
+    "Each file once, also if its folder is spelled in several ways"
+    real = cache(os.path.realpath) # of folders
+    found = {}
+    for p in files: found.setdefault((real(p.parent), p.name), p)
+    return found.values()
 
 # %% ../../nbs/sets/06_formats.ipynb #9829263b
 def _yolo_fractions(v):
@@ -164,7 +171,7 @@ def read_yolo(
     categories = [dict(id=k, name=str(v)) for k,v in names.items()]
     images = []
     objects = []
-    for i,p in enumerate(_yolo_images(file, cfg, split), 1):
+    for i,p in enumerate(_once(_yolo_images(file, cfg, split)), 1):
         h,w = image_size(p) or (0,0)
         name = p.relative_to(path).as_posix() if p.is_relative_to(path) else str(p.absolute())
         images.append(dict(id=i, file_name=name, width=w, height=h))

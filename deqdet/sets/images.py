@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import io as tio
 from ..boxes import Record
+from ..ops.draw import text_fonts
 from ..ops.errors import one_line
 
 # %% ../../nbs/sets/01_images.ipynb #0772cfa2
@@ -230,5 +231,5 @@ def show_sample(
         ax.add_patch(box)
         inside = 'top' if y1 < .08*img.shape[1] else 'bottom' # a name above the image would be cut
         ax.text(x1, y1, vocab[k] if vocab else k, color='w', size=8, va=inside, clip_on=True,
-                parse_math=False, bbox=dict(facecolor=c, lw=0, pad=.8))
+                parse_math=False, fontfamily=text_fonts(), bbox=dict(facecolor=c, lw=0, pad=.8))
     return ax

@@ -158,7 +158,7 @@ def advance(
     look,  # `Look`
     hw,    # height and width of the fed image
     hold   # `Hold`
-):         # `Slots`; (N,) query whose state each slot has now; (N,) bool: doubles
+):         # `Slots`; (N,) query whose state each slot has now
     "The slots after a frame"
     expected = slots.expected()
     places = xyzr_to_xyxy(expected.xyzr)
@@ -173,11 +173,10 @@ def advance(
         back,by = regained(look, slots, places, lost, new, hold)
         source[back] = by
         seen[back] = True
-        double[by] = True
         new = new[~torch.isin(new, by)]
     slots = _moved(slots, expected, State(*[t[source] for t in state]), seen, hold)
     slots = _numbered(slots, look.labels[source], seen, new)
-    return _freed(slots, hw, hold), source, double
+    return _freed(slots, hw, hold), source
 
 # %% ../../nbs/using/07_held.ipynb #184c91a4
 STEPS = 2 # applications of f in a frame
@@ -261,7 +260,7 @@ def best_pairs(
 @patch
 def answer(self:Follower, i, state, look, hw):
     "Update the slots of film `i`; returns its detections"
-    slots,source,_ = advance(self.slots[i], state, look, hw, self.hold)
+    slots,source = advance(self.slots[i], state, look, hw, self.hold)
     self.slots[i] = slots
     look = Look(*[t[source] for t in look])
     live = slots.held & (slots.age==0)

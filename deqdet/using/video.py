@@ -14,11 +14,13 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
+from matplotlib.font_manager import FontProperties, findfont
+from mimetypes import guess_type
 from pathlib import Path
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from ..equilibrium import Equilibrium
 from ..model import Detector, Feed, to_original
-from ..ops.draw import class_color
+from ..ops.draw import class_color, text_fonts
 from ..ops.errors import CommandError, check_writable
 from ..sets.augment import feed_tfm
 from ..sets.images import Target, collate, load_image
@@ -28,6 +30,12 @@ from .held import Follower, Hold
 from .stream import detect, score_bars
 
 # %% ../../nbs/using/08_video.ipynb #c1bbfdb3
+def _font(text):
+    "A font with the glyphs of a text; None: Pillow's own"
+    if text.isascii(): return None
+    family = text_fonts()[:2][-1] # the first for Chinese, if there is one
+    return ImageFont.truetype(findfont(FontProperties(family=[family])), 10)
+
 def draw_seen(
     image, # (h,w,3) uint8
     seen   # `Seen`
@@ -41,8 +49,9 @@ def draw_seen(
         draw.rectangle(box, outline=color, width=width)
         text = f'{name} {i}' if i >= 0 else name
         corner = box[0]+2, max(0, box[1] - 12)
-        draw.rectangle(draw.textbbox(corner, text), fill=color)
-        draw.text(corner, text, fill='black' if sum(color) > 380 else 'white')
+        font = _font(text)
+        draw.rectangle(draw.textbbox(corner, text, font), fill=color)
+        draw.text(corner, text, 'black' if sum(color) > 380 else 'white', font)
     return picture
 
 # %% ../../nbs/using/08_video.ipynb #a8a8752c
@@ -251,6 +260,10 @@ def film_names(
     if Path(out).suffix.lower() in FILMS:
         if len(films) > 1: raise CommandError(f'{out}: {len(films)} films need a folder')
         return [Path(out)]
+    kind = guess_type(out)[0] or ''
+    if kind.startswith(('image/','video/')) and not Path(out).is_dir():
+        written = ', '.join(sorted(FILMS))
+        raise CommandError(f'{out}: a folder, or a film in one of {written} was expected')
     stems = [f'camera{o}' if is_camera(o) else Path(o).stem for o in films]
     if len(set(stems)) < len(stems): stems = [f'{s}_{i}' for i,s in enumerate(stems)]
     return [Path(out)/f'{s}.mp4' for s in stems]
