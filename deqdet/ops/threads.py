@@ -15,7 +15,7 @@ CHECKS = '10000' # before a waiting thread sleeps
 CHOICES = 'GOMP_SPINCOUNT','OMP_WAIT_POLICY' # variables with which a user decides
 
 def sleep_soon() -> bool: # True if it took effect
-    "Let threads that wait for others sleep soon, if PyTorch is not loaded yet and the user has not chosen"
+    "Let waiting threads sleep soon, if PyTorch is not loaded and the user has not chosen"
     if 'torch' in sys.modules or any(k in os.environ for k in CHOICES): return False
     os.environ['GOMP_SPINCOUNT'] = CHECKS
     return True
