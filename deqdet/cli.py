@@ -172,6 +172,14 @@ def _when(learn, keep):
     if 'minutes' not in learn.options: return f'after epoch {keep.best+1} of {learn.n_epoch}'
     return f"after {keep.best_point()['seconds']/60:.1f} minutes"
 
+# %% ../nbs/21_cli.ipynb #610b9cb2
+def _train_given(o, begun):
+    "Train with the options `o` of `deqdet_train`"
+    given = {k: v for k,v in o.items()
+             if k not in ('out','resume','push') and v is not None and v is not False}
+    folder = o['out'] or Path('runs')/Path(o['data']).resolve().name
+    train_command(given, folder, o['resume'], begun, o['push'])
+
 # %% ../nbs/21_cli.ipynb #527c5dcf
 @command
 def deqdet_train(
@@ -210,15 +218,7 @@ def deqdet_train(
     resume:bool=False  # continue in --out, with its options
 ):
     "Train; on several GPUs: accelerate launch --no_python deqdet_train DATA"
-    options = dict(data=data, model=model, minutes=minutes, epochs=epochs, queries=queries,
-        size=size, bs=bs, accumulate=accumulate, lr=lr, wd=wd, recipe=recipe, augment=augment,
-        pretrained=pretrained, amp=amp, ema=ema, patience=patience, mosaic=mosaic, rare=rare,
-        seed=seed, layout=layout, train=train, valid=valid, valid_pct=valid_pct,
-        skip_bad=skip_bad or None, workers=workers, device=device, track=track, every=every)
-    begun = time.monotonic()
-    given = {k: v for k,v in options.items() if v is not None}
-    folder = out or Path('runs')/Path(data).resolve().name
-    train_command(given, folder, resume, begun, push)
+    _train_given(locals(), time.monotonic())
 
 # %% ../nbs/21_cli.ipynb #45913bff
 def _tell_end(done, bad, folder, min_score):
