@@ -9,6 +9,7 @@ import json, os, statistics, subprocess, sys, time
 from contextlib import contextmanager
 import torch
 from deqdet.loss import SetLoss
+from deqdet.ops.threads import CHOICES
 from deqdet.sets.images import Target
 from deqdet.training.optim import Muon
 from deqdet.zoo import create_detector
@@ -65,7 +66,7 @@ def neighbours(n):
 
 def child(spins, least):
     "The numbers of a process of its own"
-    env = {k: v for k,v in os.environ.items() if k not in ('GOMP_SPINCOUNT','OMP_WAIT_POLICY')} | dict(WAITING_CHILD=str(least))
+    env = {k: v for k,v in os.environ.items() if k not in CHOICES} | dict(WAITING_CHILD=str(least))
     if spins is not None: env['GOMP_SPINCOUNT'] = str(spins)
     out = subprocess.run([sys.executable, '-W', 'ignore', __file__], env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(out.stdout.splitlines()[-1])
