@@ -1,7 +1,9 @@
 "Boxes where they belong and names inside the image, for any form of image; the style is set once"
 import base64, io, warnings
-import matplotlib.pyplot as plt, numpy as np, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from deqdet.scores.judging import plot_f1
+from deqdet.scores.matches import plot_confusion
 from deqdet.sets.images import Target, show_sample
 from deqdet.ops.draw import STYLE, _as_output, class_color, draw_box, draw_boxes, show_image, style
 
@@ -107,3 +109,7 @@ def test_glyphs_that_the_font_lacks_come_from_others(img, tmp_path, monkeypatch)
         draw_boxes(img, BOXES, [0, 0, 0], vocab=[name], title=name).figure.savefig(tmp_path/'a.png')
         target = Target(BOXES, torch.zeros(3).long())
         show_sample(img, target, [name]).figure.savefig(tmp_path/'b.png')
+        table = pd.DataFrame([[2, 1], [0, 3]], [name, 'b'], [name, 'b'])
+        plot_confusion(table).figure.savefig(tmp_path/'c.png', bbox_inches='tight')
+        curve = pd.DataFrame(dict(score=[0., 1.], f1=[.5, 0.]))
+        plot_f1({name: curve}).figure.savefig(tmp_path/'d.png')

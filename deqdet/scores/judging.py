@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from pycocotools import mask
-from ..ops.draw import literal
+from ..ops.draw import literal, text_fonts
 from .ap import _prepared, _results, _truth, coco_ap
 from .matches import _judged
 
@@ -69,7 +69,7 @@ def plot_f1(
         best = t.loc[t.f1.idxmax()]
         ax.plot(best.score, best.f1, 'o', color=line.get_color())
     ax.set(xlabel='threshold', ylabel='F1', xlim=(0, 1), ylim=(0, 1.03))
-    if ax.lines: ax.legend(fontsize=8)
+    if ax.lines: ax.legend(prop=dict(family=text_fonts(), size=8))
     return ax
 
 # %% ../../nbs/scores/03_judging.ipynb #c6e67243

@@ -11,7 +11,7 @@ __all__ = ['plot_pr', 'match_table', 'confusion', 'plot_confusion', 'worst_image
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from pycocotools import mask
-from ..ops.draw import literal
+from ..ops.draw import literal, text_fonts
 from .ap import Result, _prepared
 
 # %% ../../nbs/scores/02_matches.ipynb #29598321
@@ -35,7 +35,7 @@ def plot_pr(
         for t in ious: _pr_line(ax, result.eval, t, slice(None), f'IoU {t:.2f}')
     for c in classes or (): _pr_line(ax, result.eval, ious[0], [names.index(c)], literal(c))
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.03))
-    if ax.lines: ax.legend(loc='best', fontsize=8)
+    if ax.lines: ax.legend(loc='best', prop=dict(family=text_fonts(), size=8))
     return ax
 
 # %% ../../nbs/scores/02_matches.ipynb #4d7a4fa9
@@ -124,8 +124,9 @@ def plot_confusion(
     for i,j in zip(*c.nonzero()) if n <= 26 else ():
         ink = 'w' if share[i, j] > .6 else 'k'
         ax.text(j, i, c[i, j], ha='center', va='center', color=ink)
-    ax.set_xticks(range(n), map(literal, counts.columns), rotation=45, ha='right')
-    ax.set_yticks(range(n), map(literal, counts.index))
+    fonts = text_fonts()
+    ax.set_xticks(range(n), map(literal, counts.columns), fontfamily=fonts, rotation=45, ha='right')
+    ax.set_yticks(range(n), map(literal, counts.index), fontfamily=fonts)
     ax.set(xlabel='predicted', ylabel='truth')
     return ax
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from ..equilibrium import Equilibrium
 from ..model import Detector, Feed, to_original
-from ..ops.draw import class_color, text_fonts
+from ..ops.draw import cjk_fonts, class_color
 from ..ops.errors import CommandError, check_writable
 from ..sets.augment import feed_tfm
 from ..sets.images import Target, collate, load_image
@@ -33,7 +33,7 @@ from .stream import detect, score_bars
 def _font(text):
     "A font with the glyphs of a text; None: Pillow's own"
     if text.isascii(): return None
-    family = text_fonts()[:2][-1] # the first for Chinese, if there is one
+    family = [*cjk_fonts(), 'sans-serif'][0]
     return ImageFont.truetype(findfont(FontProperties(family=[family])), 10)
 
 def draw_seen(
