@@ -123,7 +123,7 @@ class Perturb:
 class Settled:
     "The equilibrium strategy; calling it on two steps returns their `Equilibrium`"
     steps: int=20 # T: applications of the step on the path, and (with `extra`) at inference
-    supervise: tuple=(1,3,6,9,12,20) # states of the path that get a loss
+    supervise: tuple=(1,3,6,9,12,20) # states of the path from which `grad` makes a prediction
     grad: object=RAG(2)  # how gradients reach the step from a detached state
     init_steps: int=2    # applications that supervise the first guess, with gradient
     extra: int=1         # applications at inference beyond `steps`, as in the released code
