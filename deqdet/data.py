@@ -10,11 +10,11 @@ __all__ = ['DetDataset', 'seeded', 'epoch_order', 'DetDL', 'det_dls', 'DataError
            'read_data', 'read_voc', 'read_yolo', 'resize_long', 'show_sample', 'synth_coco', 'uncollate', 'verify_data']
 
 # %% ../nbs/02_data.ipynb #ba034d68
-import math, random, warnings
-from collections import Counter
+import math, random, sys, warnings
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
+from multiprocessing import get_context, get_start_method
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from fastcore.basics import patch
@@ -25,8 +25,9 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)
     from fastai.data.core import (DataLoaders, TfmdDL, default_device, defaults, merge,
         to_cpu)
+    from fastai.data.load import _FakeLoader
 from .sets.augment import resize_long
-from .sets.check import KEPT, Report, clean, verify_data
+from .sets.check import Report, clean, verify_data, warn_left_out
 from .sets.formats import (LAYOUTS, Problem, Source, find_layout, permutation, read_coco,
     read_data, read_voc, read_yolo, seed_of)
 from .sets.images import (DataError, Target, collate, load_image, show_sample, uncollate,
@@ -41,16 +42,6 @@ _all_ = ['DataError', 'LAYOUTS', 'Problem', 'Report', 'SHAPES', 'Source', 'Targe
          'read_voc', 'read_yolo', 'resize_long', 'show_sample', 'synth_coco', 'uncollate',
          'verify_data']
 
-# %% ../nbs/02_data.ipynb #a7c4f3f7
-def _warn(file, problems):
-    "Warn once about all annotations that were left out"
-    lost = [o for o in problems if o.kind not in KEPT]
-    if not lost: return
-    counts = ', '.join(f'{n} {k}' for k,n in Counter(o.kind for o in lost).items())
-    o = lost[0]
-    warnings.warn(f'{file}: left out: {counts}, first {o.file}: {o.field}: {o.detail} '
-                  '(verify_data lists all)', stacklevel=3)
-
 # %% ../nbs/02_data.ipynb #5b1f0a06
 class DetDataset:
     "Item `i` is an image, uint8 (3,h,w), and its `Target`, both through `tfm`"
@@ -64,7 +55,7 @@ class DetDataset:
         if on_error not in ('raise','skip'):
             raise ValueError(f"on_error={on_error!r}: 'raise' or 'skip' was expected")
         self.coco,problems = clean_source(source, vocab)
-        _warn(source.file, problems)
+        warn_left_out(source.file, problems)
         self.folder = source.folder
         self.file = source.file
         self.tfm = tfm
@@ -113,6 +104,7 @@ def test(self:DetDataset,
     res = self.new_empty()
     res.images = [dict(id=i, file_name=o) for i,o in enumerate(items)]
     res.ends = torch.zeros(len(items)+1, dtype=torch.long)
+    res.on_error = 'raise' # no other image replaces one of these
     return res
 
 @patch
@@ -161,6 +153,19 @@ def epoch_order(
             batch.clear()
     return res + waiting[False] + waiting[True]
 
+# %% ../nbs/02_data.ipynb #02af7eee
+class _Generator(torch.Generator):
+    "Seeds that fastai draws for workers; they get a new one, since nothing is drawn from theirs"
+    def __reduce__(self): return _Generator, ()
+
+class _Workers(_FakeLoader):
+    "fastai's; on Linux its workers begin as copies of this process, which need no import"
+    @property
+    def multiprocessing_context(self):
+        if not self.num_workers: return None
+        copies = 'fork' if sys.platform=='linux' else None
+        return get_context(get_start_method(allow_none=True) or copies)
+
 # %% ../nbs/02_data.ipynb #a5dcbe64
 _KNOWN = {*signature(TfmdDL.__init__).parameters, *TfmdDL._methods} # options of fastai's loader
 
@@ -184,8 +189,8 @@ class DetDL(TfmdDL):
         self.seed = seed
         self.group = group
         self.set_epoch(epoch, start)
-        # fastai draws seeds for workers from it; order and augmentation do not use these
-        self.fake_l.generator = torch.Generator()
+        self.fake_l.__class__ = _Workers
+        self.fake_l.generator = _Generator()
 
     def set_epoch(self,
         epoch,  # of the next pass, 0, 1, …

@@ -83,8 +83,8 @@ def constant_padding(
 def recordable(
     model # `Detector`
 ):        # a copy
-    "The detector with constant padding, for batches whose sides are multiples of 32"
-    model = deepcopy(model)
+    "The detector on the CPU with constant padding, for batches whose sides are multiples of 32"
+    model = deepcopy(model).cpu()
     for module in list(model.modules()):
         for name,child in module.named_children():
             if isinstance(child, Conv2dSame): setattr(module, name, constant_padding(child))

@@ -176,7 +176,7 @@ def _check_parts(model):
         raise TypeError("three parts need an equilibrium of AdaMixer's step, such as deqdet_lite")
 
 def export_parts(
-    model,  # `Detector`: an equilibrium of AdaMixer's step; its weights are rounded in place
+    model,  # `Detector`: an equilibrium of AdaMixer's step; goes to the CPU, weights are rounded
     folder, # where to write; made if missing
     side=320 # pixels of the square that is fed
 ) -> Path: # the folder
@@ -184,7 +184,7 @@ def export_parts(
     _check_parts(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    round_weights(model.eval())
+    round_weights(model.cpu().eval())
     for name,recording in _recordings(model, side).items():
         proto = lighten(_translated(*recording))
         (folder/f'{name}.onnx').write_bytes(proto.SerializeToString())

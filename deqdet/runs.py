@@ -131,7 +131,8 @@ def _readable(ds, n):
 def draw_training(
     folder, # of a training
     ds,     # its validation set
-    n=6     # images
+    n=6,    # images
+    device=None # where to detect; None: the accelerator, if any
 ):
     "Write `curves.png` and `predictions.png`"
     log = read_log(folder/'log.csv')
@@ -140,7 +141,7 @@ def draw_training(
     save_figure(plot_training(log)[0].figure, folder/'curves.png')
     images = _readable(ds, n)
     if not images: return
-    found = detect(load_detector(folder), images.values())
+    found = detect(load_detector(folder, device=device), images.values())
     preds = [dict(o.dets, image_id=i) for i,o in zip(images, found)]
     save_figure(show_predictions(ds, preds, n=n), folder/'predictions.png')
 
@@ -172,7 +173,7 @@ def finish(
              n_train=len(dls.train_ds), n_valid=len(dls.valid_ds),
              parameters=sum(p.numel() for p in learn.model.parameters()), machine=machine())
     write_json(finite(m), folder/'metrics.json')
-    draw_training(folder, dls.valid_ds)
+    draw_training(folder, dls.valid_ds, device=dls.device)
     return m
 
 # %% ../nbs/19_runs.ipynb #96269ba6

@@ -265,7 +265,7 @@ def plot_residuals(
     "The axes with residuals on a log scale: the median over images, and a band of quantiles"
     ax = ax or plt.subplots(figsize=(4.5, 2.5))[1]
     for name,trace in traces.items():
-        r = torch.as_tensor(trace).detach().double().cpu()
+        r = torch.as_tensor(trace).detach().cpu().double()
         r = r.reshape(len(trace), -1).clamp(min=1e-16).numpy() # (iterations, images)
         t = np.arange(1, len(r) + 1)
         lo, mid, hi = np.nanquantile(r, [band[0], .5, band[1]], axis=1)

@@ -1,5 +1,5 @@
 "A detector takes over from another one: classes by name, queries, whatever fits, in every family"
-import pytest, torch
+import copy, pytest, torch
 from deqdet.families.adopt import adopt
 from deqdet.zoo import create_detector
 
@@ -59,3 +59,9 @@ def test_many_classes_are_told_in_short(old):
     said = []
     adopt(old, ['disc', *'abcdefg'], said.append)
     assert said[0].endswith('known classes: disc; new: a, b, c, … (7)')
+
+def test_the_new_detector_is_on_the_device_of_the_old_one(old):
+    "Names of tensors that are on another device were mixed with new ones on the CPU; `meta` stands for a GPU"
+    there = copy.deepcopy(old).to('meta')
+    new = adopt(there, ['cross', 'cat'], lambda line: None)
+    assert {p.device.type for p in new.parameters()}=={'meta'}

@@ -33,7 +33,8 @@ def world(tmp_path_factory):
 @pytest.fixture
 def blank(monkeypatch):
     "Trainings that leave empty files in the place of figures, which take as long as the training"
-    def touch(folder, ds):
+    def touch(folder, ds, device):
+        assert device==torch.device('cpu') # where the training was
         for o in 'curves.png', 'predictions.png': (folder/o).touch()
     monkeypatch.setattr(runs, 'draw_training', touch)
 

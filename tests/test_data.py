@@ -1,5 +1,5 @@
 "Reading, checking and loading of detection sets: what a notebook is the wrong place for"
-import io, json, math, pickle, random, shutil, warnings
+import io, json, math, pickle, random, shutil, subprocess, sys, warnings
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -710,3 +710,42 @@ def test_the_door_has_every_name_of_old():
         read_coco read_voc read_yolo LAYOUTS find_layout clean DetDataset resize_long seeded epoch_order DetDL read_data
         det_dls Report verify_data'''.split()
     assert set(names) <= set(data.__all__) and all(hasattr(data, o) for o in names)
+
+# ---- workers
+
+ANEW = """
+import multiprocessing, sys
+from deqdet.data import det_dls
+from deqdet.training.processes import shard
+
+def ids(dl): return [t.image_id.tolist() for _,_,t in dl]
+
+if __name__=='__main__':
+    multiprocessing.set_start_method('spawn')
+    here,there = (det_dls(sys.argv[1], bs=2, num_workers=n, device='cpu').train for n in (0, 1))
+    assert ids(here)==ids(there) and ids(shard(here, 1, 2))==ids(shard(there, 1, 2))
+"""
+
+def test_workers_that_begin_anew(shapes, tmp_path):
+    "The default on Windows, and on Linux from Python 3.14 on: a loader is pickled, and its generator could not be"
+    script = tmp_path/'anew.py'
+    script.write_text(ANEW)
+    done = subprocess.run([sys.executable, '-W', 'ignore', script, shapes], capture_output=True, text=True)
+    assert done.returncode==0, done.stderr[-2000:]
+
+@pytest.mark.skipif(sys.platform!='linux', reason='elsewhere the default is that of Python')
+def test_workers_begin_as_copies(shapes, monkeypatch):
+    dl = det_dls(shapes, num_workers=1, device='cpu').train
+    for chosen,want in ((None, 'fork'), ('spawn', 'spawn')):
+        monkeypatch.setattr('deqdet.data.get_start_method', lambda allow_none: chosen)
+        assert dl.fake_l.multiprocessing_context.get_start_method()==want
+
+# ---- images to predict on
+
+def test_no_other_image_replaces_one_to_predict_on(shapes, tmp_path):
+    "With `on_error='skip'`, a damaged file got the detections of the next one"
+    dls = det_dls(shapes, num_workers=0, device='cpu', on_error='skip')
+    bad = tmp_path/'bad.jpg'
+    bad.write_bytes(b'not an image')
+    good = next((shapes/'images').glob('*.jpg'))
+    with pytest.raises(DataError, match='bad.jpg'): list(dls.test_dl([bad, good]))

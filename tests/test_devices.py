@@ -17,6 +17,15 @@ def test_the_accelerator_is_what_pytorch_reports(monkeypatch, device):
     report(monkeypatch, device)
     assert accelerator() == torch.device(device)
 
+@pytest.mark.parametrize('rank,want', [('1', 'cuda:1'), ('2', 'cuda'), (None, 'cuda')])
+def test_each_of_several_processes_takes_its_own_device(monkeypatch, rank, want):
+    "All of them opened a context on the first one"
+    report(monkeypatch, 'cuda')
+    monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 2)
+    if rank: monkeypatch.setenv('LOCAL_RANK', rank)
+    else: monkeypatch.delenv('LOCAL_RANK', raising=False)
+    assert accelerator()==torch.device(want)
+
 def test_an_accelerator_that_pytorch_was_built_for_but_that_is_not_there_is_none(monkeypatch):
     report(monkeypatch, None)   # `current_accelerator` of torch 2.6 names what it was built for
     assert accelerator() is None and pick_device() == torch.device('cpu')

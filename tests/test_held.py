@@ -181,6 +181,12 @@ def test_a_stack_has_no_warm_start():
     with pytest.raises(CommandError, match='needs an equilibrium'): Follower(create_detector('adamixer_tiny', n_classes=2))
 
 
+@pytest.mark.parametrize('name', ['deq_sparse_rcnn_tiny', 'deq_deformable_detr_tiny'])
+def test_states_of_other_families_are_refused(name):
+    "Corners were read as log-scale positions, and films were empty"
+    follow = Follower(create_detector(name, n_classes=2))
+    with pytest.raises(CommandError, match="AdaMixer's states"): follow(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
 def test_a_query_that_went_astray_does_not_hide_doubles():
     slots = slots_of([A, B, A], [-1, -1, -1], [-1, -1, -1])
     far = [0., 0, 1e20, 1e20]

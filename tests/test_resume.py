@@ -236,7 +236,9 @@ class Several:
     "An accelerator of two devices"
     def __init__(self): self.states = [torch.tensor([1]), torch.tensor([2])]
     def get_rng_state_all(self): return list(self.states)
-    def set_rng_state_all(self, states): self.states = list(states)
+    def set_rng_state_all(self, states):
+        for i,o in enumerate(states): self.states[i] = o # an IndexError for states of devices that are not there
+    def device_count(self): return len(self.states)
 
 class Single:
     "An accelerator of one device"
@@ -253,6 +255,25 @@ def test_generators_of_any_accelerator_are_put_back(monkeypatch, kind):
     module.states = [x + 5 for x in before]
     resume._set_rng(s)
     assert [x.item() for x in module.states]==[x.item() for x in before]
+
+def test_a_training_goes_on_with_fewer_devices(monkeypatch):
+    "`CUDA_VISIBLE_DEVICES=0` after a training where two were visible was an IndexError"
+    module = Several()
+    monkeypatch.setattr(resume, '_accelerator', lambda: module)
+    s = resume._rng()
+    module.states = [torch.tensor([7])]
+    resume._set_rng(s)
+    assert [x.item() for x in module.states]==[1]
+
+def test_states_of_another_kind_of_accelerator_are_passed_over(monkeypatch):
+    module = Several()
+    monkeypatch.setattr(resume, '_accelerator', lambda: module)
+    monkeypatch.setattr(resume, 'accelerator', lambda: torch.device('cuda', 1))
+    s = resume._rng()
+    module.states = [torch.tensor([7])]
+    monkeypatch.setattr(resume, 'accelerator', lambda: torch.device('mps'))
+    resume._set_rng(s)
+    assert [x.item() for x in module.states]==[7]
 
 def test_states_of_an_accelerator_are_passed_over_without_one(monkeypatch):
     monkeypatch.setattr(resume, '_accelerator', lambda: None)

@@ -128,6 +128,18 @@ def test_yolo_lines_are_boxes_or_polygons():
     np.testing.assert_allclose(_yolo_box('2 .4 .3 .6 .3 .6 .7', (100,200))[1], [80, 30, 40, 40], atol=1e-5)
     assert _yolo_box('2 .5 .5', (100,200))==(2, '2 .5 .5')
 
+@pytest.mark.parametrize('shape', [[4, 3], [12, 2], [17, 3]])
+def test_yolo_poses_have_their_boxes(tmp, tmp_path, shape):
+    "An even count of numbers was read as a polygon"
+    points = ' .1 .9 2'*shape[0] if shape[1]==3 else ' .1 .9'*shape[0]
+    (tmp_path/'images').mkdir()
+    (tmp_path/'labels').mkdir()
+    shutil.copy(tmp/'yolo/images/train/a.jpg', tmp_path/'images/a.jpg')
+    (tmp_path/'labels/a.txt').write_text('0 .5 .5 .2 .4' + points)
+    (tmp_path/'data.yaml').write_text(f'train: images\nnames: [person]\nkpt_shape: {shape}')
+    found, = read_yolo(tmp_path, 'train').coco['annotations']
+    np.testing.assert_allclose(found['bbox'], [51.2, 38.4, 25.6, 51.2], atol=1e-3)
+
 def test_both_splits_are_read_or_made(tmp, tmp_path):
     shapes = synth_coco(tmp_path/'shapes', n_train=80, n_valid=20, size=32)
     assert [len(o.coco['images']) for o in read_data(shapes)]==[80,20]

@@ -91,7 +91,7 @@ def adopt(
     if n_queries: hyper = with_queries(hyper, n_queries)
     if n_queries and 'grid' in changes: changes |= dict(n_queries=n_queries)
     hyper = replace(hyper, **changes)
-    new = hyper.build(vocab=vocab)
+    new = hyper.build(vocab=vocab).to(next(old.parameters()).device)
     state = new.state_dict()
     rows = _class_rows(old, new)
     kept = _kept(old, new) | rows

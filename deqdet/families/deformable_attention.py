@@ -253,6 +253,13 @@ class EncodedPyramid(nn.Module):
         self.levels = levels
         self.encoder = encoder
 
+    @property
+    def body(self): return self.levels.body
+    @property
+    def mean(self): return self.levels.mean
+    @property
+    def strides(self): return self.levels.strides
+
     def forward(self, images, sizes): # (B,3,H,W) and (B,2), as for `Pyramid`
         return self.encode(self.levels(images, sizes), sizes, images.shape[-2:])
 

@@ -8,15 +8,18 @@ Docs: https://deqdet.github.io/deqdet/ops/devices.html.md"""
 __all__ = ['accelerator', 'pick_device', 'on_device', 'synchronize']
 
 # %% ../../nbs/ops/05_devices.ipynb #e7c9297e
-import warnings
+import os, warnings
 from collections.abc import Callable
 import torch
 
 # %% ../../nbs/ops/05_devices.ipynb #04931957
 def accelerator() -> torch.device|None: # None: there is no accelerator
-    "The accelerator that PyTorch reports, if the machine has it"
+    "The accelerator that PyTorch reports, if the machine has it; that of this process"
     if not torch.accelerator.is_available(): return None
-    return torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator()
+    number = int(os.environ.get('LOCAL_RANK', -1)) # of a process that accelerate or torchrun starts
+    if 0 <= number < torch.accelerator.device_count(): return torch.device(found.type, number)
+    return found
 
 # %% ../../nbs/ops/05_devices.ipynb #49f219a7
 def _trouble(

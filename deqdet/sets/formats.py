@@ -127,12 +127,12 @@ def _yolo_fractions(v):
     if len(v)>=6 and len(v)%2==0: # x, y, x, y, ...
         return min(v[::2]), min(v[1::2]), np.ptp(v[::2]).item(), np.ptp(v[1::2]).item()
 
-def _yolo_box(text, hw):
+def _yolo_box(text, hw, pose=False):
     "Class and x, y, w, h in pixels of a label line; the text itself for a box that cannot be read"
     try: k,*v = (float(o) for o in text.split())
     except ValueError: return -1, text
     if k.is_integer(): k = int(k)
-    box = _yolo_fractions(v)
+    box = _yolo_fractions(v[:4] if pose else v) # after a box of a pose come keypoints
     if box is None: return k, text
     return k, [v*side for v,side in zip(box, (hw[1], hw[0], hw[1], hw[0]))]
 
@@ -151,11 +151,11 @@ def _label_lines(image):
     lines = file.read_text(errors='replace').splitlines() if os.path.exists(file) else []
     return file, [(j,line) for j,line in enumerate(lines, 1) if line.strip()]
 
-def _yolo_objects(image, hw, image_id):
+def _yolo_objects(image, hw, image_id, pose):
     "COCO's entries for the objects of an image"
     file,lines = _label_lines(image)
     for j,line in lines:
-        k,box = _yolo_box(line, hw)
+        k,box = _yolo_box(line, hw, pose)
         yield dict(image_id=image_id, category_id=k, bbox=box, at=(str(file), f'line {j}'))
 
 # %% ../../nbs/sets/06_formats.ipynb #9f7f0a42
@@ -175,7 +175,7 @@ def read_yolo(
         h,w = image_size(p) or (0,0)
         name = p.relative_to(path).as_posix() if p.is_relative_to(path) else str(p.absolute())
         images.append(dict(id=i, file_name=name, width=w, height=h))
-        if w: objects += _yolo_objects(p, (h,w), i)
+        if w: objects += _yolo_objects(p, (h,w), i, 'kpt_shape' in cfg)
     if images and categories and not objects: file = _label_file(p) # for messages
     anns = [dict(id=i, **o) for i,o in enumerate(objects, 1)]
     return Source(dict(images=images, annotations=anns, categories=categories), path, file)

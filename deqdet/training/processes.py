@@ -11,6 +11,7 @@ __all__ = ['deal', 'shard', 'Watch', 'watch_processes', 'lost_process', 'Shards'
 import atexit, itertools, math, os, re, socket, sys, threading, warnings
 import torch, torch.distributed as dist
 from fastcore.basics import patch
+from functools import partial
 from fastai.distributed import DistributedTrainer
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from ..data import DetDL
@@ -38,15 +39,17 @@ def shard(
     device=None # where batches go
 ) -> DetDL:
     "One process's part of a loader"
-    def part(idxs): return deal(idxs, dl.bs, rank, world, dl.drop_last)
-    def get_idxs():
-        dl.set_epoch(res.epoch)
-        whole = list(dl.get_idxs())
-        return part(whole)[res.start:]
-    n = len(part(range(dl.n)))
-    res = dl.new(n=n, get_idxs=get_idxs, device=device or dl.device)
+    part = partial(deal, bs=dl.bs, rank=rank, world=world, drop_last=dl.drop_last)
+    res = dl.new(n=len(part(range(dl.n))), device=device or dl.device)
+    res.get_idxs = partial(_dealt, dl, res, part)
     res.dealt_from = dl
     return res
+
+def _dealt(dl, res, part):
+    "The numbers that `part` gives `res` of those of a whole epoch of `dl`"
+    dl.set_epoch(res.epoch)
+    whole = list(dl.get_idxs())
+    return part(whole)[res.start:]
 
 # %% ../../nbs/training/05_processes.ipynb #54584403
 def _leave(text):

@@ -16,6 +16,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import get_model, num_distrib, rank_distrib
+from ..ops.devices import accelerator
 from ..ops.files import write_atomic
 from ..ops.linear import CHOSEN
 from .callbacks import EMA
@@ -23,8 +24,10 @@ from .callbacks import EMA
 # %% ../../nbs/training/04_resume.ipynb #46c24e51
 def _accelerator():
     "The module of the accelerator that PyTorch reports, such as `torch.cuda`; None without one"
-    if not torch.accelerator.is_available(): return None
-    return torch.get_device_module(torch.accelerator.current_accelerator())
+    device = accelerator()
+    return device and torch.get_device_module(device)
+
+def _kind(): return getattr(accelerator(), 'type', 'cpu')
 
 def _device_rng():
     "States of the generators of the accelerator's devices"
@@ -34,11 +37,11 @@ def _device_rng():
     return every() if every else [module.get_rng_state()]
 
 def _set_device_rng(states):
-    "Put the generators of the accelerator's devices into their states"
+    "Put the generators of the accelerator's devices, as many as there are, into their states"
     module = _accelerator()
     if module is None or not states: return
     every = getattr(module, 'set_rng_state_all', None)
-    if every: every(states)
+    if every: every(states[:module.device_count()])
     else: module.set_rng_state(states[0])
 
 # %% ../../nbs/training/04_resume.ipynb #7086c44c
@@ -47,7 +50,7 @@ def _rng():
     kind,keys,*rest = np.random.get_state()
     numpy = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
     return dict(torch=torch.get_rng_state(), device=_device_rng(), python=random.getstate(),
-                numpy=numpy)
+                numpy=numpy, device_kind=_kind())
 
 def _set_rng(s):
     "Put all random generators into a state"
@@ -55,7 +58,8 @@ def _set_rng(s):
     torch.set_rng_state(s['torch'])
     random.setstate(s['python'])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    _set_device_rng(s['device'] if 'device' in s else s['cuda']) # the key in older files is 'cuda'
+    states = s['device'] if 'device' in s else s['cuda'] # the key in older files is 'cuda'
+    if s.get('device_kind', _kind())==_kind(): _set_device_rng(states)
 
 # %% ../../nbs/training/04_resume.ipynb #4efb0254
 def anyone(

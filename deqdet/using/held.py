@@ -184,7 +184,7 @@ STEPS = 2 # applications of f in a frame
 class Follower:
     "Called with the next frame, returns its detections, with identities"
     def __init__(self,
-        model,       # `Detector` whose decoder is an equilibrium
+        model,       # `Detector` whose decoder is an equilibrium of AdaMixer's step
         steps=None,  # applications of f in a frame, after g; None: `STEPS`
         hold=None,   # `Hold`
         **kwargs     # for the solver, such as `tol`
@@ -220,6 +220,8 @@ class Follower:
 @patch
 def settle(self:Follower, first, feats):
     "The state on the new frame: g for fresh queries, then f for all"
+    if not isinstance(first, State):
+        raise CommandError("a warm start needs AdaMixer's states, not a " + type(first).__name__)
     decoder = self.model.decoder
     feats = prepared(decoder.step, feats)
     renew = self.frame % self.hold.refresh == 0

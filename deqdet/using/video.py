@@ -19,6 +19,7 @@ from mimetypes import guess_type
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from ..equilibrium import Equilibrium
+from ..mixer import MixerStep
 from ..model import Detector, Feed, to_original
 from ..ops.draw import cjk_fonts, class_color
 from ..ops.errors import CommandError, check_writable
@@ -279,7 +280,7 @@ def predict_films(
     "Detect in films and print a line on each; returns the exit status"
     status = 0
     decoder = getattr(model, 'decoder', None) # an exported file has none
-    track = isinstance(decoder, Equilibrium)
+    track = isinstance(decoder, Equilibrium) and isinstance(decoder.step, MixerStep)
     for film,name in zip(films, film_names(films, out)):
         _check_source(film, name)
         fault = _one_film(model, film, name, track=track, **kwargs)
