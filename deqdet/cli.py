@@ -187,7 +187,7 @@ def deqdet_train(
     model:str=None,    # a name or a folder; by default deqdet_lite
     out:str=None,      # folder to write; by default runs/ and the name of the set
     minutes:float=None, # time of the whole command, instead of epochs
-    epochs:int=None,   # passes over the set; by default the recipe's
+    epochs:int=None,   # passes over the set; by default the recipe's, or by the set's size
     queries:int=None,  # boxes to start from; by default the detector's, or more
     size:str=None,     # pixels of the long side, or 800x1333; by default the detector's, or more
     bs:int=None,       # images in a batch of each process; or the recipe's

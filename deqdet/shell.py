@@ -177,7 +177,7 @@ def solver_options(
     steps=None, # refinement steps
     tol=None    # relative residual at which an image is done
 ) -> dict:      # for the decoder
-    "The given solver options; an error if the decoder has no solver"
+    "The given solver options; an error if the decoder cannot take them"
     from deqdet.equilibrium import Equilibrium
     given = {k: v for k,v in dict(steps=steps, tol=tol).items() if v is not None}
     decoder = getattr(model, 'decoder', None)

@@ -45,7 +45,7 @@ class Muon(torch.optim.AdamW):
         params,           # parameters, or groups of them
         lr=2.5e-3,        # learning rate
         betas=(.95,.999), # decay of the running means: of gradients (for both kinds), of squares
-        weight_decay=.1,  # of all but vectors
+        weight_decay=.1,  # of all parameters; the recipes set it to 0 for norms and biases
         **kwargs          # for `torch.optim.AdamW`
     ): super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, **kwargs)
 
