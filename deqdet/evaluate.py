@@ -12,6 +12,7 @@ __all__ = ['gather_preds', 'on_first', 'warn_if_moved', 'one_shape', 'predict_dl
 # %% ../nbs/13_evaluate.ipynb #dc9c036f
 import math, time, warnings
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 import matplotlib.pyplot as plt, torch
 import torch.distributed as dist
@@ -178,6 +179,15 @@ def multiply_adds(
     return c.get_total_flops() // 2
 
 # %% ../nbs/13_evaluate.ipynb #e6e93bd1
+@contextmanager
+def _frozen(model):
+    "In the block no parameter learns: the counter fails where a module returns one that does"
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning: p.requires_grad_(False)
+    try: yield
+    finally:
+        for p in learning: p.requires_grad_(True)
+
 class _Timed(torch.nn.Module):
     "A model whose `predict` is timed, and counted on the first image"
     def __init__(self, model):
@@ -201,7 +211,7 @@ class _Timed(torch.nn.Module):
         images, sizes, orig, kwargs = self.first
         seconds = self.seconds/self.n
         self._reset()
-        with evaluating(self.inner):
+        with evaluating(self.inner), _frozen(self.inner):
             n = multiply_adds(self.inner.predict, images, sizes, orig=orig, **kwargs)
         return dict(seconds=seconds, multiply_adds=n)
 

@@ -109,9 +109,12 @@ def record(
 def _about(model):
     "What a program needs to know about a detector, as text"
     thresholds = getattr(model, 'thresholds', None)
+    coarsest = max(model.pyramid.strides)
+    if hasattr(model.pyramid, 'encoder'): coarsest *= 2 # its neck adds a level
     known = dict(classes=list(model.vocab) if model.vocab else None,
                  n_classes=model.hyper.n_classes, feed=asdict(model.feed) if model.feed else None,
-                 thresholds=None if thresholds is None else list(thresholds))
+                 thresholds=None if thresholds is None else list(thresholds),
+                 least=2*coarsest) # pixels of a side, so that no level is one cell wide
     return {k: json.dumps(v) for k,v in known.items()}
 
 # %% ../nbs/18_export.ipynb #794ce6e9
@@ -152,7 +155,7 @@ def export(self:Detector,
     return path
 
 # %% ../nbs/18_export.ipynb #f9f5847f
-LEAST = 64 # pixels of a side: below, a recorded graph takes a side of one cell for a constant
+LEAST = 64 # pixels of a side, in older files: below, a graph takes a side of one cell for a constant
 
 class Exported:
     "A file that `export` wrote, with the methods of a detector"
@@ -166,6 +169,7 @@ class Exported:
         self.vocab = known('classes')
         self.thresholds = known('thresholds')
         self.max_dets = known('max_dets')
+        self.least = known('least') or LEAST # pixels of a side
         self.n_classes = known('n_classes') or len(self.vocab or ())
         self.feed = Feed(**known('feed')) if known('feed') else None
 
@@ -190,7 +194,7 @@ def _in_batch(self:Exported, images, sizes=None, orig=None, scale=None, max_dets
     check_max_dets(self, max_dets)
     if images.is_floating_point(): images = (images*255).round().to(torch.uint8)
     if sizes is None: sizes = torch.tensor([images.shape[-2:]]*len(images))
-    missing = [max(0, LEAST - o) for o in images.shape[-2:]] # rows, columns
+    missing = [max(0, self.least - o) for o in images.shape[-2:]] # rows, columns
     images = pad(images, (0, missing[1], 0, missing[0]))
     boxes,scores,labels = (o[:, :max_dets] for o in self.run(images, sizes))
     if orig is not None: scale = (sizes/orig).flip(-1) # (B,2) of x and of y

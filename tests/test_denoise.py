@@ -93,6 +93,12 @@ def test_deformable_detr_is_left_alone():
     assert not can_denoise(create_detector('deformable_detr_tiny', n_classes=2))
 
 
+def test_deformable_detr_refuses_noise(dls):
+    "It was a RuntimeError on shapes in the first batch"
+    learn = det_learner(dls, create_detector('deformable_detr_tiny', vocab=list(dls.vocab)))
+    with pytest.raises(TypeError, match='Denoise'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Denoise())
+
+
 @pytest.fixture(scope='module')
 def dls(tmp_path_factory):
     path = synth_coco(tmp_path_factory.mktemp('denoise'), n_train=4, n_valid=2, size=64)

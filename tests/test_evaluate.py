@@ -442,3 +442,13 @@ def test_ap_on_augmented_images_warns(tmp_path):
             warnings.filterwarnings('error', message='.*flips or cuts')
             learn.validate()
             evaluate(learn.model, dls.valid)
+
+def test_ap_vs_steps_counts_a_detector_whose_modules_return_parameters(tmp_path):
+    "Deformable DETR: an AssertionError of PyTorch's counter; parameters learn again afterwards"
+    path = synth_coco(tmp_path/'shapes', n_train=1, n_valid=2, size=64)
+    dl = det_dls(path, bs=2, size=64, num_workers=0, device='cpu').valid
+    model = create_detector('deformable_detr_tiny', n_classes=4)
+    learning = [p.requires_grad for p in model.parameters()]
+    one,two = ap_vs_steps(model, dl, [1, 2])
+    assert 0 < one['multiply_adds'] < two['multiply_adds']
+    assert [p.requires_grad for p in model.parameters()]==learning

@@ -132,6 +132,18 @@ def test_a_body_that_pads_by_size():
     assert any(type(m).__name__ == 'Conv2dSame' for m in lite.modules()), 'the detector itself is left as it was'
 
 
+@pytest.mark.skipif(torch.__version__ < '2.7', reason='not tried with torch 2.6')
+def test_deformable_detr_and_an_image_of_one_cell(tmp_path):
+    "Its coarsest level has a stride of 64, not 32"
+    torch.manual_seed(0)
+    model = create_detector('deformable_detr_tiny', vocab=['a', 'b']).eval()
+    file = model.export(tmp_path/'m.pt2')
+    batch = torch.from_numpy(noise(50, 60)).permute(2, 0, 1)[None]
+    here = model.predict(torch.nn.functional.pad(batch, (0, 68, 0, 78)), torch.tensor([[50, 60]]))
+    there = load_exported(file).predict(batch, torch.tensor([[50, 60]]))
+    torch.testing.assert_close(here[0]['scores'], there[0]['scores'], atol=1e-4, rtol=0)
+
+
 def test_int8_is_smaller_and_near(model, file, exported, tmp_path):
     "The weights of matmuls in eight bits: names are kept, scores change little; a torch program has no such form"
     if file.suffix == '.pt2':

@@ -121,6 +121,9 @@ class Denoise(Callback):
     ):
         self.groups = groups
         self.weight = weight
+    def before_fit(self):
+        if not can_denoise(get_model(self.model)): raise TypeError(
+            'Denoise() needs queries that start at boxes, as those of AdaMixer and Sparse R-CNN')
     def before_batch(self):
         pyramid = get_model(self.model).pyramid
         self.hook = pyramid.register_forward_hook(self.keep)
