@@ -155,7 +155,7 @@ def export(self:Detector,
     return path
 
 # %% ../nbs/18_export.ipynb #f9f5847f
-LEAST = 64 # pixels of a side, in older files: below, a graph takes a side of one cell for a constant
+LEAST = 64 # pixels of a side, in older files: a graph takes a side of one cell for a constant
 
 class Exported:
     "A file that `export` wrote, with the methods of a detector"
