@@ -184,6 +184,8 @@ def solver_options(
     if given and decoder is None:
         k,v = next(iter(given.items()))
         raise CommandError(f'--{k} {v}: an exported file has a fixed number of steps')
+    if steps==0 and not isinstance(decoder, Equilibrium):
+        raise CommandError('--steps 0: a stack applies at least one step')
     if tol is not None and not isinstance(decoder, Equilibrium):
         raise CommandError(f'--tol {tol}: the decoder is no equilibrium')
     return given

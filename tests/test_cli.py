@@ -205,6 +205,7 @@ def test_a_stack_has_no_tolerance(world, tmp_path, capsys):
     stack.feed = Feed(64, 64)
     save_detector(stack, tmp_path/'stack')
     bad(capsys, '--tol 0.001', cli.deqdet_eval, str(tmp_path/'stack'), str(world/'shapes'), tol=1e-3, device='cpu')
+    bad(capsys, '--steps 0: a stack', cli.deqdet_eval, str(tmp_path/'stack'), str(world/'shapes'), steps=0, device='cpu')
 
 
 def test_zero_is_a_number(world, tmp_path, blank):

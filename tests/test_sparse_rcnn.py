@@ -163,3 +163,10 @@ def test_names_of_the_original():
         backbone.bottom_up.res4.0.shortcut.norm.weight backbone.bottom_up.res5.2.conv3.weight""".split()
     assert set(wanted) <= set(theirs)
     assert not any(k.startswith(('decoder', 'pyramid', 'queries')) for k in theirs)
+
+
+def test_boxes_without_bound_are_cut_out():
+    "Corners at infinity ended Python: `roi_align` read outside of the features"
+    feats = [torch.rand(1, 4, 8, 8)]
+    far = torch.tensor([[[-float('inf'), 0., float('inf'), 9.], [float('nan')]*4, [1e30, 1e30, 2e30, 2e30]]])
+    assert cut_out(feats, far, [8]).isfinite().all()

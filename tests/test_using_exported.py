@@ -1,6 +1,7 @@
 "Exported files, one of each format: without the package, and used as detectors are; both say what the detector says"
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 import numpy as np, pytest, torch
 from PIL import Image
@@ -9,7 +10,7 @@ from deqdet.export import Exported, Fixed, load_exported, record, to_int8
 from deqdet.model import Feed
 from deqdet.ops.errors import CommandError
 from deqdet.predict import predict
-from deqdet.zoo import create_detector
+from deqdet.zoo import create_detector, published
 
 SIZES = [(64, 96), (33, 65), (96, 96), (60, 200), (200, 60), (97, 129), (20, 50), (480, 640), (7, 7), (127, 63)]
 pytestmark = pytest.mark.usefixtures('read_once')
@@ -142,6 +143,11 @@ def test_deformable_detr_and_an_image_of_one_cell(tmp_path):
     here = model.predict(torch.nn.functional.pad(batch, (0, 68, 0, 78)), torch.tensor([[50, 60]]))
     there = load_exported(file).predict(batch, torch.tensor([[50, 60]]))
     torch.testing.assert_close(here[0]['scores'], there[0]['scores'], atol=1e-4, rtol=0)
+
+
+def test_two_stages_are_refused_in_one_line(tmp_path):
+    model = replace(published('deformable_detr_tiny').hyper, two_stage=True, n_classes=2).build()
+    with pytest.raises(ValueError, match='^two stages: .*$'): model.export(tmp_path/'m.pt2')
 
 
 def test_int8_is_smaller_and_near(model, file, exported, tmp_path):

@@ -44,7 +44,7 @@ def _kept(old, new):
         if v.shape==state[k].shape: kept[k] = v
         elif k=='queries.content.weight' and v.shape[1]==state[k].shape[1]:
             kept[k] = _contents(old, new).detach()
-        elif of_queries and v.ndim==2 and v.shape[1]==state[k].shape[1]:
+        elif of_queries and v.ndim and v.shape[1:]==state[k].shape[1:]:
             n = min(len(v), len(state[k]))
             kept[k] = torch.cat([v[:n], state[k][n:]])
     return kept
@@ -60,7 +60,8 @@ def _per_class(new):
     "Names of the tensors that have a row for each class"
     hyper = replace(new.hyper, n_classes=new.hyper.n_classes + 1)
     with torch.device('meta'): more = hyper.build().state_dict()
-    return [k for k,v in new.state_dict().items() if v.shape != more[k].shape]
+    of_classes = [k for k,v in new.state_dict().items() if v.shape != more[k].shape]
+    return [k for k in of_classes if not k.startswith('queries.')] # proposals have one class
 
 def _class_rows(old, new):
     "The tensors with a row for each class: known classes keep theirs, the others begin at the mean"

@@ -214,6 +214,7 @@ class TwoStageLoss(SetLoss):
     form: str='cxcywh'
 
     def __call__(self, preds, target):
+        if hasattr(preds, 'logits'): preds = [preds] # one prediction
         proposed = [p for p in preds if isinstance(p, Proposed)]
         loss = super().__call__([p for p in preds if not isinstance(p, Proposed)], target)
         if not proposed: return loss

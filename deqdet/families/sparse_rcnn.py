@@ -74,8 +74,9 @@ def cut_out(
     R,N,_ = boxes.shape
     image = torch.arange(R, device=boxes.device)*len(feats[0])//R            # (rB,)
     image = image[:, None, None].expand(R, N, 1).to(boxes)                   # (rB,N,1)
-    rois = torch.cat([image, boxes.detach()], -1).flatten(0,1)               # (rB*N,5)
-    level = box_levels(boxes, len(feats), finest).flatten()                  # (rB*N,)
+    corners = boxes.detach().nan_to_num(0., 1e6, -1e6).clamp(-1e6, 1e6)      # `roi_align` reads
+    rois = torch.cat([image, corners], -1).flatten(0,1)  # (rB*N,5)          # anywhere for others
+    level = box_levels(corners, len(feats), finest).flatten()                # (rB*N,)
     out = boxes.new_zeros(R*N, feats[0].shape[1], size, size)
     for l,(f,stride) in enumerate(zip(feats, strides)):
         at = (level==l).nonzero()[:, 0]

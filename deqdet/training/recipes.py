@@ -89,7 +89,8 @@ _slow_points = (r'\.offsets\.|\.aim\.', .1, 1.)
 deformable = Recipe(epochs=50, drops=(40,), lr=2e-4, wd=1e-4, mults=(_slow_body, _slow_points),
                     warmup=0, clip=.1, batch=32)
 _finetune = ((r'\.cls\.3\.weight', 4., 1.), (r'\.cls\.3\.bias', 4., 0.), # new classes
-             ('^pyramid.body.*(norm|bn|bias)', .1, 0.), ('^pyramid.body', .1, 1.),
+             (r'^pyramid\.(levels\.)?body.*(norm|bn|bias)', .1, 0.),
+             (r'^pyramid\.(levels\.)?body', .1, 1.),
              ('norm|bn|bias', 1., 0.))
 recipes = {
     '1x': deqdet_1x,
