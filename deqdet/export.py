@@ -97,6 +97,8 @@ def record(
     max_dets=None # detections per image; None: 100, or a box per query if more
 ):               # `torch.export.ExportedProgram`
     "A detector as a graph, for any number of images of any size"
+    if hasattr(model.queries, 'cells'): raise ValueError(
+        'two stages: no graph for images of all sizes, since these set the number of proposals')
     any_size = torch.export.Dim.DYNAMIC
     images = torch.zeros(3, 3, 96, 128, dtype=torch.uint8)
     sizes = torch.tensor([[96,128]]*3)
