@@ -4,6 +4,7 @@ import pytest, torch
 from fastai.optimizer import OptimWrapper
 from deqdet.families.adamixer import AdaMixer
 from deqdet.training.recipes import SECTIONS, DetOpt, Recipe, param_groups, recipes, section_of
+from deqdet.zoo import create_detector
 
 @pytest.fixture(scope='module')
 def small():
@@ -67,3 +68,11 @@ def test_a_slice_is_taken_as_it_comes(small):
 def test_a_body_below_an_encoder_is_a_body():
     assert [section_of(n) for n in ('pyramid.body.a', 'pyramid.levels.body.a', 'pyramid.neck.a', 'decoder.a')]== \
         ['body', 'body', 'rest', 'decoder']
+
+
+@pytest.mark.parametrize('name', ['adamixer_tiny', 'sparse_rcnn_tiny', 'deformable_detr_tiny'])
+def test_finetune_slows_the_body_of_every_family(name):
+    "That of Deformable DETR lies one level deeper, and had the full rate"
+    model = create_detector(name, n_classes=2)
+    found = param_groups(model, recipes['finetune'].mults)
+    assert {g.lr for g in found if g.section=='body'}=={.1}

@@ -74,8 +74,9 @@ def cut_out(
     R,N,_ = boxes.shape
     image = torch.arange(R, device=boxes.device)*len(feats[0])//R            # (rB,)
     image = image[:, None, None].expand(R, N, 1).to(boxes)                   # (rB,N,1)
-    corners = boxes.detach().nan_to_num(0., 1e6, -1e6).clamp(-1e6, 1e6)      # `roi_align` reads
-    rois = torch.cat([image, corners], -1).flatten(0,1)  # (rB*N,5)          # anywhere for others
+    # `roi_align` reads outside of its features where a corner is infinite or no number
+    corners = boxes.detach().nan_to_num(0.).clamp(-1e6, 1e6)                 # (rB,N,4)
+    rois = torch.cat([image, corners], -1).flatten(0,1)                      # (rB*N,5)
     level = box_levels(corners, len(feats), finest).flatten()                # (rB*N,)
     out = boxes.new_zeros(R*N, feats[0].shape[1], size, size)
     for l,(f,stride) in enumerate(zip(feats, strides)):
